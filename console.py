@@ -1,0 +1,122 @@
+"""What the command lines share: a user's error, exit codes, the device, progress.
+
+A mistake of the user's is raised as `UserError` wherever it is noticed and becomes one line
+and exit code 2 here.  Anything else is a bug and keeps its traceback.
+"""
+
+import errno
+import sys
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+class UserError(Exception):
+    """Something the user can put right: the message names the cause and the remedy."""
+
+
+def choose(name, table, what):
+    """The entry of `table` called `name`.
+
+    Raises:
+        UserError: if there is none; the message lists the choices.
+    """
+    if name not in table:
+        raise UserError(f"unknown {what} '{name}'; choose one of: {', '.join(table)}")
+    return table[name]
+
+
+def say(message):
+    """Prints a line for the user at once, also when the output goes to a file."""
+    print(message, flush=True)
+
+
+def warn(message):
+    """Prints a warning line on standard error."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def progress(iterable=None, **kwargs):
+    """A tqdm bar on standard error with rate and time left; sparse where nobody watches."""
+    from tqdm import tqdm
+
+    watched = sys.stderr.isatty()
+    options = {"dynamic_ncols": watched, "mininterval": 0.2 if watched else 10.0, "file": sys.stderr}
+    return tqdm(iterable, **{**options, **kwargs})
+
+
+def choose_device(name):
+    """The torch.device for 'auto', 'cpu', 'cuda' or 'cuda:i'.
+
+    Raises:
+        UserError: if the name is none of these or the GPU is not there.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name != "cpu" and name.split(":")[0] != "cuda":
+        raise UserError(f"unknown device '{name}'; choose one of: auto, cpu, cuda, cuda:0, cuda:1, ...")
+    if name != "cpu" and not torch.cuda.is_available():
+        raise UserError(f"device '{name}' was asked for, but torch sees no GPU; use --device cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"unknown device '{name}'; choose one of: auto, cpu, cuda, cuda:0") from error
+    if (device.index or 0) >= max(torch.cuda.device_count(), 1):
+        raise UserError(f"device '{name}' was asked for, but torch sees {torch.cuda.device_count()} GPUs")
+    return device
+
+
+def run(main, argv=None):
+    """Parses absl flags, runs `main(argv)` and leaves the process with its exit code.
+
+    Args:
+        main: takes the positional arguments; may return an exit code.
+        argv: the command line, `sys.argv` by default.
+    """
+    from absl import app, flags
+
+    def parse(args):
+        try:
+            rest = flags.FLAGS(args)
+        except Exception as error:  # absl and ml_collections raise many kinds for a flag they cannot use
+            fail(error)
+        if len(rest) > 1:
+            fail(f"unexpected argument '{rest[1]}'; flags are written --name=value (--help lists them)")
+        return rest
+
+    app.run(lambda args: sys.exit(guard(main, args)), argv=argv, flags_parser=parse)
+
+
+def guard(main, args):
+    """Calls `main(args)`; a user's error or a full disk becomes its line and exit code 2."""
+    try:
+        return main(args)
+    except UserError as error:
+        fail(error)
+    except OSError as error:
+        if error.errno not in _USERS_OS_ERRORS:
+            raise
+        fail(f"{error.strerror}: {error.filename or 'while writing'}; {_USERS_OS_ERRORS[error.errno]}")
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues where this run stopped", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def fail(message):
+    """Prints `error: message` as one line on standard error and exits with code 2."""
+    line = " ".join(str(message).split())
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    sys.exit(EXIT_USER_ERROR)
+
+
+_USERS_OS_ERRORS = {
+    errno.ENOSPC: "free some space, then run the same command again",
+    errno.EDQUOT: "free some space, then run the same command again",
+    errno.EACCES: "choose a folder you may write to",
+    errno.EPERM: "choose a folder you may write to",
+    errno.EROFS: "choose a folder you may write to",
+    errno.ENOTDIR: "a file stands where a folder is needed",
+    errno.EISDIR: "a folder stands where a file is needed",
+}
