@@ -1,0 +1,128 @@
+"""The whole config tree, once, with what every value means.
+
+A config is this tree updated by the parts it is built of (presets.py).  The values here are those of the published
+32x32 configs; `ABSENT` marks a field that a part has to give, or that only some configs have.
+
+Types matter on the command line: `--config.training.batch_size=64` replaces an int by an int, a float field also takes
+`50`, a tuple is written `--config.model.ch_mult="(1,2,2)"`.
+"""
+
+from ml_collections import ConfigDict
+
+ABSENT = object()
+
+TREE = {
+    "seed": 42,  # of initialisation, data order, training noise and samples
+    "device": "auto",  # auto (the GPU if there is one), cpu, cuda or cuda:i
+    "data": {
+        "dataset": ABSENT,  # a name in the table of datasets.py
+        "category": ABSENT,  # LSUN: which of its categories
+        "tfrecords_path": ABSENT,  # the publishers' own TFRecords; kept as published, not read
+        "image_size": 32,  # height and width in pixels
+        "num_channels": 3,  # 3, or 1 for grey images
+        "centered": True,  # the model sees [-1, 1]; else [0, 1], which the network rescales itself
+        "random_flip": True,  # flip training images left to right with probability 1/2
+        "uniform_dequantization": False,  # add U(0, 1)/256 noise: the images as (255 x + u)/256
+    },
+    "model": {
+        "name": ABSENT,  # ddpm or ncsnpp
+        "nf": 128,  # channels of the first level
+        "ch_mult": (1, 2, 2, 2),  # channels of each level as multiples of nf; one halving of the size between levels
+        "num_res_blocks": 2,  # residual blocks per level on the way down; one more on the way up
+        "attn_resolutions": (16,),  # image sizes at which attention follows the residual blocks
+        "resamp_with_conv": True,  # convolve when changing the size, besides averaging or interpolating
+        "dropout": 0.1,  # probability inside residual blocks while training
+        "nonlinearity": "swish",  # swish, relu, elu or lrelu
+        "normalization": "GroupNorm",  # GroupNorm alone
+        "conditional": True,  # the network is told the noise level
+        "embedding_type": "fourier",  # ncsnpp: fourier or positional; ddpm is always positional
+        "fourier_scale": ABSENT,  # ncsnpp, fourier: standard deviation of the random frequencies
+        "scale_by_sigma": False,  # divide the network's output by the noise level
+        "ema_rate": 0.9999,  # decay of the moving average of the weights
+        # NCSN++ alone
+        "resblock_type": ABSENT,  # biggan (resamples inside, both paths) or ddpm
+        "fir": ABSENT,  # resample with fir_kernel; else nearest neighbours and 2x2 means
+        "fir_kernel": ABSENT,  # taps along one axis, normalised to sum 1
+        "skip_rescale": ABSENT,  # divide sums of two paths by sqrt(2)
+        "progressive": ABSENT,  # images on the way up: none, output_skip or residual
+        "progressive_input": ABSENT,  # images on the way down: none, input_skip or residual
+        "progressive_combine": ABSENT,  # how input_skip joins: sum or cat
+        "init_scale": ABSENT,  # scale of the last weights of each block at the start; 0 means 1e-10
+        "attention_type": ABSENT,  # ddpm alone: one head over all pixels
+        "conv_size": ABSENT,  # kernel width of the convolutions; 3 alone
+        # The SDE's noise levels
+        "num_scales": 1000,  # N, discretisation steps: training scales and sampling steps
+        "beta_min": 0.1,  # VP and sub-VP: beta(0)
+        "beta_max": 20.0,  # VP and sub-VP: beta(1)
+        "sigma_min": 0.01,  # VE: sigma(0)
+        "sigma_max": 50.0,  # VE: sigma(1), about the largest distance between two training images
+        "sigma_begin": ABSENT,  # older name of sigma_max; kept as published, not read
+    },
+    "training": {
+        "sde": ABSENT,  # vpsde, subvpsde or vesde
+        "continuous": True,  # train on continuous t; else on the N discrete scales (DDPM, SMLD)
+        "likelihood_weighting": False,  # weight the loss by g(t)^2 instead of std(t)^2
+        "reduce_mean": True,  # average the loss over pixels; else half the sum
+        "batch_size": 128,
+        "n_iters": 1300001,  # the last step's number
+        "log_freq": 50,  # steps between lines of the log
+        "eval_freq": 100,  # steps between losses on a test batch
+        "snapshot_freq": 10000,  # steps between numbered checkpoints
+        "snapshot_freq_for_preemption": 5000,  # steps between overwrites of the checkpoint that a restart resumes from
+        "snapshot_sampling": True,  # draw samples at every numbered checkpoint
+    },
+    "sampling": {
+        "method": "pc",  # pc (predictor-corrector) or ode (probability flow, RK45)
+        "predictor": "euler_maruyama",  # euler_maruyama, reverse_diffusion, ancestral_sampling or none
+        "corrector": "none",  # langevin, ald or none
+        "n_steps_each": 1,  # corrector steps per predictor step
+        "snr": 0.16,  # the corrector's target signal-to-noise ratio
+        "noise_removal": True,  # return the last step's mean, without its noise
+        "probability_flow": False,  # follow the probability-flow ODE with the predictor
+    },
+    "optim": {
+        "optimizer": "Adam",
+        "lr": 2e-4,
+        "beta1": 0.9,  # beta2 is 0.999
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "amsgrad": ABSENT,  # 1024x1024 configs as published; not read
+        "warmup": 5000,  # steps over which lr rises from 0
+        "grad_clip": 1.0,  # largest norm of the gradient; negative: no clipping
+    },
+    "eval": {
+        "begin_ckpt": 9,  # first numbered checkpoint to evaluate
+        "end_ckpt": 26,  # last one
+        "batch_size": 1024,
+        "enable_loss": True,  # compute the loss on the test set
+        "enable_sampling": False,  # draw num_samples samples per checkpoint
+        "num_samples": 50000,
+        "enable_bpd": False,  # compute likelihoods in bits per dimension
+        "bpd_dataset": "test",  # of the train or the test set
+        "n_samples": 50,  # kept as published; not read (recon.py's flags say what to reconstruct)
+        "recon_ckpt": 25,  # kept as published; not read (recon.py's --ckpt_path says which)
+    },
+}
+
+
+def from_dict(values):
+    """A ConfigDict of a nested dict, lists turned into tuples: the inverse of `to_dict`.
+
+    Args:
+        values: nested dicts of numbers, text, booleans, lists and tuples, as `json.load` gives them.
+
+    Returns:
+        ConfigDict: unlocked; every field can be overridden on the command line.
+    """
+    return ConfigDict(_convert(values, tuple))
+
+
+def to_dict(config):
+    """A config as nested dicts of JSON types (tuples become lists), to be stored in checkpoints and manifests."""
+    return _convert(config, list)
+
+
+def _convert(value, sequence):
+    if isinstance(value, (dict, ConfigDict)):
+        return {name: _convert(field, sequence) for name, field in value.items()}
+    return sequence(value) if isinstance(value, (list, tuple)) else value

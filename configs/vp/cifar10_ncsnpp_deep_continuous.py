@@ -1,0 +1,13 @@
+"""CIFAR-10: deep NCSN++ network, VP SDE, continuous time.
+
+    python main.py --config configs/vp/cifar10_ncsnpp_deep_continuous.py \
+        --workdir results/cifar10_vp_ncsnpp_deep/ --mode train
+
+From Score-SDE (arXiv 2011.13456): twice the residual blocks.
+"""
+
+from configs.presets import CIFAR10, DEEP, NCSNPP, POSITIONAL, VP, build
+
+
+def get_config():
+    return build(CIFAR10, NCSNPP, POSITIONAL, DEEP, VP)

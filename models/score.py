@@ -1,0 +1,46 @@
+"""The network seen as a score: the one place that knows which labels it takes and what its output means."""
+
+import torch
+
+import sde_lib
+from sde_lib import per_image
+
+
+class ScoreModel:
+    """Score, noise and clean-image prediction of a network under an SDE.
+
+    Times t are (B,), or (1,) when all images share one; x is (B, C, H, W) in the model's range.
+
+    Args:
+        net: called as net(x, labels).
+        sde: the SDE that it was trained on.
+        continuous: `config.training.continuous`: trained on continuous times, not on the N steps of a discrete process.
+    """
+
+    def __init__(self, net, sde, continuous=True):
+        self.net, self.sde, self.continuous = net, sde, continuous
+        self._score = self._ve_score if isinstance(sde, sde_lib.VESDE) else self._vp_score
+
+    def __call__(self, x, t):
+        """The score, grad_x log p_t(x): (B, C, H, W)."""
+        return self._score(x, t)
+
+    def eps(self, x, t):
+        """The predicted noise, -std(t) score: (B, C, H, W)."""
+        return -per_image(self.sde.marginal(t)[1]) * self(x, t)
+
+    def x0(self, x, t):
+        """The predicted clean image, (x + std^2 score) / alpha (Tweedie's formula): (B, C, H, W)."""
+        alpha, std = self.sde.marginal(t)
+        return (x + per_image(std**2) * self(x, t)) / per_image(alpha)
+
+    def _vp_score(self, x, t):
+        if self.continuous:
+            labels, std = t * 999, self.sde.marginal(t)[1]
+        else:
+            labels, std = t * (self.sde.N - 1), (1 - self.sde.table("alphas_bar", t)).sqrt()
+        return -self.net(x, labels) / per_image(std)
+
+    def _ve_score(self, x, t):
+        labels = self.sde.sigma(t) if self.continuous else torch.round((self.sde.T - t) * (self.sde.N - 1)).long()
+        return self.net(x, labels)
