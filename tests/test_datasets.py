@@ -1,0 +1,672 @@
+"""Data sets: equal to torchvision, Pillow and the published crop; whatever cannot be used is named, not fatal."""
+
+import gzip
+import hashlib
+import os
+import pickle
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import datasets
+from console import UserError
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "center_crop.npz")
+CROPS = [name[: -len("_in")] for name in GOLDEN.files if name.endswith("_in")]
+ROOT = Path(__file__).parent.parent
+
+
+def load(source, **options):
+    return datasets.load(source, **{"split": "test", "image_size": 32, "num_channels": 3, "workers": 2, **options})
+
+
+def read_all(images):
+    return images.read(0, len(images))
+
+
+def noise_picture(seed, size=(40, 33), mode="RGB"):
+    """A picture of uniform noise, width x height."""
+    shape = (size[1], size[0]) + ((3,) if mode == "RGB" else ())
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
+
+
+def chw(picture):
+    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Seven pictures in a folder and folders below it."""
+    for index, name in enumerate(["b.png", "a/x.png", "c.PNG", "a/b/y.png", "d.bmp", "e.png", "f.png"]):
+        path = tmp_path / "pictures" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise_picture(index).save(path)
+    (tmp_path / "pictures" / "notes.txt").write_text("no picture")
+    return tmp_path / "pictures"
+
+
+@pytest.fixture
+def on_demand(monkeypatch):
+    """No set of images is small enough to be kept."""
+    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 0)
+
+
+# ------------------------------------------------------------------------------------------------------- the crop
+
+
+@pytest.mark.parametrize("name", CROPS)
+def test_crop_is_the_published_one(name, tmp_path):
+    size = int(name.split("_to")[1])
+    expected = GOLDEN[f"{name}_out"]
+    picture = Image.fromarray(GOLDEN[f"{name}_in"])
+    assert np.array_equal(np.array(datasets.crop(picture, size)), expected)
+    picture.save(tmp_path / "picture.png")
+    (tmp_path / "list.txt").write_text("picture.png\n")
+    images = load(tmp_path / "list.txt", image_size=size)
+    assert np.array_equal(images.read(0, 1)[0].permute(1, 2, 0).numpy(), expected)
+
+
+def test_without_the_crop_pictures_are_resized(tmp_path):
+    picture = noise_picture(0, (70, 50))
+    (tmp_path / "p").mkdir()
+    picture.save(tmp_path / "p" / "x.png")
+    expected = chw(picture.resize((32, 32), Image.Resampling.BICUBIC))
+    assert torch.equal(load(tmp_path / "p", center_crop=False).read(0, 1)[0], expected)
+
+
+# -------------------------------------------------------------------------------------------- formats of pictures
+
+RAMP = np.tile(np.arange(0, 256, 8, dtype=np.uint8), (32, 1))  # (32, 32)
+
+
+def _write_16_bit(path):
+    Image.fromarray(RAMP.astype(np.uint16) * 257).save(path)
+
+
+def _write_animated(path):
+    Image.fromarray(RAMP).save(path, save_all=True, append_images=[Image.fromarray(255 - RAMP)], lossless=True)
+
+
+def _write_transparent(path):
+    ramp = Image.fromarray(RAMP)
+    Image.merge("RGBA", [ramp, ramp, ramp, Image.new("L", (32, 32), 7)]).save(path)
+
+
+def _write_rotated(path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: the camera was turned
+    Image.fromarray(RAMP).save(path, exif=exif)
+
+
+FORMATS = {
+    "grey.png": lambda path: Image.fromarray(RAMP).save(path),
+    "colour.webp": lambda path: Image.fromarray(RAMP).convert("RGB").save(path, lossless=True),
+    "palette.png": lambda path: Image.fromarray(RAMP).convert("P").save(path),
+    "transparent.png": _write_transparent,
+    "deep.png": _write_16_bit,
+    "deep.tif": _write_16_bit,
+    "deep_big_endian.pgm": _write_16_bit,
+    "animated.gif": _write_animated,
+    "animated.png": _write_animated,
+    "animated.webp": _write_animated,
+    "pages.tiff": _write_animated,
+    "rotated.png": _write_rotated,
+    "upper.BMP": lambda path: Image.fromarray(RAMP).save(path),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures_of_every_format(name, channels, tmp_path):
+    FORMATS[name](tmp_path / name)
+    images = load(tmp_path, num_channels=channels)
+    assert images.skipped == []
+    assert torch.equal(images.read(0, 1), torch.from_numpy(RAMP).expand(1, channels, 32, 32))
+
+
+def test_lossy_cmyk_and_grey_pictures(tmp_path):
+    Image.fromarray(RAMP).convert("RGB").convert("CMYK").save(tmp_path / "a.jpg", quality=95)
+    Image.fromarray(RAMP).save(tmp_path / "b.jpeg", quality=95)
+    for image in read_all(load(tmp_path)):  # JPEG at quality 95 is off by a few grey levels
+        assert (image.int() - torch.from_numpy(RAMP).int()).abs().max() <= 8
+
+
+# ------------------------------------------------------------------------------------- files that cannot be used
+
+
+def _write_truncated(path):
+    noise_picture(0, (200, 200)).save(path)
+    path.write_bytes(path.read_bytes()[:3000])
+
+
+UNUSABLE = {
+    "empty.png": lambda path: path.write_bytes(b""),
+    "text.jpg": lambda path: path.write_bytes(b"no picture"),
+    "truncated.png": _write_truncated,
+    "truncated.jpg": _write_truncated,
+    "truncated.webp": _write_truncated,
+    "floats.tiff": lambda path: Image.fromarray(RAMP.astype(np.float32)).save(path),
+    "large_values.tiff": lambda path: Image.fromarray(RAMP.astype(np.int32) * 1000).save(path),
+    "bomb.png": lambda path: Image.new("L", (3000, 1000)).save(path),
+    "folder.png": lambda path: path.mkdir(),
+    "missing.png": lambda path: None,
+    "x" * 300 + ".png": lambda path: None,
+}
+
+
+@pytest.mark.parametrize("limit", [0, 2 << 30])
+def test_unusable_files_are_named_and_change_nothing_for_the_others(limit, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", limit)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
+    names = []
+    for index, (name, write) in enumerate(UNUSABLE.items()):
+        write(tmp_path / name)
+        noise_picture(index).save(tmp_path / f"good{index}.png")
+        names += [name, f"good{index}.png"]
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    images = load(tmp_path / "list.txt")
+    assert [label for label, _ in images.skipped] == list(UNUSABLE)
+    assert all(reason and "\n" not in reason for _, reason in images.skipped)
+    assert images.positions.tolist() == list(range(1, 2 * len(UNUSABLE), 2))
+    expected = torch.stack([chw(datasets.crop(noise_picture(index), 32)) for index in range(len(UNUSABLE))])
+    assert torch.equal(read_all(images), expected)
+    warnings = capsys.readouterr().err
+    assert all(f"{name} is left out" in warnings for name in UNUSABLE)
+
+
+def test_many_unusable_files_do_not_flood_the_screen(tmp_path, capsys):
+    noise_picture(0).save(tmp_path / "good.png")
+    (tmp_path / "list.txt").write_text("".join(f"missing{index}.png\n" for index in range(50)) + "good.png\n")
+    assert len(load(tmp_path / "list.txt").skipped) == 50
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 21
+    assert "30 more" in warnings[-1]
+
+
+def test_nothing_usable(tmp_path):
+    (tmp_path / "list.txt").write_text("gone.png\n")
+    with pytest.raises(UserError, match=r"none of the 1 images of 'list' is usable; the first, gone.png: no such file"):
+        load(tmp_path / "list.txt")
+
+
+def test_a_file_that_vanishes_later(folder, on_demand):
+    images = load(folder)
+    (folder / "b.png").unlink()
+    with pytest.raises(UserError, match=r"b\.png can no longer be read"):
+        read_all(images)
+
+
+# ----------------------------------------------------------------------------------------------- folders and lists
+
+
+def test_a_folder_is_searched_below_and_sorted(folder):
+    images = load(folder)
+    assert images.name == "pictures"
+    assert images.positions.tolist() == list(range(7))
+    order = [3, 1, 0, 2, 4, 5, 6]  # a/b/y, a/x, b, c, d, e, f
+    assert torch.equal(read_all(images), torch.stack([chw(datasets.crop(noise_picture(i), 32)) for i in order]))
+
+
+def test_linked_folders_are_followed_once(folder, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    noise_picture(9).save(tmp_path / "elsewhere" / "z.png")
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "loop").symlink_to(folder)
+    assert len(load(folder)) == 8
+
+
+def test_a_list_resolves_paths_beside_itself_then_here(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder / "a")
+    lines = ["# a comment", "", "  b.png  ", "x.png", str(folder / "e.png"), "b.png"]
+    (folder / "chosen.txt").write_text("\ufeff" + "\r\n".join(lines), encoding="utf-8")
+    images = load(folder / "chosen.txt")
+    assert images.name == "chosen"
+    assert images.positions.tolist() == [0, 1, 2, 3]
+    assert torch.equal(read_all(images), torch.stack([chw(datasets.crop(noise_picture(i), 32)) for i in [0, 1, 5, 0]]))
+
+
+@pytest.mark.parametrize("limit", [0, 2 << 30])
+def test_max_images_takes_the_first_usable_and_stops(limit, folder, monkeypatch):
+    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", limit)
+    (folder / "a" / "x.png").write_bytes(b"damaged")
+    for index in range(100):
+        noise_picture(index).save(folder / f"more{index:03}.png")
+    opened = []
+    decode = datasets.decode_file
+    monkeypatch.setattr(datasets, "decode_file", lambda path: opened.append(path) or decode(path))
+    images = load(folder, max_images=3)
+    assert images.positions.tolist() == [0, 2, 3]
+    assert len(opened) == 4  # the damaged one and no more than was needed
+    assert images.read(0, 100).shape == (3, 3, 32, 32)
+
+
+def test_decoded_on_demand_is_the_same_as_kept(folder, monkeypatch):
+    kept = load(folder)
+    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 0)
+    decoded = load(folder)
+    assert type(kept.store) is not type(decoded.store)
+    assert torch.equal(kept.read(2, 6), decoded.read(2, 6))
+    assert torch.equal(kept.positions, decoded.positions)
+
+
+@pytest.mark.parametrize("limit", [0, 2 << 30])
+def test_fingerprints_tell_contents_apart(limit, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", limit)
+    first = load(folder).fingerprint
+    assert first == load(folder, workers=1).fingerprint
+    assert first.startswith("pictures:7:")
+    folder.rename(tmp_path / "moved")
+    (tmp_path / "moved").rename(folder)
+    assert first == load(folder).fingerprint
+    assert first != load(folder, max_images=6).fingerprint
+    assert first != load(folder, image_size=16).fingerprint
+    assert first != load(folder, center_crop=False).fingerprint
+    noise_picture(50, (41, 33)).save(folder / "b.png")
+    assert first != load(folder).fingerprint
+
+
+# ------------------------------------------------------------------------------------------------- users' mistakes
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("CIFAR11", {}, "unknown data set 'CIFAR11'; choose one of: CIFAR10, .*FashionMNIST; or give the path"),
+        ("gone/pictures.npz", {}, "unknown data set"),
+        ("gone.txt", {}, "unknown data set"),
+        ("", {}, "unknown data set"),
+        ("here", {"split": "validation"}, "choose one of: train, test"),
+        ("here", {"num_channels": 4}, "3 channels or 1"),
+        ("here", {"max_images": 0}, "at least 1"),
+        ("here", {"image_size": 0}, "at least 1"),
+        ("here", {}, "holds no images"),
+        ("empty.txt", {}, "names no images"),
+        ("binary.txt", {}, "cannot be read as text"),
+    ],
+)
+def test_sources_that_cannot_be_loaded(source, options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "notes.md").write_text("none")
+    (tmp_path / "empty.txt").write_text("\n# nothing\n\n")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\xff\x00")
+    with pytest.raises(UserError, match=message):
+        load(source, **options)
+
+
+def test_a_folder_that_cannot_be_listed(folder, monkeypatch):
+    def walk(top, onerror, followlinks):
+        onerror(PermissionError(13, "Permission denied", str(top)))
+
+    monkeypatch.setattr(os, "walk", walk)  # the tests may run as root, whom no permission stops
+    with pytest.raises(UserError, match="cannot be listed"):
+        load(folder)
+
+
+# ------------------------------------------------------------------------------------------------------ named sets
+
+
+def idx_bytes(values):
+    """An array of uint8 in MNIST's file format."""
+    return bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">i4").tobytes() + values.tobytes()
+
+
+def write_mnist(root, name, count=20):
+    raw = root / name / "raw"
+    raw.mkdir(parents=True)
+    made = {}
+    for seed, prefix in enumerate(["train", "t10k"]):
+        pictures = np.random.default_rng(seed).integers(0, 256, (count - seed, 28, 28), dtype=np.uint8)
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(idx_bytes(pictures))
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(idx_bytes(np.zeros(len(pictures), np.uint8)))
+        made[{"train": "train", "t10k": "test"}[prefix]] = pictures
+    return made
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [("MNIST", "MNIST"), ("KMNIST", "KMNIST"), ("FashionMNIST", "FashionMNIST"), ("fashion_mnist", "FashionMNIST")],
+)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_mnist_like_sets_are_torchvisions_resized_as_published(source, name, split, tmp_path):
+    from torchvision.transforms import Resize
+
+    pictures = write_mnist(tmp_path, name)[split]
+    images = load(source, split=split, data_root=tmp_path)
+    assert (images.name, images.shape, len(images)) == (name, (3, 32, 32), len(pictures))
+    assert images.positions.tolist() == list(range(len(pictures)))
+    resize = Resize(32)  # on a PIL image, bilinear: what the published code calls
+    expected = torch.stack([chw(resize(Image.fromarray(picture))) for picture in pictures])
+    assert torch.equal(read_all(images), expected)
+
+
+def write_cifar(root, name, monkeypatch):
+    """CIFAR files of 4 training and 3 test images, under the names and (patched) checksums torchvision checks."""
+    import torchvision
+
+    made = getattr(torchvision.datasets, name)
+    folder = root / made.base_folder
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+
+    def write(file, count):
+        data = rng.integers(0, 256, (count, 3072), dtype=np.uint8)
+        content = pickle.dumps({"data": data, "labels": [0] * count, "fine_labels": [0] * count})
+        (folder / file).write_bytes(content)
+        return [file, hashlib.md5(content).hexdigest()], data.reshape(-1, 3, 32, 32)
+
+    train, train_pixels = write("train_part", 4)
+    test, test_pixels = write("test_part", 3)
+    meta, _ = write("meta", 1)
+    monkeypatch.setattr(made, "train_list", [train])
+    monkeypatch.setattr(made, "test_list", [test])
+    content = pickle.dumps({made.meta["key"]: ["a class"]})
+    (folder / "meta").write_bytes(content)
+    monkeypatch.setattr(made, "meta", {**made.meta, "filename": meta[0], "md5": hashlib.md5(content).hexdigest()})
+    return {"train": train_pixels, "test": test_pixels}
+
+
+@pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100"])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_cifar(name, split, tmp_path, monkeypatch):
+    pixels = torch.from_numpy(write_cifar(tmp_path, name, monkeypatch)[split])
+    images = load(name, split=split, data_root=tmp_path)
+    assert images.name == name
+    assert torch.equal(read_all(images), pixels)
+    assert torch.equal(read_all(load(name, split=split, data_root=tmp_path, max_images=2)), pixels[:2])
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_svhn(split, tmp_path, monkeypatch):
+    from scipy.io import savemat
+    from torchvision.datasets import SVHN
+
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 3, 32, 32), dtype=np.uint8)
+    file = tmp_path / f"{split}_32x32.mat"
+    savemat(file, {"X": pixels.transpose(2, 3, 1, 0), "y": np.ones((5, 1), np.uint8)})
+    entry = [SVHN.split_list[split][0], file.name, hashlib.md5(file.read_bytes()).hexdigest()]
+    monkeypatch.setattr(SVHN, "split_list", {**SVHN.split_list, split: entry})
+    assert torch.equal(read_all(load("svhn", split=split, data_root=tmp_path)), torch.from_numpy(pixels))
+
+
+def test_colour_sets_become_grey_as_pillow_does_it(tmp_path, monkeypatch):
+    pixels = write_cifar(tmp_path, "CIFAR10", monkeypatch)["train"]
+    expected = np.stack([np.array(Image.fromarray(image.transpose(1, 2, 0)).convert("L")) for image in pixels])
+    grey = read_all(load("CIFAR10", split="train", data_root=tmp_path, num_channels=1))
+    assert torch.equal(grey, torch.from_numpy(expected)[:, None])
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+
+
+@pytest.mark.parametrize("name", datasets.DATASETS)
+def test_a_failed_download_says_what_to_fetch_and_where_to(name, tmp_path, no_network):
+    with pytest.raises(UserError, match="no route to host") as caught:
+        load(name, data_root=tmp_path / "root")
+    message = str(caught.value)
+    entry = datasets.DATASETS[name]
+    assert entry.url.format(split="test") in message
+    assert str(tmp_path / "root" / entry.folder) in message
+    assert "--data_root" in message
+    assert "\n" not in message
+
+
+def test_damaged_files_of_a_named_set(tmp_path, no_network):
+    write_mnist(tmp_path, "MNIST")
+    file = tmp_path / "MNIST" / "raw" / "t10k-images-idx3-ubyte"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match="deleting what is damaged"):
+        load("MNIST", data_root=tmp_path)
+    assert len(load("MNIST", split="train", data_root=tmp_path)) == 20
+
+
+def test_the_files_fetched_by_hand_are_found_where_the_message_says(tmp_path, no_network, monkeypatch):
+    from torchvision.datasets import KMNIST
+
+    made = write_mnist(tmp_path, "KMNIST")
+    resources = []
+    for file in sorted((tmp_path / "KMNIST" / "raw").iterdir()):
+        packed = file.with_name(file.name + ".gz")
+        packed.write_bytes(gzip.compress(file.read_bytes()))
+        file.unlink()
+        resources.append((packed.name, hashlib.md5(packed.read_bytes()).hexdigest()))
+    monkeypatch.setattr(KMNIST, "resources", resources)
+    assert len(load("KMNIST", data_root=tmp_path)) == len(made["test"])
+
+
+# ---------------------------------------------------------------------------------------------------------- arrays
+
+
+@pytest.mark.parametrize("shape", [(7, 28, 28), (7, 28, 28, 1)])
+def test_arrays_of_28x28_are_treated_as_mnist_is(shape, tmp_path):
+    pictures = write_mnist(tmp_path, "MNIST", count=8)["test"]
+    np.savez_compressed(tmp_path / "pack.npz", images=pictures.reshape(shape))
+    for size in [28, 32, 16]:
+        packed = load(tmp_path / "pack.npz", image_size=size)
+        assert packed.name == "pack"
+        assert torch.equal(read_all(packed), read_all(load("MNIST", data_root=tmp_path, image_size=size)))
+
+
+@pytest.mark.parametrize("limit", [0, 2 << 30])
+@pytest.mark.parametrize("suffix", ["npy", "npz"])
+@pytest.mark.parametrize("shape", [(5, 32, 32, 3), (5, 45, 70, 3), (5, 30, 45), (5, 33, 40, 1), (5, 32, 32, 4)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_arrays_go_through_the_crop(shape, suffix, limit, channels, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", limit)
+    values = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    path = tmp_path / f"pack.{suffix}"
+    np.save(path, values) if suffix == "npy" else np.savez(path, values)
+    cropped = [datasets.crop(Image.fromarray(row.squeeze()), 32) for row in values]
+    if channels == 1:
+        cropped = [picture.convert("L") for picture in cropped]
+    expected = torch.stack(
+        [torch.from_numpy(np.array(picture)).view(32, 32, -1).permute(2, 0, 1) for picture in cropped]
+    )
+    images = load(path, num_channels=channels)
+    assert torch.equal(read_all(images), expected)
+    assert torch.equal(read_all(load(path, num_channels=channels, max_images=2)), expected[:2])
+    assert images.fingerprint == load(path, num_channels=channels).fingerprint
+
+
+def test_one_of_several_arrays(tmp_path):
+    values = np.zeros((2, 32, 32, 3), np.uint8)
+    np.savez(tmp_path / "pack.npz", train=values, test=values + 9)
+    images = load(f"{tmp_path}/pack.npz:test")
+    assert images.name == "pack_test"
+    assert (read_all(images) == 9).all()
+    for wrong in ["pack.npz", "pack.npz:valid"]:
+        with pytest.raises(UserError, match=r"holds the arrays train, test; choose one, as in .*pack.npz:train"):
+            load(f"{tmp_path}/{wrong}")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.zeros((2, 32, 32, 3)), "holds float64"),
+        (np.zeros((2, 3, 32, 32), np.uint8), "shape 2x3x32x32"),
+        (np.zeros((32, 32), np.uint8), "shape 32x32"),
+        (np.zeros((0, 32, 32), np.uint8), "shape 0x32x32"),
+        (np.array([print]), "no plain arrays"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["npy", "npz"])
+def test_arrays_that_are_no_images(values, message, suffix, tmp_path):
+    path = tmp_path / f"pack.{suffix}"
+    np.save(path, values, allow_pickle=True) if suffix == "npy" else np.savez(path, values)
+    with pytest.raises(UserError, match=message):
+        load(path)
+
+
+def test_damaged_arrays(tmp_path):
+    np.savez(tmp_path / "cut.npz", np.zeros((9, 32, 32), np.uint8))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:5000])
+    (tmp_path / "text.npy").write_text("no array")
+    np.savez(tmp_path / "none.npz")
+    for name in ["cut.npz", "text.npy", "none.npz"]:
+        with pytest.raises(UserError, match=name):
+            load(tmp_path / name)
+
+
+# ---------------------------------------------------------------------------------------------- resizing and ranges
+
+
+@pytest.mark.parametrize(("before", "after", "tolerance"), [(28, 32, 0), (28, 16, 1), (32, 20, 1), (32, 64, 1)])
+def test_resize_is_pillows(before, after, tolerance):
+    pixels = np.random.default_rng(1).integers(0, 256, (300, before, before), dtype=np.uint8)
+    pixels[:50] = np.where(pixels[:50] > 127, 255, 0)  # hard edges, where rounding and clipping show
+    size = (after, after)
+    expected = np.stack([np.array(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)) for image in pixels])
+    made = datasets.resize_bilinear(torch.from_numpy(pixels)[:, None], after)[:, 0]
+    assert (made.int() - torch.from_numpy(expected).int()).abs().max() <= tolerance
+
+
+def test_ranges():
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    plain, centred = datasets.to_model_range(levels, False), datasets.to_model_range(levels, True)
+    assert torch.equal(plain, levels.float() / 255)
+    assert torch.equal(centred, plain * 2 - 1)
+    assert torch.equal(datasets.to_model_range(plain, True), centred)
+    assert plain.max() == 1  # the input is left as it was
+    assert torch.equal(datasets.to_data_range(plain, False), plain)
+    torch.testing.assert_close(datasets.to_data_range(centred, True), plain, rtol=0, atol=1e-7)
+    assert datasets.to_data_range(torch.tensor([3.0]), True) == 2  # not clipped
+
+
+def test_dequantize():
+    levels = torch.arange(256).repeat(200, 1).float() / 255
+    made = datasets.dequantize(levels, torch.Generator().manual_seed(0))
+    u = made.double() * 256 - torch.arange(256)
+    assert u.min() > -1e-4  # float32 rounding at 256
+    assert u.max() < 1 + 1e-4
+    assert abs(u.mean() - 0.5) < 0.01  # 51,200 draws: 0.0013 is one standard error
+    assert abs(u.var() - 1 / 12) < 0.002
+
+
+# ----------------------------------------------------------------------------------------------------------- feeds
+
+
+def numbered(count, shape=(3, 4, 4)):
+    """A set whose image i is filled with i, its left half with i + 100."""
+    pixels = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1).repeat(1, *shape)
+    pixels[..., : shape[-1] // 2] += 100
+    return datasets.ImageSet("numbered", torch.arange(count), [], shape, datasets._Memory(pixels))
+
+
+def feed(images, batch_size=4, **options):
+    plain = {"seed": 7, "device": "cpu", "random_flip": False, "uniform_dequantization": False, "centered": False}
+    return datasets.TrainingBatches(images, batch_size, **{**plain, **options})
+
+
+def numbers(batch):
+    """The numbers of the images in a batch, mirrored or not."""
+    return (batch.amin((1, 2, 3)) * 255).round().int().tolist()
+
+
+def test_an_epoch_sees_every_image_once_and_drops_the_rest():
+    batches = feed(numbered(11))
+    epochs = [
+        [number for turn in range(2) for number in numbers(batches.batch(2 * epoch + turn))] for epoch in range(40)
+    ]
+    assert all(len(set(epoch)) == 8 for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 40  # a fresh order each
+    assert {number for epoch in epochs for number in epoch} == set(range(11))  # nothing is dropped for good
+
+
+def test_a_batch_is_a_function_of_seed_and_step():
+    options = {"random_flip": True, "uniform_dequantization": True}
+    before = torch.get_rng_state()
+    straight = feed(numbered(11), **options)
+    expected = [straight.batch(step) for step in range(12)]
+    jumping = feed(numbered(11), **options)
+    for step in [9, 2, 2, 11, 0, 5]:
+        assert torch.equal(jumping.batch(step), expected[step])
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(feed(numbered(11), seed=8, **options).batch(0), expected[0])
+
+
+def test_flips_mirror_half_the_images():
+    batches = feed(numbered(50), batch_size=50, random_flip=True)
+    mirrored = 0
+    for step in range(40):
+        batch = batches.batch(step)
+        level = batch.amin((1, 2, 3)).view(-1, 1, 1, 1)
+        left, right = (batch[..., :2] > level).flatten(1), (batch[..., 2:] > level).flatten(1)
+        assert (left.all(1) ^ right.all(1)).all()  # one half is brighter, and wholly
+        assert (left.any(1) == left.all(1)).all()
+        mirrored += right.all(1).sum().item()
+    assert abs(mirrored - 1000) < 4.5 * 500**0.5  # 2000 draws of probability 1/2: 4.5 standard deviations
+    assert torch.equal(feed(numbered(3), 3).batch(0)[..., :2] > 0.35, torch.ones(3, 3, 4, 2, dtype=torch.bool))
+
+
+def test_training_ranges():
+    plain = feed(numbered(11)).batch(3)
+    assert plain.dtype == torch.float32
+    assert plain.is_contiguous()
+    assert torch.equal(feed(numbered(11), centered=True).batch(3), plain * 2 - 1)
+    spread = feed(numbered(11), uniform_dequantization=True).batch(3) - plain * 255 / 256
+    assert -1e-6 < spread.min() < spread.max() < 1 / 256 + 1e-6
+    assert spread.std() > 0.2 / 256
+    centred = feed(numbered(11), uniform_dequantization=True, centered=True).batch(3)
+    torch.testing.assert_close(centred, (plain * 255 / 256 + spread) * 2 - 1, rtol=0, atol=1e-6)
+
+
+def test_grey_sets_feed_equal_channels(tmp_path):
+    write_mnist(tmp_path, "MNIST")
+    batch = feed(load("MNIST", data_root=tmp_path), random_flip=True).batch(1)
+    assert batch.shape == (4, 3, 32, 32)
+    assert batch.is_contiguous()
+    assert torch.equal(batch[:, 0], batch[:, 1])
+    assert torch.equal(batch[:, 0], batch[:, 2])
+
+
+def test_decoding_ahead_gives_the_same_batches(folder, monkeypatch):
+    kept = feed(load(folder), batch_size=3, random_flip=True)
+    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 0)
+    decoded = feed(load(folder), batch_size=3, random_flip=True)
+    for step in [0, 1, 2, 9, 10, 4, 4, 0]:
+        assert torch.equal(kept.batch(step), decoded.batch(step))
+        assert sorted(decoded._ahead) == [step + 1, step + 2, step + 3]  # and no more wait in memory
+
+
+def test_batches_under_way_are_given_up_with_the_feed(folder, on_demand):
+    batches = feed(load(folder), batch_size=3)
+    batches.batch(0)
+    ahead = batches._ahead
+    assert len(ahead) == 3
+    del batches
+    assert ahead == {}
+
+
+@pytest.mark.parametrize("size", [0, 12])
+def test_a_batch_that_cannot_be_filled(size):
+    with pytest.raises(UserError, match=f"a batch of {size} cannot be taken from the 11 images of 'numbered'"):
+        feed(numbered(11), size)
+
+
+def test_in_order():
+    images = numbered(11)
+    batches = list(datasets.in_order(images, 4, "cpu", centered=True))
+    assert [len(batch) for batch in batches] == [4, 4, 3]
+    assert torch.equal(torch.cat(batches), datasets.to_model_range(read_all(images), True))
+
+
+# -------------------------------------------------------------------------------------------------- what is shipped
+
+
+@pytest.mark.parametrize("name", ["fashion_mnist", "mnist"])
+def test_the_demo_images_load(name):
+    images = load(ROOT / "demo" / f"{name}.npz")
+    assert (images.name, len(images), images.shape) == (name, 256, (3, 32, 32))
+    pixels = read_all(images).float()
+    assert pixels[:, :, 0].mean() < 20  # drawn on black
+    assert 20 < pixels.mean() < 100

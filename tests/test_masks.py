@@ -1,0 +1,206 @@
+"""Masks: equal to the published ones, one clear line for what cannot be made, and users' own files."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import masks
+from console import UserError
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "masks.npz")
+OWN = np.kron(np.eye(4), np.ones((8, 8)))  # (32, 32) of 0 and 1: known blocks on the diagonal
+
+
+def golden(name):
+    return torch.from_numpy(GOLDEN[name]).float()[None, None]
+
+
+# --------------------------------------------------------------------------------------------------- golden masks
+
+
+def test_center_is_the_published_one():
+    assert torch.equal(masks.make_mask("center", 32, rep=3), golden("center_32"))
+
+
+@pytest.mark.parametrize("blocks", [4, 8, 16])
+def test_checkerboards_are_the_published_ones(blocks):
+    fixed = golden(f"checkerboard_32_blocks{blocks}")
+    for rep in range(4):
+        assert torch.equal(masks.make_mask("checkerboard", 32, rep, num_blocks=blocks), fixed)
+        expected = golden(f"checkerboard_alt_32_blocks{blocks}_offset{rep % 2}")
+        assert torch.equal(masks.make_mask("checkerboard_alt", 32, rep, num_blocks=blocks), expected)
+
+
+@pytest.mark.parametrize(("patch", "ratio"), [(4, 0.5), (8, 0.3), (2, 0.75)])
+def test_random_is_the_published_one_for_the_same_permutation(patch, ratio):
+    permutation = np.random.RandomState(7).permutation((32 // patch) ** 2)
+    mask = masks.random_mask_from_permutation(permutation, 32, patch, ratio)
+    assert torch.equal(mask, golden(f"random_32_patch{patch}_ratio{ratio}_npseed7"))
+
+
+def test_every_golden_mask_was_compared():
+    assert len(GOLDEN.files) == 1 + 3 * 3 + 3
+
+
+# ---------------------------------------------------------------------------------------------------- own draws
+
+
+def test_random_draws_from_the_generator_alone():
+    def draw(seed):
+        return masks.make_mask("random", 32, 0, patch_size=4, ratio=0.3, generator=torch.Generator().manual_seed(seed))
+
+    before = torch.get_rng_state()
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("ratio", "known"), [(0.3, 20), (0.5, 32), (1 / 64, 1), (1e-9, 1), (1.0, 64)])
+def test_ratio_is_the_share_of_known_cells_rounded_up(ratio, known):
+    mask = masks.make_mask("random", 32, 0, patch_size=4, ratio=ratio, generator=torch.Generator())
+    assert mask.sum() == known * 16
+    cells = mask.view(8, 4, 8, 4)
+    assert torch.equal(cells.amin((1, 3)), cells.amax((1, 3)))  # whole cells
+
+
+@pytest.mark.parametrize("size", [2, 5, 30, 64])
+def test_shape_type_and_both_values(size):
+    blocks = next(n for n in range(2, size + 1) if size % n == 0)
+    options = {"num_blocks": blocks, "patch_size": 1, "generator": torch.Generator()}
+    for kind in ["center", "checkerboard", "checkerboard_alt", "random"]:
+        mask = masks.make_mask(kind, size, 1, **options)
+        assert mask.shape == (1, 1, size, size)
+        assert mask.dtype == torch.float32
+        assert sorted(mask.unique().tolist()) == [0, 1]
+
+
+# ------------------------------------------------------------------------------------------------ users' mistakes
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("checkerbord", {}, "choose one of: center, checkerboard, checkerboard_alt, random, file"),
+        ("checkerboard", {"num_blocks": 5}, "--mask_num_blocks is 5.*use 2, 4, 8, 16, 32"),
+        ("checkerboard_alt", {"num_blocks": 1}, "use 2, 4, 8, 16, 32"),
+        ("checkerboard", {"num_blocks": 0}, "use 2, 4"),
+        ("checkerboard", {"num_blocks": -4}, "use 2, 4"),
+        ("random", {"patch_size": 3}, "--mask_patch_size is 3.*use 1, 2, 4, 8, 16, 32"),
+        ("random", {"patch_size": 0}, "use 1, 2, 4"),
+        ("random", {"ratio": 0}, "--mask_ratio is 0"),
+        ("random", {"ratio": 1.01}, "--mask_ratio"),
+        ("random", {"ratio": float("nan")}, "--mask_ratio"),
+        ("file", {}, "--mask_file_path"),
+    ],
+)
+def test_options_that_do_not_fit(kind, options, message):
+    with pytest.raises(UserError, match=message):
+        masks.make_mask(kind, 32, 0, generator=torch.Generator(), **options)
+
+
+def test_random_without_a_generator_is_a_bug():
+    with pytest.raises(ValueError, match="generator"):
+        masks.make_mask("random", 32, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------- names
+
+
+def test_names_are_the_published_ones():
+    assert masks.mask_name("center", 8, 4, 0.5) == "center"
+    assert masks.mask_name("checkerboard", 8, 4, 0.5) == "checkerboard_blocks8"
+    assert masks.mask_name("checkerboard_alt", 8, 4, 0.5) == "checkerboard_alt_blocks8"
+    assert masks.mask_name("random", 8, 4, 0.5) == "random_patch4_ratio0.5"
+    assert masks.mask_name("random", 8, 4, 0.5, identifier="b") == "random_patch4_ratio0.5_b"
+    assert masks.mask_name("file", file_path="some/where/ring.png") == "file_ring"
+    assert masks.mask_name("file", file_path="some/where/ring.png", identifier="mine") == "file_mine"
+
+
+def test_names_cover_every_type():
+    for kind in masks.MASK_TYPES:
+        assert masks.mask_name(kind, file_path="a.png").startswith(kind)
+
+
+def test_names_that_cannot_be():
+    with pytest.raises(UserError, match="choose one of"):
+        masks.mask_name("none")
+    with pytest.raises(UserError, match="--mask_file_path"):
+        masks.mask_name("file")
+    with pytest.raises(UserError, match="slashes"):
+        masks.mask_name("center", identifier="../elsewhere")
+
+
+# --------------------------------------------------------------------------------------------- a user's own mask
+
+
+def _save_picture(path, mode):
+    Image.fromarray((OWN * 255).astype(np.uint8)).convert(mode).save(path)
+
+
+WRITERS = {
+    "grey.png": lambda path: _save_picture(path, "L"),
+    "colour.bmp": lambda path: _save_picture(path, "RGB"),
+    "one_bit.png": lambda path: _save_picture(path, "1"),
+    "palette.gif": lambda path: _save_picture(path, "P"),
+    "alpha.PNG": lambda path: _save_picture(path, "LA"),
+    "lossy.jpg": lambda path: _save_picture(path, "L"),
+    "deep.png": lambda path: Image.fromarray((OWN * 65535).astype(np.uint16)).save(path),
+    "dim_16_bit.png": lambda path: Image.fromarray((OWN * 32896 + 200).astype(np.uint16)).save(
+        path
+    ),  # clipping: all white
+    "plain.npy": lambda path: np.save(path, OWN),
+    "bool.npy": lambda path: np.save(path, OWN.astype(bool)),
+    "one.npz": lambda path: np.savez_compressed(path, mask=OWN.astype(np.uint8)[None]),
+    "four.pt": lambda path: torch.save(torch.from_numpy(OWN)[None, None], path),
+    "channels.pth": lambda path: torch.save(torch.from_numpy(OWN).float().expand(3, 32, 32), path),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_mask_file_of_any_kind(name, tmp_path):
+    WRITERS[name](tmp_path / name)
+    mask = masks.load_mask_file(tmp_path / name, 32)
+    assert mask.dtype == torch.float32
+    assert torch.equal(mask, torch.from_numpy(OWN).float()[None, None])
+    assert masks.make_mask("file", 32, 5, file_mask=mask) is mask
+
+
+class _Evil:
+    def __reduce__(self):
+        return (print, ("ran",))
+
+
+BAD = {
+    "size.npy": (lambda path: np.save(path, OWN[:16]), "size 16x32; the images are of 32x32"),
+    "flat.npy": (lambda path: np.save(path, OWN.ravel()), "size 1024"),
+    "size.png": (lambda path: Image.new("L", (16, 16)).save(path), "size 16x16"),
+    "grey.npy": (lambda path: np.save(path, OWN * 0.5), "other than 0"),
+    "bytes.npy": (lambda path: np.save(path, OWN * 255), "other than 0"),
+    "nan.npy": (lambda path: np.save(path, OWN * np.nan), "other than 0"),
+    "channels.npy": (lambda path: np.save(path, np.stack([OWN, 1 - OWN])), "between channels"),
+    "black.png": (lambda path: Image.new("L", (32, 32), 0).save(path), "no pixel is known"),
+    "white.png": (lambda path: Image.new("L", (32, 32), 255).save(path), "no pixel is to be filled"),
+    "two.npz": (lambda path: np.savez(path, a=OWN, b=OWN), "holds 2 arrays"),
+    "list.pt": (lambda path: torch.save([1, 2], path), "holds a list"),
+    "code.pt": (lambda path: torch.save(_Evil(), path), "cannot be read"),
+    "objects.npy": (lambda path: np.save(path, np.array([_Evil()]), allow_pickle=True), "cannot be read"),
+    "text.npy": (lambda path: np.save(path, np.array([["a"]])), "cannot be read"),
+    "broken.npz": (lambda path: path.write_bytes(b"PK nothing"), "cannot be read"),
+    "broken.pth": (lambda path: path.write_bytes(b"nothing"), "cannot be read"),
+    "broken.png": (lambda path: path.write_bytes(b"nothing"), "cannot be read"),
+    "none.png": (lambda path: None, "there is no mask file"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_mask_files_that_cannot_be_used(name, tmp_path, capsys):
+    write, message = BAD[name]
+    write(tmp_path / name)
+    with pytest.raises(UserError, match=message) as caught:
+        masks.load_mask_file(tmp_path / name, 32)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "ran" not in capsys.readouterr().out  # no pickled code was run
