@@ -1,0 +1,36 @@
+"""Trains a score model, or evaluates its checkpoints.
+
+python main.py --workdir results/cifar10/ --config configs/subvp/cifar10_ddpm_continuous.py --mode train
+"""
+
+from absl import flags
+from ml_collections.config_flags import config_flags
+
+import console
+
+FLAGS = flags.FLAGS
+config_flags.DEFINE_config_file("config", None, "The config file; any value: --config.training.batch_size=64.")
+flags.DEFINE_string("workdir", None, "Folder of checkpoints, logs and samples; a run found there is continued.")
+flags.DEFINE_enum("mode", None, ["train", "eval"], "train: train; eval: the test loss of each checkpoint.")
+flags.DEFINE_string("eval_folder", "eval", "Folder below workdir for the results of --mode eval.")
+flags.DEFINE_string("data_root", "./data", "Where data sets lie, or are downloaded to.")
+flags.DEFINE_string("device", None, "auto, cpu, cuda or cuda:i; by default the config's.")
+flags.DEFINE_integer("seed", None, "Key of everything random; by default the config's.")
+flags.mark_flags_as_required(["config", "workdir", "mode"])
+
+
+def main(_):
+    import training
+
+    config = FLAGS.config
+    if FLAGS.seed is not None:
+        config.seed = FLAGS.seed
+    device = console.choose_device(FLAGS.device or config.device)
+    if FLAGS.mode == "train":
+        training.train(config, FLAGS.workdir, device, FLAGS.data_root)
+    else:
+        training.evaluate(config, FLAGS.workdir, FLAGS.eval_folder, device, FLAGS.data_root)
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -1,0 +1,586 @@
+"""Every on-disk format: checkpoints, the results folder, its manifest and scores.
+
+Files are written to a temporary name in the same folder, flushed to the disk and renamed, so
+a reader never meets half a file and a killed run loses nothing that stood there before.
+Checkpoints and batches are read weights-only, always.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import pickle
+import shutil
+import tempfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from console import UserError
+
+MANIFEST = "manifest.json"
+SIDES = {"pos": "in-domain", "neg": "out-of-domain"}
+_PREFIX = "module."  # published checkpoints are saved from DataParallel
+
+# The published optimizer holds its learning rate as a NumPy float64 scalar: the one type besides tensors that
+# a checkpoint may contain, under NumPy's module names of before and after version 2.
+_SCALAR_TYPES = [
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
+    (np.dtype, "numpy.dtype"),
+    type(np.dtype(np.float64)),
+]
+
+
+# ---------------------------------------------------------------------------------------------- atomic writing
+
+
+def write_bytes(path, data):
+    """Writes `data` to `path` completely or not at all, making parent folders.
+
+    Raises:
+        UserError: the folder cannot be written or the disk is full; nothing is left behind.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's own mode is 0600
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; free some space or choose another folder, then run the same "
+            "command again"
+        ) from error
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+def write_text(path, text):
+    """`write_bytes` of UTF-8 text."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path, value):
+    """Writes `value` (JSON types) indented, with a newline at the end."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_tensors(path, value):
+    """`torch.save` of tensors, numbers, text, lists and dicts, atomically."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    write_bytes(path, buffer.getbuffer())
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+# -------------------------------------------------------------------------------------------------- reading
+
+
+def read_tensors(path, what):
+    """Loads a `torch.save` file to the CPU, weights-only.
+
+    Args:
+        path: the file.
+        what: what the user would call it, for messages ("checkpoint", "batch").
+
+    Raises:
+        UserError: the file is missing, truncated, not a torch file, or holds pickled code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no {what} at {path}; check the path")
+    try:
+        with torch.serialization.safe_globals(_SCALAR_TYPES):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+            raise UserError(
+                f"{what} {path} holds pickled code, which is not loaded because it could run anything; "
+                "save it again with tensors, numbers and text alone"
+            ) from error
+        raise UserError(f"{what} {path} is damaged or is no torch file; copy or make it again") from error
+    except PermissionError as error:
+        raise UserError(f"{what} {path} may not be read; change its permissions") from error
+    except Exception as error:  # a damaged file can fail anywhere inside the reader
+        raise UserError(f"{what} {path} is damaged or truncated; copy or make it again") from error
+
+
+def file_hash(path):
+    """SHA-256 of a file's bytes as hexadecimal text."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _hash(file)
+
+
+def _hash(file):
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------- checkpoints
+# As published: {'optimizer', 'model' (keys prefixed "module."), 'ema': {decay, num_updates, shadow_params}, 'step'};
+# ours add 'config' (JSON types) and 'randomness' (what the data order and every later draw are keyed by).
+# An EMA-only file is a safetensors file: the network's weights by their published names, and metadata as text.
+
+
+def write_checkpoint(path, state, config, seed):
+    """Saves a training state so that training continues from it exactly, in the published format.
+
+    Args:
+        path: the file.
+        state: a `losses.TrainState`.
+        config: the config as nested dicts of JSON types.
+        seed: the key of data order, flips, times, noise and dropout; together with the step it determines them all.
+    """
+    checkpoint = {
+        "optimizer": state.optimizer.state_dict(),
+        "model": {_PREFIX + name: value for name, value in state.net.state_dict().items()},
+        "ema": state.ema.state_dict(),
+        "step": state.step,
+        "config": config,
+        "randomness": {"seed": seed, "next_step": state.step},
+    }
+    write_tensors(path, checkpoint)
+
+
+def read_checkpoint(path):
+    """A published checkpoint or ours, checked for its parts but not against a network.
+
+    Raises:
+        UserError: the file is missing, damaged, holds pickled code, or is no checkpoint.
+    """
+    checkpoint = read_tensors(path, "checkpoint")
+    if not isinstance(checkpoint, dict) or not {"model", "ema", "step"} <= checkpoint.keys():
+        raise UserError(f"{path} is no checkpoint of main.py (it lacks one of: model, ema, step); check --ckpt_path")
+    return checkpoint
+
+
+def restore_state(path, state, config, seed):
+    """Loads a checkpoint into a fresh training state of the same network; arguments as `write_checkpoint`.
+
+    Raises:
+        UserError: as `read_checkpoint`, or the checkpoint belongs to another network, config or seed.
+    """
+    checkpoint = read_checkpoint(path)
+    their_seed = checkpoint.get("randomness", {}).get("seed", seed)
+    if their_seed != seed:
+        raise UserError(f"{path} was trained with seed {their_seed}, not {seed}; use --config.seed={their_seed}")
+    _check_config(path, checkpoint.get("config"), config)
+    model = _without_prefix(checkpoint["model"])
+    _check_weights(path, {name: value.shape for name, value in model.items()}, state.net, compare_buffers=True)
+    _check_ema(path, checkpoint["ema"], state.net)
+    state.net.load_state_dict(model)
+    state.ema.load_state_dict(checkpoint["ema"])
+    state.optimizer.load_state_dict(checkpoint["optimizer"])
+    state.step = int(checkpoint["step"])
+
+
+def load_ema_weights(path, net, config):
+    """Loads the EMA weights of a checkpoint (.pth, published or ours) or of an EMA-only file (.safetensors).
+
+    Args:
+        path: the file.
+        net: the network, changed in place.
+        config: the config it was built from, as nested dicts of JSON types.
+
+    Returns:
+        int: training steps of the weights, 0 where unknown.
+
+    Raises:
+        UserError: the file is missing, damaged, holds pickled code or NaNs, or belongs to another network or config.
+    """
+    if Path(path).suffix == ".safetensors":
+        return _load_safetensors(path, net, config)
+    checkpoint = read_checkpoint(path)
+    _check_config(path, checkpoint.get("config"), config)
+    model = _without_prefix(checkpoint["model"])
+    compare_buffers = config["model"]["scale_by_sigma"]  # else the table of sigmas is never read
+    _check_weights(path, {name: value.shape for name, value in model.items()}, net, compare_buffers)
+    _check_ema(path, checkpoint["ema"], net)
+    averages = checkpoint["ema"]["shadow_params"]
+    _check_finite(path, averages)
+    frozen = {name for name, parameter in net.named_parameters() if not parameter.requires_grad}
+    published = {id(value): name for name, value in net.state_dict(keep_vars=True).items()}
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if name in frozen:
+                parameter.copy_(model[published[id(parameter)]])
+        for average, parameter in zip(averages, _trainable(net), strict=True):
+            parameter.copy_(average)
+    return int(checkpoint["step"])
+
+
+def write_ema_weights(path, checkpoint_path, net, config, notes):
+    """Converts a checkpoint to an EMA-only safetensors file.
+
+    Args:
+        path: the new file.
+        checkpoint_path: a checkpoint of `net`.
+        net: the network, which will hold the weights.
+        config: the config as nested dicts of JSON types, stored in the file's metadata.
+        notes: a dict of further text metadata (command, data, loss).
+    """
+    from safetensors.torch import save
+
+    step = load_ema_weights(checkpoint_path, net, config)
+    buffers = dict(net.named_buffers())
+    weights = {name: value.contiguous() for name, value in net.state_dict().items() if name not in buffers}
+    metadata = {"config": json.dumps(config), "step": str(step), **notes}
+    write_bytes(path, save(weights, metadata))
+
+
+def _load_safetensors(path, net, config):
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise UserError(f"there is no checkpoint at {path}; check the path")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"checkpoint {path} is damaged or truncated; copy or make it again") from error
+    _check_config(path, json.loads(metadata.get("config", "null")), config)
+    _check_weights(path, {name: value.shape for name, value in weights.items()}, net, compare_buffers=False)
+    _check_finite(path, weights.values())
+    net.load_state_dict(weights, strict=False)  # the buffers alone may be missing
+    return int(metadata.get("step", 0))
+
+
+def _without_prefix(model):
+    return {name.removeprefix(_PREFIX): value for name, value in model.items()}
+
+
+def _trainable(net):
+    return [parameter for parameter in net.parameters() if parameter.requires_grad]
+
+
+def _check_config(path, theirs, mine):
+    """Refuses a config whose network, SDE or range of data differs from the one that a checkpoint carries."""
+    if theirs is None:
+        return
+    differing = _differences(_what_weights_depend_on(theirs), _what_weights_depend_on(mine))
+    if differing:
+        raise UserError(f"{path} was trained with another config ({'; '.join(differing[:4])}); use its own --config")
+
+
+def _what_weights_depend_on(config):
+    free = {"dropout", "ema_rate", *([] if config["model"]["scale_by_sigma"] else ["num_scales"])}
+    if not config["training"]["continuous"]:
+        free.discard("num_scales")
+    return {
+        "model": {name: value for name, value in config["model"].items() if name not in free},
+        "training": {name: config["training"][name] for name in ("sde", "continuous")},
+        "data": {name: config["data"][name] for name in ("num_channels", "centered")},
+    }
+
+
+def _check_weights(path, found, net, compare_buffers):
+    """Names every weight that is missing, unknown or of another shape, for `found` name -> shape."""
+    buffers = set() if compare_buffers else {name for name, _ in net.named_buffers()}
+    expected = {name: value.shape for name, value in net.state_dict().items() if name not in buffers}
+    found = {name: shape for name, shape in found.items() if name not in buffers}
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} is unknown" for name in found if name not in expected]
+    problems += [
+        f"{name} is {tuple(found[name])}, the config's is {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(
+            f"{path} does not fit the config: {'; '.join(problems[:3])}{more}; use the config it was made with"
+        )
+
+
+def _check_ema(path, ema, net):
+    found = [tuple(value.shape) for value in ema["shadow_params"]]
+    expected = [tuple(parameter.shape) for parameter in _trainable(net)]
+    if len(found) != len(expected):
+        raise UserError(
+            f"{path} holds {len(found)} EMA weights, the config's network has {len(expected)}; check --config"
+        )
+    for position, (theirs, mine) in enumerate(zip(found, expected, strict=True)):
+        if theirs != mine:
+            raise UserError(f"{path}: EMA weight {position} is {theirs}, the config's is {mine}; check --config")
+
+
+def _check_finite(path, weights):
+    bad = sum(int(not torch.isfinite(value).all()) for value in weights)
+    if bad:
+        raise UserError(f"{path} holds NaN or infinite weights ({bad} tensors): training diverged; use an earlier one")
+
+
+# ------------------------------------------------------------------------------------------- the results folder
+
+
+@dataclasses.dataclass(frozen=True)
+class ResultsFolder:
+    """`{workdir}/{mask}_reps{R}` with `pos/batch_{i}.pth` and `neg/batch_{i}.pth`, as published, and `manifest.json`.
+
+    A batch is a dict: `orig` (B, C, H, W) in [0, 1], `masked` a list of R tensors orig * mask, `recon` a list of R
+    tensors, not clipped.  The manifest is `{"settings": {...}, "sides": {"pos": {...}, "neg": {...}}, "versions":
+    {...}}`; settings and a side's entry say everything that determines the side's batches.
+    """
+
+    path: Path
+
+    def batch_path(self, side, index):
+        """The file of batch `index` of 'pos' or 'neg'."""
+        return self.path / side / f"batch_{index}.pth"
+
+    def has_batch(self, side, index):
+        """Whether the batch is there and complete (its zip directory, written last, can be read)."""
+        return zipfile.is_zipfile(self.batch_path(side, index))
+
+    def write_batch(self, side, index, orig, masked, recon):
+        """Writes one batch: orig (B, C, H, W), lists of R tensors of that shape."""
+        write_tensors(self.batch_path(side, index), {"orig": orig, "masked": list(masked), "recon": list(recon)})
+
+    def read_batch(self, side, index, reps=1):
+        """The batch's `orig` (B, C, H, W) and its first `reps` reconstructions, a list of such tensors.
+
+        Raises:
+            UserError: the file is missing or damaged, is no batch, or holds fewer repetitions.
+        """
+        path = self.batch_path(side, index)
+        batch = read_tensors(path, "batch")
+        if not _is_batch(batch):
+            raise UserError(f"{path} is no batch of reconstructions; delete it and run recon.py again")
+        if len(batch["recon"]) < reps:
+            raise UserError(f"{path} holds {len(batch['recon'])} repetitions, {reps} were asked for; lower --reps")
+        return batch["orig"], batch["recon"][:reps]
+
+    def batch_count(self, side):
+        """The number of batches of a side, which must be numbered 0, 1, 2, ... without gaps.
+
+        Raises:
+            UserError: there are none, one is missing in between, or fewer than the manifest announces.
+        """
+        names = [path.name for path in (self.path / side).glob("batch_*.pth")]
+        numbers = sorted(int(name[6:-4]) for name in names if name[6:-4].isdigit())
+        if not numbers:
+            raise UserError(f"{self.path / side} holds no batches ({SIDES[side]} images); run recon.py first")
+        announced = (self.manifest() or {}).get("sides", {}).get(side, {}).get("batches", numbers[-1] + 1)
+        missing = sorted(set(range(announced)) - set(numbers))
+        if missing:
+            raise UserError(
+                f"{self.path / side} is incomplete: batch_{missing[0]}.pth is missing ({len(missing)} of {announced}); "
+                "run the same recon.py command again to make it"
+            )
+        return announced
+
+    def manifest(self):
+        """The manifest, or None where there is none (a folder of the published code)."""
+        path = self.path / MANIFEST
+        if not path.is_file():
+            return None
+        try:
+            return json.loads(path.read_text())
+        except (ValueError, OSError) as error:
+            raise UserError(f"{path} cannot be read; delete the folder {self.path} and run recon.py again") from error
+
+    def claim(self, settings, sides, versions):
+        """Writes the manifest, or refuses a folder that was made otherwise.
+
+        Args:
+            settings: what both sides share (config, checkpoint hash, mask, seed, ...), JSON types.
+            sides: `{"pos": {...}}` or with "neg": what each side's batches are made of.
+            versions: library versions; for information, not compared.
+
+        Raises:
+            UserError: the folder holds batches of other settings; the message says which differ.
+        """
+        settings, sides = json.loads(json.dumps([settings, sides]))  # as they will be read back
+        old = self.manifest()
+        if old is None:
+            if any(self.path.glob("*/batch_*.pth")):
+                raise UserError(f"{self.path} holds batches without a manifest.json; choose another --workdir")
+            old = {"settings": settings, "sides": {}}
+        known = {side: entry for side, entry in old["sides"].items() if side in sides}
+        differing = _differences(old["settings"], settings) + _differences(known, {side: sides[side] for side in known})
+        if differing:
+            raise UserError(
+                f"{self.path} was made with other settings ({'; '.join(differing[:4])}); choose another --workdir, or "
+                "delete that folder"
+            )
+        merged = {"settings": settings, "sides": {**old["sides"], **sides}, "versions": versions}
+        write_json(self.path / MANIFEST, merged)
+
+    def adopt(self, side, settings, entry):
+        """Takes over the batches of this side from a neighbour that made the same, instead of making them again.
+
+        Neighbours are the results folders of the same name under the work folders beside this one.  Files are
+        hard-linked where the file system allows, else copied.
+
+        Returns:
+            int: how many batches were taken over.
+        """
+        settings, entry = json.loads(json.dumps([settings, entry]))
+        taken = 0
+        for neighbour, their_side in self._neighbours(settings, entry):
+            for index in range(entry["batches"]):
+                if neighbour.has_batch(their_side, index) and not self.has_batch(side, index):
+                    _link(neighbour.batch_path(their_side, index), self.batch_path(side, index))
+                    taken += 1
+        return taken
+
+    def _neighbours(self, settings, entry):
+        for path in sorted(self.path.parent.parent.glob(f"*/{self.path.name}/{MANIFEST}")):
+            folder = ResultsFolder(path.parent)
+            if path.parent.resolve() == self.path.resolve():
+                continue
+            with contextlib.suppress(UserError, KeyError, TypeError):
+                manifest = folder.manifest()
+                if manifest["settings"] == settings:
+                    yield from ((folder, side) for side, theirs in manifest["sides"].items() if theirs == entry)
+
+
+def _is_batch(value):
+    def images(tensor):
+        return torch.is_tensor(tensor) and tensor.ndim == 4
+
+    return (
+        isinstance(value, dict)
+        and images(value.get("orig"))
+        and isinstance(value.get("recon"), list)
+        and all(images(recon) and recon.shape == value["orig"].shape for recon in value["recon"])
+    )
+
+
+def _differences(old, new, prefix=""):
+    """The entries in which two nested dicts differ, as text `key: old there, new here`."""
+    rows = []
+    for name in sorted({*old, *new}):
+        there, here = old.get(name), new.get(name)
+        if isinstance(there, dict) and isinstance(here, dict):
+            rows += _differences(there, here, f"{prefix}{name}.")
+        elif there != here:
+            rows.append(f"{prefix}{name}: {_short(there)} there, {_short(here)} here")
+    return rows
+
+
+def _short(value):
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _link(source, target):
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_suffix(".tmp")
+    with contextlib.suppress(FileNotFoundError):
+        temporary.unlink()
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+    os.replace(temporary, target)
+
+
+# ------------------------------------------------------------------------------------------------------- scores
+
+
+def write_csv(path, header, rows):
+    """Writes a table: `header` a list of names, `rows` an iterable of lists."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+RESULTS = "results.json"
+
+
+def write_scores(path, sides):
+    """Writes `scores_{metric}.csv`: one row per image.
+
+    Args:
+        path: the file.
+        sides: `{"pos": table, "neg": table}`, a table a dict of `position` (N,) the image's index in its data set,
+            `batch` (N,) the number of its batch file, `score` (N,) and `distances` (R, N), one row per repetition.
+    """
+    count = len(next(iter(sides.values()))["distances"])
+    header = ["side", "position", "batch", "score", *(f"distance_rep{rep}" for rep in range(count))]
+    write_csv(path, header, (row for side, table in sides.items() for row in _score_rows(side, table)))
+
+
+def _score_rows(side, table):
+    numbers = np.column_stack([table["score"], *table["distances"]])  # (N, 1 + R)
+    for position, batch, row in zip(table["position"], table["batch"], numbers, strict=True):
+        yield [side, position, batch, *(f"{value:.9g}" for value in row)]  # 9 digits give a float32 back exactly
+
+
+def read_scores(path):
+    """The tables that `write_scores` wrote, as NumPy arrays."""
+    with Path(path).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    sides = {}
+    for side in dict.fromkeys(row["side"] for row in rows):
+        own = [row for row in rows if row["side"] == side]
+        names = [name for name in own[0] if name.startswith("distance_rep")]
+        sides[side] = {
+            "position": np.array([int(row["position"]) for row in own]),
+            "batch": np.array([int(row["batch"]) for row in own]),
+            "score": np.array([float(row["score"]) for row in own]),
+            "distances": np.array([[float(row[name]) for row in own] for name in names]),
+        }
+    return sides
+
+
+def read_results(folder):
+    """`results.json` of a results folder, or None where there is none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = Path(folder) / RESULTS
+    if not path.is_file():
+        return None
+    try:
+        results = json.loads(path.read_text())
+        return {**results, "metrics": dict(results["metrics"])}
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise UserError(f"{path} cannot be read; delete it and run detect.py again") from error
+
+
+def write_results(folder, shared, metrics):
+    """Writes `results.json`: the facts that the metrics share, and one entry per metric.
+
+    Metrics scored earlier stay if they share those facts (folder settings, images, repetitions); else they go, for
+    they were measured on something else.
+
+    Args:
+        folder: the results folder.
+        shared: a dict of JSON types.
+        metrics: `{name: {...}}`, JSON types.
+
+    Returns:
+        Path: the file written.
+    """
+    shared, earlier = json.loads(json.dumps(shared)), read_results(folder) or {"metrics": {}}
+    kept = earlier.pop("metrics") if {**earlier, "metrics": None} == {**shared, "metrics": None} else {}
+    path = Path(folder) / RESULTS
+    write_json(path, {**shared, "metrics": {**kept, **metrics}})
+    return path

@@ -1,0 +1,328 @@
+"""The loops of main.py: `train` and `evaluate`.
+
+Everything random is keyed by (config.seed, step), so a run that was killed and started again ends with the same
+weights, bit for bit on a CPU, as one that never was.
+"""
+
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import datasets
+import losses
+import models
+import noise
+import sampling
+import sde_lib
+import storage
+from configs.base import to_dict
+from console import UserError, progress, say
+from models.score import ScoreModel
+
+META_CHECKPOINT = Path("checkpoints-meta") / "checkpoint.pth"
+
+
+class Trainer:
+    """What the loops share: the network, its SDE and loss, the data and the files of one work folder.
+
+    Args:
+        config: the config tree.
+        workdir: folder of checkpoints, logs and samples.
+        device: torch.device.
+        data_root: where data sets lie.
+    """
+
+    def __init__(self, config, workdir, device, data_root):
+        self.config, self.workdir, self.device, self.data_root = config, Path(workdir), device, data_root
+        torch.manual_seed(noise.key(config.seed, "initialisation") & (2**63 - 1))
+        net = models.create_model(config).to(device, memory_format=torch.channels_last)
+        self.sde = sde_lib.create_sde(config)
+        self.model = ScoreModel(net, self.sde, config.training.continuous)
+        self.loss = losses.create_loss(config, self.sde)
+        self.state = losses.create_state(config, net)
+
+    def images(self, split):
+        """The config's data set: the 'train' or the 'test' split."""
+        data = self.config.data
+        return datasets.load(
+            data.dataset,
+            split=split,
+            image_size=data.image_size,
+            num_channels=data.num_channels,
+            data_root=self.data_root,
+        )
+
+    def batches(self, split):
+        """Shuffled batches of a split; flips and dequantisation in training alone."""
+        data, training = self.config.data, split == "train"
+        images = self.images(split)
+        return datasets.TrainingBatches(
+            images,
+            self.config.training.batch_size if training else min(self.config.training.batch_size, len(images)),
+            seed=noise.key(self.config.seed, split),
+            device=self.device,
+            random_flip=training and data.random_flip,
+            uniform_dequantization=training and data.uniform_dequantization,
+            centered=data.centered,
+        )
+
+    def draws(self, x, *words):
+        """The loss's random numbers for images x (B, C, H, W), keyed by the seed and `words`."""
+        return losses.Draws.keyed(x.shape, self.sde.N, self.config.seed, *words, device=self.device)
+
+    def train_step(self, x):
+        """One step on x (B, C, H, W); returns the loss, a scalar tensor."""
+        step = self.state.step
+        # dropout takes no generator: it is the one user of the global one, keyed anew for every step
+        torch.manual_seed(noise.key(self.config.seed, "dropout", step) & (2**63 - 1))
+        draws = self.draws(x, "train", step)
+        return losses.train_step(self.state, self.loss, self.model, x, draws, self.config)
+
+    def with_ema(self):
+        """A context in which the network has the EMA weights and is in eval mode."""
+        return _EMAWeights(self.state)
+
+    @torch.no_grad()
+    def loss_on(self, x, *words):
+        """The loss on x (B, C, H, W), a float; the network as it is."""
+        return self.loss(self.model, x, self.draws(x, *words)).item()
+
+    def save(self, path):
+        """Writes a checkpoint under the work folder."""
+        storage.write_checkpoint(self.workdir / path, self.state, to_dict(self.config), self.config.seed)
+
+    def resume(self):
+        """Continues from the work folder's meta checkpoint if there is one; returns whether."""
+        path = self.workdir / META_CHECKPOINT
+        if path.is_file():
+            storage.restore_state(path, self.state, to_dict(self.config), self.config.seed)
+        return path.is_file()
+
+
+class _EMAWeights:
+    def __init__(self, state):
+        self.state = state
+
+    def __enter__(self):
+        parameters = list(self.state.net.parameters())
+        self.kept = [p.detach().clone() for p in parameters]
+        self.state.ema.copy_to(parameters)
+        self.state.net.eval()
+
+    @torch.no_grad()
+    def __exit__(self, *error):
+        for parameter, value in zip(self.state.net.parameters(), self.kept, strict=True):
+            parameter.copy_(value)
+        self.state.net.train()
+
+
+# ------------------------------------------------------------------------------------------------------- training
+
+
+def train(config, workdir, device, data_root):
+    """Trains a score model; continues where an earlier run in the same work folder stopped.
+
+    Writes `stdout.txt`, `tensorboard/`, `checkpoints/checkpoint_{k}.pth`, `checkpoints-meta/checkpoint.pth` and
+    `samples/iter_{step}/` under the work folder.
+
+    Args:
+        config: the config tree.
+        workdir: the work folder.
+        device: torch.device.
+        data_root: where data sets lie, or are downloaded to.
+
+    Raises:
+        UserError: bad config or data, a checkpoint that does not fit, or a loss that is not finite.
+    """
+    trainer = Trainer(config, workdir, device, data_root)
+    resumed = trainer.resume()
+    first, last = trainer.state.step, config.training.n_iters
+    if first > last:
+        say(f"already trained: {trainer.workdir / META_CHECKPOINT} is at step {first - 1} of {last}")
+        return
+    train_batches, test_batches = trainer.batches("train"), trainer.batches("test")
+    log = Log(trainer.workdir, first)
+    log.line(_headline(trainer, len(train_batches.images), first if resumed else None))
+    bar = progress(total=last + 1, initial=first, unit="step", desc="training")
+    try:
+        for step in range(first, last + 1):
+            value = trainer.train_step(train_batches.batch(step))
+            bar.update()
+            _after_step(trainer, log, test_batches, step, value)
+    finally:
+        bar.close()
+        log.close()
+    say(f"trained: checkpoints are in {trainer.workdir / 'checkpoints'}, the log in {trainer.workdir / 'stdout.txt'}")
+
+
+def _headline(trainer, images, resumed_at):
+    count = sum(p.numel() for p in trainer.state.net.parameters())
+    training = trainer.config.training
+    start = "starting" if resumed_at is None else f"resuming at step {resumed_at}"
+    return (
+        f"{start}: {trainer.config.model.name}, {count:,} parameters, {training.sde}, {images:,} images of "
+        f"{trainer.config.data.dataset}, batches of {training.batch_size}, {training.n_iters:,} steps, {trainer.device}"
+    )
+
+
+def _after_step(trainer, log, test_batches, step, value):
+    """Logs, evaluates and saves where `step` is due; `value` is the step's loss, a scalar tensor."""
+    training = trainer.config.training
+    final = step == training.n_iters
+    saving = final or (step and step % training.snapshot_freq == 0)
+    preemption = final or (step and step % training.snapshot_freq_for_preemption == 0)
+    if step % training.log_freq == 0 or saving or preemption:
+        value = value.item()
+        if not math.isfinite(value):
+            raise UserError(
+                f"the loss is {value} at step {step}: training diverged; lower config.optim.lr and start again "
+                "from the last checkpoint (nothing was overwritten)"
+            )
+        if step % training.log_freq == 0:
+            log.scalar("training_loss", value, step)
+    if step % training.eval_freq == 0:
+        with trainer.with_ema():
+            log.scalar("eval_loss", trainer.loss_on(test_batches.batch(step), "eval", step), step)
+    if preemption:
+        trainer.save(META_CHECKPOINT)
+    if saving:
+        trainer.save(Path("checkpoints") / f"checkpoint_{step // training.snapshot_freq}.pth")
+        if training.snapshot_sampling:
+            with trainer.with_ema():
+                folder = trainer.workdir / "samples" / f"iter_{step}"
+                write_samples(folder, draw_samples(trainer, training.batch_size, step))
+            log.line(f"samples of step {step} are in {folder}")
+
+
+class Log:
+    """Lines to the console and `stdout.txt`, scalars also to TensorBoard."""
+
+    def __init__(self, workdir, first_step):
+        from torch.utils.tensorboard import SummaryWriter
+
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            self.file = (workdir / "stdout.txt").open("a")
+            self.writer = SummaryWriter(workdir / "tensorboard", purge_step=first_step or None)
+        except OSError as error:
+            raise UserError(f"cannot write to {workdir}: {error.strerror}; choose another --workdir") from error
+
+    def line(self, text):
+        """Writes a line with the time of day."""
+        stamped = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}"
+        from tqdm import tqdm
+
+        tqdm.write(stamped)
+        print(stamped, file=self.file, flush=True)
+
+    def scalar(self, name, value, step):
+        """Writes `step: N, name: value`."""
+        self.line(f"step: {step}, {name}: {value:.5e}")
+        self.writer.add_scalar(name, value, step)
+
+    def close(self):
+        """Flushes and closes the files."""
+        self.writer.close()
+        self.file.close()
+
+
+# -------------------------------------------------------------------------------------------------------- samples
+
+
+def draw_samples(trainer, count, step):
+    """`count` samples of the network as it is, keyed by the seed and `step`: (count, C, H, W) in data range."""
+    config, sde = trainer.config, trainer.sde
+    shape = (config.data.num_channels, config.data.image_size, config.data.image_size)
+    keys = noise.image_keys(noise.key(config.seed, step), "samples", torch.arange(count), reps=[0])
+    source = noise.KeyedNoise(keys, shape, trainer.device)
+    if config.sampling.method.lower() == "ode":
+        images, _ = sampling.sample_ode(trainer.model, sde, source(0, "prior") * sde.prior_std)
+    else:
+        predictor, corrector = sampling.create_solvers(config, sde)
+        with progress(total=sde.N, unit="step", desc="sampling", leave=False) as bar:
+            images = sampling.sample(
+                trainer.model,
+                sde,
+                source,
+                predictor=predictor,
+                corrector=corrector,
+                denoise=config.sampling.noise_removal,
+                on_step=bar.update,
+            )
+    return datasets.to_data_range(images, config.data.centered)
+
+
+def write_samples(folder, images):
+    """Writes `sample.np` (N, H, W, C) uint8, as published, and `sample.png`, a grid; images (N, C, H, W) in [0, 1]."""
+    import io
+
+    from PIL import Image
+    from torchvision.utils import make_grid
+
+    pixels = (images.permute(0, 2, 3, 1).cpu() * 255).clamp(0, 255).to(torch.uint8).numpy()  # (N, H, W, C)
+    array = io.BytesIO()
+    np.save(array, pixels)
+    storage.write_bytes(folder / "sample.np", array.getvalue())
+    grid = make_grid(images.cpu().clamp(0, 1), nrow=max(1, math.isqrt(len(images))), padding=2)  # (3, H', W')
+    picture = io.BytesIO()
+    Image.fromarray((grid.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()).save(picture, "PNG")
+    storage.write_bytes(folder / "sample.png", picture.getvalue())
+
+
+# ------------------------------------------------------------------------------------------------------ evaluation
+
+
+def evaluate(config, workdir, eval_folder, device, data_root):
+    """The mean test loss of every numbered checkpoint from eval.begin_ckpt to eval.end_ckpt, with the EMA weights.
+
+    Writes `{workdir}/{eval_folder}/ckpt_{k}_loss.npz` with `all_losses` (one a batch) and `mean_loss` (over images).
+
+    Args:
+        config: the config tree.
+        workdir: the work folder of a training run.
+        eval_folder: name of the folder for the results.
+        device: torch.device.
+        data_root: where data sets lie.
+
+    Raises:
+        UserError: no checkpoint of the range is there, or the config asks for what is not computed here.
+    """
+    for field in ("enable_sampling", "enable_bpd"):
+        if config.eval.get(field, False):
+            raise UserError(f"evaluation computes the test loss; set --config.eval.{field}=False")
+    trainer = Trainer(config, workdir, device, data_root)
+    wanted = range(config.eval.begin_ckpt, config.eval.end_ckpt + 1)
+    paths = {k: trainer.workdir / "checkpoints" / f"checkpoint_{k}.pth" for k in wanted}
+    present = [k for k in wanted if paths[k].is_file()]
+    missing = [str(k) for k in wanted if k not in present]
+    if not present:
+        raise UserError(
+            f"{trainer.workdir / 'checkpoints'} holds none of checkpoint_{wanted.start}.pth to "
+            f"checkpoint_{wanted[-1] if wanted else '?'}.pth; set --config.eval.begin_ckpt and end_ckpt"
+        )
+    if missing:
+        say(f"missing checkpoints, left out: {', '.join(missing)}")
+    images = trainer.images("test")
+    for k in present:
+        storage.load_ema_weights(paths[k], trainer.state.net, to_dict(config))
+        trainer.state.net.eval()
+        _evaluate_one(trainer, images, k, trainer.workdir / eval_folder / f"ckpt_{k}_loss.npz")
+
+
+def _evaluate_one(trainer, images, k, path):
+    import io
+
+    config, values, counts = trainer.config, [], []
+    batches = datasets.in_order(images, config.eval.batch_size, trainer.device, config.data.centered)
+    total = math.ceil(len(images) / config.eval.batch_size)
+    for i, x in enumerate(progress(batches, total=total, unit="batch", desc=f"checkpoint {k}")):
+        values.append(trainer.loss_on(x, "evaluate", i))
+        counts.append(len(x))
+    mean = float(np.average(values, weights=counts))
+    array = io.BytesIO()
+    np.savez_compressed(array, all_losses=np.array(values), mean_loss=mean)
+    storage.write_bytes(path, array.getvalue())
+    say(f"checkpoint {k}: mean test loss {mean:.5f} over {len(images)} images; written to {path}")
