@@ -1,0 +1,442 @@
+"""Lifts images off their manifold by masking them and maps them back by inpainting.
+
+    python recon.py --config configs/subvp/cifar10_ddpm_continuous.py \
+        --ckpt_path results/cifar10/checkpoints/checkpoint_20.pth --in_domain CIFAR10 --out_of_domain SVHN \
+        --batch_size 200 --mask_type checkerboard_alt --mask_num_blocks 8 --reps_per_image 10 \
+        --workdir results/cifar10/CIFAR10_vs_SVHN/
+"""
+
+import dataclasses
+from pathlib import Path
+
+from absl import flags
+from ml_collections.config_flags import config_flags
+
+import console
+
+_SOURCE = "a data set's name, a folder of images, a .txt list of image paths, or a .npz or .npy file of images"
+
+FLAGS = flags.FLAGS
+config_flags.DEFINE_config_file("config", None, "The config that the model was trained with; values can be overridden.")
+flags.DEFINE_string("workdir", None, "Folder of the results: {workdir}/{mask}_reps{R}/.")
+flags.DEFINE_string("ckpt_path", None, "The checkpoint (.pth), or EMA weights (.safetensors).")
+flags.DEFINE_integer("reps_per_image", 1, "Reconstructions of each image.", lower_bound=1)
+flags.DEFINE_integer("batch_size", 100, "Images per batch file.", lower_bound=1)
+flags.DEFINE_string("in_domain", None, f"The in-domain images: {_SOURCE}.")
+flags.DEFINE_string("out_of_domain", None, f"The images in question: {_SOURCE}. Without it the in-domain side is made.")
+flags.DEFINE_bool("id_center_crop", True, "Crop in-domain files to their centre square; else squeeze them.")
+flags.DEFINE_bool("ood_center_crop", True, "Crop out-of-domain files to their centre square; else squeeze them.")
+flags.DEFINE_string("mask_type", "center", "center, checkerboard, checkerboard_alt, random or file.")
+flags.DEFINE_bool("save_mask", False, "Write the masks as pictures (white = known); --mask_file_path reads them.")
+flags.DEFINE_integer("mask_num_blocks", 4, "Checkerboards: blocks an edge.")
+flags.DEFINE_integer("mask_patch_size", 4, "Random masks: pixels an edge of a patch.")
+flags.DEFINE_float("mask_ratio", 0.5, "Random masks: share of known patches.")
+flags.DEFINE_string(
+    "mask_file_path", None, "Your own mask: a picture (white = known) or array; implies mask_type file."
+)
+flags.DEFINE_string("mask_save_dir", None, "Where --save_mask writes; by default masks/ in the results folder.")
+flags.DEFINE_string("mask_identifier", None, "A tag in the names of the results folder and the saved masks.")
+flags.DEFINE_integer("max_images", None, "Take the first so many images of each side, for a quick look.", lower_bound=1)
+flags.DEFINE_string("data_root", "./data", "Where data sets lie, or are downloaded to.")
+flags.DEFINE_integer("seed", None, "Key of the noise and the random masks; by default the config's.")
+flags.DEFINE_string("device", None, "auto, cpu, cuda or cuda:i; by default the config's.")
+flags.DEFINE_float(
+    "memory_gb",
+    None,
+    "Memory for the network's activations, which limits how many images it sees at once; by default 1 on a CPU and "
+    "60 % of the free memory on a GPU. The results are the same.",
+    lower_bound=0.0,
+)
+flags.mark_flags_as_required(["config", "workdir", "ckpt_path", "in_domain"])
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskOptions:
+    """Which masks to make; see `masks.make_mask`."""
+
+    mask_type: str = "center"
+    num_blocks: int = 4
+    patch_size: int = 4
+    ratio: float = 0.5
+    file_path: str | None = None
+    identifier: str | None = None
+
+    @property
+    def name(self):
+        """The stem of the results folder."""
+        import masks
+
+        values = self.mask_type, self.num_blocks, self.patch_size, self.ratio
+        return masks.mask_name(*values, identifier=self.identifier, file_path=self.file_path)
+
+    def stack(self, size, reps, *key):
+        """The masks of all repetitions: (R, 1, S, S), 1 = known; `key` is what random masks are keyed by."""
+        import torch
+
+        import masks
+        import noise
+
+        file_mask = masks.load_mask_file(self.file_path, size) if self.file_path else None
+        values = self.num_blocks, self.patch_size, self.ratio
+        return torch.cat(
+            [
+                masks.make_mask(self.mask_type, size, rep, *values, noise.generator(*key, rep), file_mask)
+                for rep in range(reps)
+            ]
+        )
+
+
+class Reconstructor:
+    """The Lift and the Map of Lift, Map, Detect, for batches of images and all their repetitions at once.
+
+    Args:
+        config: the config tree.
+        model: a `models.score.ScoreModel`.
+        mask_options: a `MaskOptions`.
+        reps: repetitions R.
+        seed: key of the noise and the random masks.
+        device: torch.device.
+        rows: trajectories in the network at once; the results do not depend on it.
+    """
+
+    def __init__(self, config, model, mask_options, reps, seed, device, rows):
+        self.config, self.model, self.mask_options = config, model, mask_options
+        self.reps, self.seed, self.device, self.rows = reps, seed, device, rows
+
+    def __call__(self, images, name, positions, index, on_step=None):
+        """Reconstructs one batch.
+
+        Args:
+            images: (B, C, H, W) uint8.
+            name: the data set's name.
+            positions: (B,) int64, the images' indices in it.
+            index: the batch's number, which keys random masks.
+            on_step: called with the number of trajectories after each step.
+
+        Returns:
+            orig (B, C, H, W) in [0, 1], masks (R, 1, H, W), recon (R, B, C, H, W) in data range, all on the CPU.
+
+        Raises:
+            UserError: the reconstructions are not finite.
+        """
+        import torch
+
+        import datasets
+        import noise
+
+        batch, size = len(images), images.shape[-1]
+        masks = self.mask_options.stack(size, self.reps, self.seed, "mask", name, index)  # (R, 1, H, W)
+        data = datasets.to_model_range(images.to(self.device), self.config.data.centered)  # (B, C, H, W)
+        keys = noise.image_keys(self.seed, name, positions, range(self.reps))  # (R B,): all of rep 0, then of rep 1
+        device_masks = masks.to(self.device)
+        recon = torch.empty(self.reps * batch, *data.shape[1:])
+        for rows in torch.arange(self.reps * batch).split(self._rows_at_once(batch)):
+            image, rep = (rows % batch).to(self.device), (rows // batch).to(self.device)
+            filled = self._inpaint(data[image], device_masks[rep], keys[rows], batch, on_step)
+            recon[rows] = datasets.to_data_range(filled, self.config.data.centered).cpu()
+        if not torch.isfinite(recon).all():
+            raise console.UserError(
+                f"the reconstructions of batch {index} of {name} are NaN or infinite: the model's weights or the "
+                "sampling settings are broken; nothing was written for it"
+            )
+        orig = datasets.to_model_range(images, centered=False)
+        return orig, masks, recon.view(self.reps, batch, *data.shape[1:])
+
+    def _rows_at_once(self, batch):
+        """Trajectories per call; whole repetitions where Langevin's step size ties the images of a batch together."""
+        if self.config.sampling.corrector.lower() != "langevin":
+            return self.rows
+        return max(1, self.rows // batch) * batch
+
+    def _inpaint(self, data, masks, keys, batch, on_step):
+        import noise
+        import sampling
+
+        sde, options = self.model.sde, self.config.sampling
+        predictor, corrector = sampling.create_solvers(self.config, sde, group=batch)
+        return sampling.inpaint(
+            self.model,
+            sde,
+            data,
+            masks,
+            noise.KeyedNoise(keys, data.shape[1:], self.device),
+            predictor=predictor,
+            corrector=corrector,
+            denoise=options.noise_removal,
+            on_step=on_step and (lambda: on_step(len(data))),
+        )
+
+
+def load_model(config, ckpt_path, device):
+    """The score model of a checkpoint's EMA weights, in eval mode, and how many steps it was trained.
+
+    Raises:
+        UserError: see `storage.load_ema_weights`.
+    """
+    import torch
+
+    import models
+    import sde_lib
+    import storage
+    from configs.base import to_dict
+    from models.score import ScoreModel
+
+    net = models.create_model(config)
+    step = storage.load_ema_weights(ckpt_path, net, to_dict(config))
+    net = net.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    return ScoreModel(net, sde_lib.create_sde(config), config.training.continuous), step
+
+
+def rows_within(memory_gb, config, device):
+    """How many images the network may see at once.
+
+    An image's activations are estimated as the skip connections of its U-Net plus some tensors of the widest level.
+
+    Args:
+        memory_gb: the budget, or None for 1 GB on a CPU, 60 % of the free memory on a GPU.
+        config: the config tree.
+        device: torch.device.
+
+    Raises:
+        UserError: the budget does not hold one image.
+    """
+    import torch
+
+    if memory_gb is None:
+        memory_gb = 1.0 if device.type == "cpu" else 0.6 * torch.cuda.mem_get_info(device)[0] / 1e9
+    model, size = config.model, config.data.image_size
+    levels = [4 * model.nf * m * (size // 2**i) ** 2 for i, m in enumerate(model.ch_mult)]  # bytes of one tensor each
+    per_image = (model.num_res_blocks + 1) * sum(levels) + 8 * max(levels)
+    rows = int(memory_gb * 1e9 // per_image)
+    if rows < 1:
+        raise console.UserError(f"--memory_gb {memory_gb:g} is too little: one image needs about {per_image / 1e9:.3f}")
+    return rows
+
+
+def reconstruct_side(folder, side, images, reconstruct, batch_size):
+    """Reconstructs what is missing of one side.
+
+    Args:
+        folder: a `storage.ResultsFolder`.
+        side: 'pos' or 'neg'.
+        images: a `datasets.ImageSet`.
+        reconstruct: a `Reconstructor`.
+        batch_size: images per batch file.
+    """
+    import storage
+
+    missing = [i for i in range(batches_of(images, batch_size)) if not folder.has_batch(side, i)]
+    if not missing:
+        console.say(f"{storage.SIDES[side]}: all {len(images)} images of {images.name} are there already")
+        return
+    trajectories = sum(len(images.positions[i * batch_size : (i + 1) * batch_size]) for i in missing) * reconstruct.reps
+    total = trajectories * reconstruct.model.sde.N
+    label = f"{storage.SIDES[side]} {images.name}"
+    with console.progress(total=total, unit="steps", unit_scale=True, desc=label) as bar:
+        for index in missing:
+            start, stop = index * batch_size, min((index + 1) * batch_size, len(images))
+            pixels, positions = images.read(start, stop), images.positions[start:stop]
+            orig, masks, recon = reconstruct(pixels, images.name, positions, index, bar.update)
+            folder.write_batch(side, index, orig, [orig * mask for mask in masks], recon.unbind())
+
+
+def batches_of(images, batch_size):
+    """The number of batch files of an image set."""
+    return -(-len(images) // batch_size)
+
+
+def describe_settings(config, ckpt_path, mask_options, reps, seed):
+    """What determines both sides' reconstructions, as JSON types: the manifest's `settings`."""
+    import storage
+    from configs.base import to_dict
+
+    tree = to_dict(config)
+    mask = {name: value for name, value in dataclasses.asdict(mask_options).items() if name != "file_path"}
+    if mask_options.file_path:
+        mask["file_hash"] = storage.file_hash(mask_options.file_path)
+    return {
+        "config": {
+            "data": {name: tree["data"][name] for name in ("image_size", "num_channels", "centered")},
+            "model": {name: value for name, value in tree["model"].items() if name not in ("dropout", "ema_rate")},
+            "training": {name: tree["training"][name] for name in ("sde", "continuous")},
+            "sampling": tree["sampling"],
+        },
+        "checkpoint": storage.file_hash(ckpt_path),
+        "mask": mask,
+        "reps_per_image": reps,
+        "seed": seed,
+    }
+
+
+def describe_side(images, batch_size, center_crop):
+    """What determines one side's batches, as JSON types: an entry of the manifest's `sides`."""
+    return {
+        "dataset": images.name,
+        "fingerprint": images.fingerprint,
+        "center_crop": center_crop,
+        "images": len(images),
+        "batch_size": batch_size,
+        "batches": batches_of(images, batch_size),
+        "skipped": [[str(path), reason] for path, reason in images.skipped],
+        "positions_skipped": sorted(set(range(int(images.positions[-1]) + 1)) - set(images.positions.tolist())),
+    }
+
+
+def save_masks(directory, mask_options, size, reps, seed, sides, batch_size):
+    """Writes the masks as PNG, white = known: one a repetition, or one a batch and repetition for random masks."""
+    import io
+
+    import torch
+    from PIL import Image
+
+    import storage
+
+    if mask_options.mask_type == "random":
+        stacks = {
+            f"{side}_batch{i}_": (seed, "mask", images.name, i)
+            for side, images in sides.items()
+            for i in range(batches_of(images, batch_size))
+        }
+    else:
+        stacks = {"": (seed,)}
+    for prefix, key in stacks.items():
+        for rep, mask in enumerate(mask_options.stack(size, reps, *key)):
+            picture = io.BytesIO()
+            Image.fromarray((mask[0] * 255).to(torch.uint8).numpy()).save(picture, "PNG")
+            storage.write_bytes(directory / f"{mask_options.name}_{prefix}rep{rep}.png", picture.getvalue())
+    console.say(f"masks: {directory}")
+
+
+def main(_):
+    mask_type = FLAGS.mask_type
+    if FLAGS.mask_file_path and mask_type != "file":
+        if FLAGS["mask_type"].present:
+            raise console.UserError(f"--mask_file_path goes with --mask_type file, not {mask_type}; leave one out")
+        mask_type = "file"
+    mask_options = MaskOptions(
+        mask_type,
+        FLAGS.mask_num_blocks,
+        FLAGS.mask_patch_size,
+        FLAGS.mask_ratio,
+        FLAGS.mask_file_path,
+        FLAGS.mask_identifier,
+    )
+    config = FLAGS.config
+    seed = config.seed if FLAGS.seed is None else FLAGS.seed
+    sources = {"pos": (FLAGS.in_domain, FLAGS.id_center_crop)}
+    if FLAGS.out_of_domain:
+        sources["neg"] = (FLAGS.out_of_domain, FLAGS.ood_center_crop)
+    run(
+        config,
+        ckpt_path=FLAGS.ckpt_path,
+        workdir=FLAGS.workdir,
+        sources=sources,
+        mask_options=mask_options,
+        reps=FLAGS.reps_per_image,
+        batch_size=FLAGS.batch_size,
+        seed=seed,
+        device=console.choose_device(FLAGS.device or config.device),
+        max_images=FLAGS.max_images,
+        data_root=FLAGS.data_root,
+        memory_gb=FLAGS.memory_gb,
+        mask_directory=(FLAGS.mask_save_dir or "") if FLAGS.save_mask else None,
+    )
+
+
+def run(
+    config,
+    *,
+    ckpt_path,
+    workdir,
+    sources,
+    mask_options,
+    reps,
+    batch_size,
+    seed,
+    device,
+    max_images=None,
+    data_root="./data",
+    memory_gb=None,
+    mask_directory=None,
+):
+    """Reconstructs both sides into `{workdir}/{mask}_reps{R}`, continuing where an earlier run stopped.
+
+    Args:
+        config: the config tree.
+        ckpt_path: checkpoint or EMA weights.
+        workdir: the work folder.
+        sources: side ('pos', 'neg') -> (source of images, whether to crop them).
+        mask_options: a `MaskOptions`.
+        reps: repetitions of each image.
+        batch_size: images per batch file.
+        seed: key of everything random.
+        device: torch.device.
+        max_images: the first so many images of each side, or None.
+        data_root: where data sets lie.
+        memory_gb: see `rows_within`.
+        mask_directory: where masks are written; "" for masks/ in the results folder, None for not at all.
+
+    Returns:
+        Path: the results folder.
+
+    Raises:
+        UserError: for bad input of any kind; what was written before stays.
+    """
+    import storage
+
+    size = config.data.image_size
+    mask_options.stack(size, 1, seed)  # a mask that does not fit is told before anything long
+    folder = storage.ResultsFolder(Path(workdir) / f"{mask_options.name}_reps{reps}")
+    model, step = load_model(config, ckpt_path, device)
+    rows = rows_within(memory_gb, config, device)
+    sides = {side: _load_images(config, *source, data_root, max_images) for side, source in sources.items()}
+    settings = describe_settings(config, ckpt_path, mask_options, reps, seed)
+    entries = {side: describe_side(images, batch_size, sources[side][1]) for side, images in sides.items()}
+    folder.claim(settings, entries, _versions(ckpt_path, step, device))
+    if mask_directory is not None:
+        directory = Path(mask_directory) if mask_directory else folder.path / "masks"
+        save_masks(directory, mask_options, size, reps, seed, sides, batch_size)
+    reconstruct = Reconstructor(config, model, mask_options, reps, seed, device, rows)
+    for side, images in sides.items():
+        if taken := folder.adopt(side, settings, entries[side]):
+            console.say(f"{storage.SIDES[side]}: {taken} batches taken over from an earlier run with the same settings")
+        reconstruct_side(folder, side, images, reconstruct, batch_size)
+    console.say(f"reconstructions: {folder.path}")
+    if "neg" in sides:
+        console.say(f"next: python detect.py --result_path {folder.path} --reps {reps} --metric MSE")
+    return folder.path
+
+
+def _load_images(config, source, center_crop, data_root, max_images):
+    import datasets
+
+    data = config.data
+    return datasets.load(
+        source,
+        split="test",
+        image_size=data.image_size,
+        num_channels=data.num_channels,
+        data_root=data_root,
+        center_crop=center_crop,
+        max_images=max_images,
+    )
+
+
+def _versions(ckpt_path, step, device):
+    import platform
+
+    import numpy as np
+    import torch
+
+    return {
+        "checkpoint_path": str(ckpt_path),
+        "checkpoint_step": step,
+        "device": str(device),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
+
+
+if __name__ == "__main__":
+    console.run(main)
