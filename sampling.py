@@ -234,6 +234,25 @@ def sample(model, sde, noise, *, predictor, corrector=None, eps=None, denoise=Tr
     return integrate(model, prior, times, predictor, noise, corrector, denoise=denoise, on_step=on_step)
 
 
+def replacement(sde, data, mask):
+    """The constraint of inpainting: known pixels are replaced by the data at the noise level of the time.
+
+    Args:
+        sde, data, mask: as in `inpaint`.
+
+    Returns:
+        A function (x, t, z) -> (x, mean), all (B, C, H, W) but t (1,); the mean keeps x on the filled pixels.
+    """
+    unknown = 1 - mask
+
+    def constrain(x, t, z):
+        alpha, std = sde.marginal(t)
+        filled, known_mean = x * unknown, per_image(alpha) * data
+        return filled + (known_mean + per_image(std) * z) * mask, filled + known_mean * mask
+
+    return constrain
+
+
 def inpaint(model, sde, data, mask, noise, *, predictor, corrector=None, eps=None, denoise=True, on_step=None):
     """The Map of Lift, Map, Detect: fills the unknown pixels by the reverse process, holding the known ones.
 
@@ -250,14 +269,8 @@ def inpaint(model, sde, data, mask, noise, *, predictor, corrector=None, eps=Non
     Returns:
         (B, C, H, W) in the model's range, not clipped.
     """
-    unknown = 1 - mask
-
-    def constrain(x, t, z):
-        alpha, std = sde.marginal(t)
-        filled, known_mean = x * unknown, per_image(alpha) * data
-        return filled + (known_mean + per_image(std) * z) * mask, filled + known_mean * mask
-
-    x = data * mask + noise(0, "prior") * sde.prior_std * unknown
+    constrain = replacement(sde, data, mask)
+    x = data * mask + noise(0, "prior") * sde.prior_std * (1 - mask)
     times = time_grid(sde, sde.N, sde.eps if eps is None else eps, data.device)
     return integrate(
         model, x, times, predictor, noise, corrector, constrain=constrain, denoise=denoise, on_step=on_step

@@ -29,7 +29,7 @@ class DDPM(layers.PublishedNames, nn.Module):
         def residual(c_in, c_out):
             return layers.ResidualBlock(c_in, c_out, temb, act, model.dropout)
 
-        self.centered, self.scale_by_sigma, self.nf, self.act = data.centered, model.scale_by_sigma, nf, act
+        self.centered, self.scale_by_sigma, self.nf = data.centered, model.scale_by_sigma, nf
         self.register_buffer("sigmas", layers.sigma_table(model.sigma_min, model.sigma_max, model.num_scales))
         self.time = layers.TimeEmbedding(nf, act) if model.conditional else None
         self.conv_in = layers.conv(data.num_channels, nf)
@@ -57,7 +57,7 @@ class DDPM(layers.PublishedNames, nn.Module):
             if level:
                 self.up.append(layers.Upsample(c, model.resamp_with_conv))
 
-        self.norm_out = nn.GroupNorm(32, c, eps=layers.GROUP_NORM_EPS)
+        self.norm_out = layers.NormAct(32, c, act)
         self.conv_out = layers.conv(c, data.num_channels, scale=0.0)
         self.use_published_names()
 
@@ -72,7 +72,7 @@ class DDPM(layers.PublishedNames, nn.Module):
         h = second(attention(first(h, temb)), temb)
         for module in self.up:
             h = module(h, temb, skips.pop()) if isinstance(module, Stage) else module(h)
-        h = self.conv_out(self.act(self.norm_out(h)))  # (B, C, H, W)
+        h = self.conv_out(self.norm_out(h))  # (B, C, H, W)
         return h / self.sigmas[labels.long()].to(h.dtype)[:, None, None, None] if self.scale_by_sigma else h
 
 

@@ -190,10 +190,9 @@ class BigGANBlock(layers.ResidualBlock):
             self.shortcut = layers.conv(channels_in, channels_out, kernel=1)
 
     def forward(self, x, temb):
-        h = self.conv0(self.resampler(self.act(self.norm0(x))))
-        if self.dense is not None:
-            h = h + self.dense(self.act(temb))[:, :, None, None]
-        h = self.conv1(self.dropout(self.act(self.norm1(h))))
+        h = self.conv0(self.resampler(self.norm0(x)))
+        shift = None if self.dense is None else self.dense(self.act(temb))  # (B or 1, C_out)
+        h = self.conv1(self.dropout(self.norm1(h, shift)))
         x = self.resampler(x)
         return _join(h, x if self.shortcut is None else self.shortcut(x), self.rescale)
 
@@ -203,11 +202,11 @@ class Head(nn.Module):
 
     def __init__(self, channels, channels_out, act, scale):
         super().__init__()
-        self.norm, self.act = nn.GroupNorm(groups(channels), channels, eps=layers.GROUP_NORM_EPS), act
+        self.norm = layers.NormAct(groups(channels), channels, act)
         self.conv = layers.conv(channels, channels_out, scale=scale)
 
     def forward(self, h):
-        return self.conv(self.act(self.norm(h)))
+        return self.conv(self.norm(h))
 
 
 # --------------------------------------------------------------------------------------------------- image pyramids

@@ -1,0 +1,107 @@
+"""The DDPM network, its training step and its inpainting loop written plainly, to be measured against.
+
+NCHW, eager, one module for every operation of the papers: 1x1 projections and attention by einsum over the pixels,
+normalisation and nonlinearity apart, nearest upsampling before the convolution, Adam and the moving average one tensor
+after another, fresh noise from the global generator.  The weights have the same names, so both hold the same network.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models import layers
+from models.ddpm import DDPM
+from sde_lib import per_image
+
+
+class PlainProjection(layers.Projection):
+    def forward(self, x):
+        return torch.einsum("bchw,cd->bdhw", x, self.W) + self.b[None, :, None, None]
+
+
+class PlainAttention(layers.Attention):
+    def forward(self, x):
+        b, c, height, width = x.shape
+        h = self.norm(x)
+        q, k, v = self.query(h), self.key(h), self.value(h)
+        weights = torch.einsum("bchw,bcij->bhwij", q, k) * c**-0.5
+        weights = F.softmax(weights.reshape(b, height, width, height * width), dim=-1)
+        weights = weights.reshape(b, height, width, height, width)
+        return x + self.out(torch.einsum("bhwij,bcij->bchw", weights, v))
+
+
+class PlainNormAct(layers.NormAct):
+    def forward(self, x, shift=None):
+        x = x if shift is None else x + shift[:, :, None, None]
+        return self.act(F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps))
+
+
+class PlainUpsample(layers.Upsample):
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+PLAIN = {
+    layers.Projection: PlainProjection,
+    layers.Attention: PlainAttention,
+    layers.NormAct: PlainNormAct,
+    layers.Upsample: PlainUpsample,
+}
+
+
+def plain_network(config):
+    """The DDPM of a config with every module replaced by its plain form, NCHW."""
+    net = DDPM(config)
+    for module in net.modules():
+        if type(module) in PLAIN:
+            module.__class__ = PLAIN[type(module)]
+    return net
+
+
+class PlainTraining:
+    """A training step as one would first write it; `step(x)` takes x (B, C, H, W) in the model's range."""
+
+    def __init__(self, net, sde, config):
+        self.net, self.sde, self.config, self.steps = net, sde, config, 0
+        self.optimizer = torch.optim.Adam(net.parameters(), lr=config.optim.lr, foreach=False)
+        self.shadow = [p.detach().clone() for p in net.parameters()]
+
+    def step(self, x):
+        self.optimizer.zero_grad()
+        t = torch.rand(len(x)) * (1 - 1e-5) + 1e-5
+        z = torch.randn_like(x)
+        alpha, std = (per_image(v) for v in self.sde.marginal(t))
+        score = -self.net(alpha * x + std * z, t * 999) / std
+        loss = (score * std + z).square().flatten(1).mean(dim=1).mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.net.parameters(), self.config.optim.grad_clip, foreach=False)
+        self.optimizer.step()
+        self.steps += 1
+        decay = min(self.config.model.ema_rate, (1 + self.steps) / (10 + self.steps))
+        with torch.no_grad():
+            for average, parameter in zip(self.shadow, self.net.parameters(), strict=True):
+                average.sub_((1 - decay) * (average - parameter))
+        return loss.item()
+
+
+@torch.no_grad()
+def plain_inpaint(net, sde, data, mask, steps):
+    """`steps` steps of the published loop for sub-VP: constrain, Euler-Maruyama, constrain; the same for each image."""
+    x = data * mask + torch.randn_like(data) * (1 - mask)
+    for t in torch.linspace(1, 1e-3, sde.N)[:steps]:
+        times = torch.ones(len(data)) * t
+        x = _constrain(sde, x, data, mask, times)
+        _, std = sde.marginal(times)
+        drift, diffusion = sde.sde(x, times)
+        score = -net(x, times * 999) / per_image(std)
+        mean = x - (drift - per_image(diffusion) ** 2 * score) / sde.N
+        x = mean + per_image(diffusion) * math.sqrt(1 / sde.N) * torch.randn_like(x)
+        x = _constrain(sde, x, data, mask, times)
+    return x
+
+
+def _constrain(sde, x, data, mask, times):
+    alpha, std = (per_image(v) for v in sde.marginal(times))
+    return x * (1 - mask) + (alpha * data + std * torch.randn_like(data)) * mask
