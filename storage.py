@@ -15,6 +15,7 @@ import os
 import pickle
 import shutil
 import tempfile
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -109,10 +110,11 @@ def read_tensors(path, what):
     if not path.is_file():
         raise UserError(f"there is no {what} at {path}; check the path")
     try:
-        with torch.serialization.safe_globals(_SCALAR_TYPES):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_SCALAR_TYPES):
+            warnings.simplefilter("ignore")  # torch remarks on the pickle protocol of files that are not its own
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+        if "GLOBAL" in str(error):
             raise UserError(
                 f"{what} {path} holds pickled code, which is not loaded because it could run anything; "
                 "save it again with tensors, numbers and text alone"
@@ -172,6 +174,11 @@ def read_checkpoint(path):
     checkpoint = read_tensors(path, "checkpoint")
     if not isinstance(checkpoint, dict) or not {"model", "ema", "step"} <= checkpoint.keys():
         raise UserError(f"{path} is no checkpoint of main.py (it lacks one of: model, ema, step); check --ckpt_path")
+    model, ema = checkpoint["model"], checkpoint["ema"]
+    averages = ema.get("shadow_params") if isinstance(ema, dict) else None
+    weights = [*model.values(), *averages] if isinstance(model, dict) and isinstance(averages, list) else [None]
+    if not all(torch.is_tensor(value) for value in weights):
+        raise UserError(f"{path} is no checkpoint of main.py (its weights are no tensors by name); check --ckpt_path")
     return checkpoint
 
 
@@ -182,6 +189,8 @@ def restore_state(path, state, config, seed):
         UserError: as `read_checkpoint`, or the checkpoint belongs to another network, config or seed.
     """
     checkpoint = read_checkpoint(path)
+    if "optimizer" not in checkpoint:
+        raise UserError(f"{path} lacks the optimizer's state, so training cannot continue from it; choose another")
     their_seed = checkpoint.get("randomness", {}).get("seed", seed)
     if their_seed != seed:
         raise UserError(f"{path} was trained with seed {their_seed}, not {seed}; use --config.seed={their_seed}")
@@ -279,12 +288,13 @@ def _check_config(path, theirs, mine):
     """Refuses a config whose network, SDE or range of data differs from the one that a checkpoint carries."""
     if theirs is None:
         return
-    differing = _differences(_what_weights_depend_on(theirs), _what_weights_depend_on(mine))
+    differing = differences(what_weights_depend_on(theirs), what_weights_depend_on(mine))
     if differing:
         raise UserError(f"{path} was trained with another config ({'; '.join(differing[:4])}); use its own --config")
 
 
-def _what_weights_depend_on(config):
+def what_weights_depend_on(config):
+    """The part of a config (nested dicts) that must be the same where weights are used as where they were trained."""
     free = {"dropout", "ema_rate", *([] if config["model"]["scale_by_sigma"] else ["num_scales"])}
     if not config["training"]["continuous"]:
         free.discard("num_scales")
@@ -397,8 +407,9 @@ class ResultsFolder:
         if not path.is_file():
             return None
         try:
-            return json.loads(path.read_text())
-        except (ValueError, OSError) as error:
+            manifest = json.loads(path.read_text())
+            return {**manifest, "settings": dict(manifest["settings"]), "sides": dict(manifest["sides"])}
+        except (ValueError, TypeError, KeyError, OSError) as error:
             raise UserError(f"{path} cannot be read; delete the folder {self.path} and run recon.py again") from error
 
     def claim(self, settings, sides, versions):
@@ -413,13 +424,13 @@ class ResultsFolder:
             UserError: the folder holds batches of other settings; the message says which differ.
         """
         settings, sides = json.loads(json.dumps([settings, sides]))  # as they will be read back
-        old = self.manifest()
-        if old is None:
-            if any(self.path.glob("*/batch_*.pth")):
-                raise UserError(f"{self.path} holds batches without a manifest.json; choose another --workdir")
+        old, made = self.manifest(), [side for side in SIDES if any((self.path / side).glob("batch_*.pth"))]
+        if old is None and made:
+            raise UserError(f"{self.path} holds batches without a manifest.json; choose another --workdir")
+        if not made:  # nothing was made yet by what the manifest says
             old = {"settings": settings, "sides": {}}
-        known = {side: entry for side, entry in old["sides"].items() if side in sides}
-        differing = _differences(old["settings"], settings) + _differences(known, {side: sides[side] for side in known})
+        known = {side: entry for side, entry in old["sides"].items() if side in sides and side in made}
+        differing = differences(old["settings"], settings) + differences(known, {side: sides[side] for side in known})
         if differing:
             raise UserError(
                 f"{self.path} was made with other settings ({'; '.join(differing[:4])}); choose another --workdir, or "
@@ -447,7 +458,7 @@ class ResultsFolder:
         return taken
 
     def _neighbours(self, settings, entry):
-        for path in sorted(self.path.parent.parent.glob(f"*/{self.path.name}/{MANIFEST}")):
+        for path in sorted(self.path.absolute().parent.parent.glob(f"*/{self.path.name}/{MANIFEST}")):
             folder = ResultsFolder(path.parent)
             if path.parent.resolve() == self.path.resolve():
                 continue
@@ -469,13 +480,13 @@ def _is_batch(value):
     )
 
 
-def _differences(old, new, prefix=""):
+def differences(old, new, prefix=""):
     """The entries in which two nested dicts differ, as text `key: old there, new here`."""
     rows = []
     for name in sorted({*old, *new}):
         there, here = old.get(name), new.get(name)
         if isinstance(there, dict) and isinstance(here, dict):
-            rows += _differences(there, here, f"{prefix}{name}.")
+            rows += differences(there, here, f"{prefix}{name}.")
         elif there != here:
             rows.append(f"{prefix}{name}: {_short(there)} there, {_short(here)} here")
     return rows
@@ -492,10 +503,13 @@ def _link(source, target):
     with contextlib.suppress(FileNotFoundError):
         temporary.unlink()
     try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------------- scores

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from helpers import close, filled_model, golden, small, tensor, wave
+from helpers import close, fill_, filled_model, golden, small, tensor, wave
 
 import losses
 import models
 from console import UserError
-from helpers import fill_
 from losses import Draws
 from models.score import ScoreModel
 from sde_lib import create_sde
@@ -97,7 +96,9 @@ def test_first_step_of_the_warm_up_changes_nothing():
     state, sde = losses.create_state(config, net), create_sde(config)
     before = [p.detach().clone() for p in net.parameters()]
     draws = Draws.keyed((2, 3, 16, 16), sde.N, 1, "test")
-    losses.train_step(state, losses.create_loss(config, sde), ScoreModel(net, sde), wave((2, 3, 16, 16), 1), draws, config)
+    losses.train_step(
+        state, losses.create_loss(config, sde), ScoreModel(net, sde), wave((2, 3, 16, 16), 1), draws, config
+    )
     assert state.step == 1
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
 
@@ -108,7 +109,8 @@ def test_keyed_draws_repeat_and_differ():
     for name in ("normal", "uniform", "labels"):
         assert torch.equal(getattr(first, name), getattr(again, name))
         assert not torch.equal(getattr(first, name), getattr(other, name))
-    assert first.uniform.min() >= 0 and first.uniform.max() < 1
+    assert first.uniform.min() >= 0
+    assert first.uniform.max() < 1
 
 
 def test_perfect_score_has_the_irreducible_loss():

@@ -1,0 +1,282 @@
+"""The three commands as a user types them: from training to scores, their flags, and mistakes on the command line."""
+
+import json
+import re
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from helpers import ROOT
+
+import console
+import storage
+
+COMMANDS = ("main.py", "recon.py", "detect.py")
+
+# ------------------------------------------------------------------------------------------- the three commands
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """In-domain images to train on and to test, and out-of-domain images."""
+    folder = tmp_path_factory.mktemp("data")
+    tiny.write_pictures(folder / "train.npz", 10, seed=0)
+    tiny.write_pictures(folder / "test.npz", 6, seed=1)
+    np.savez(folder / "noise.npz", images=np.random.default_rng(2).integers(0, 256, (5, 8, 8), dtype=np.uint8))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def commands(data, tmp_path_factory):
+    """The README's commands one after the other: their exit codes and outputs, and where they wrote."""
+    workdir = tmp_path_factory.mktemp("results") / "tiny"
+    config = tiny.config_flags(data__dataset=data / "train.npz")
+    train = tiny.command("main.py", "--workdir", f"{workdir}/", *config, "--mode", "train")
+    recon = tiny.command(
+        "recon.py", *config, "--ckpt_path", workdir / "checkpoints" / "checkpoint_2.pth",
+        "--in_domain", data / "test.npz", "--out_of_domain", data / "noise.npz", "--batch_size", "4",
+        "--mask_type", "checkerboard_alt", "--mask_num_blocks", "4", "--reps_per_image", "2",
+        "--workdir", f"{workdir}/test_vs_noise/",
+    )  # fmt: skip
+    results = workdir / "test_vs_noise" / "checkerboard_alt_blocks4_reps2"
+    detect = tiny.command("detect.py", "--result_path", f"{results}/", "--reps", "2", "--metric", "MSE,SSIM")
+    return {"train": train, "recon": recon, "detect": detect, "workdir": workdir, "results": results}
+
+
+def test_training(commands):
+    code, out, err = commands["train"]
+    assert code == 0, err
+    assert "starting: ddpm" in out
+    assert out.splitlines()[-1].startswith("trained: checkpoints are in ")
+    workdir = commands["workdir"]
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["checkpoint_1.pth", "checkpoint_2.pth"]
+    config = storage.read_checkpoint(workdir / "checkpoints" / "checkpoint_2.pth")["config"]
+    for name, value in tiny.OVERRIDES.items():  # every one reached it, tuples too
+        section, field = name.split(".")
+        assert config[section][field] == (list(value) if isinstance(value, tuple) else value)
+
+
+def test_reconstruction(commands):
+    code, out, err = commands["recon"]
+    assert code == 0, err
+    assert out.splitlines() == [
+        f"reconstructions: {commands['results']}",
+        f"next: python detect.py --result_path {commands['results']} --reps 2 --metric MSE",
+    ]
+    batch = torch.load(commands["results"] / "neg" / "batch_1.pth", weights_only=True)
+    assert batch["orig"].shape == (1, 1, 8, 8)
+    assert len(batch["recon"]) == len(batch["masked"]) == 2
+
+
+def test_detection(commands):
+    code, out, err = commands["detect"]
+    assert code == 0, err
+    lines = out.splitlines()
+    results = storage.read_results(commands["results"])
+    assert results["images"] == {"pos": 6, "neg": 5}
+    assert results["repetitions"] == 2
+    for metric in ("MSE", "SSIM"):
+        assert f"{metric} ROC AUC: {results['metrics'][metric]['roc_auc']:.4f}" in lines
+        scores = storage.read_scores(commands["results"] / f"scores_{metric}.csv")
+        assert scores["pos"]["distances"].shape == (2, 6)
+        assert (commands["results"] / f"pictures_{metric}.png").is_file()
+
+
+def test_evaluation_of_the_checkpoints(commands, data):
+    config = tiny.config_flags(data__dataset=data / "train.npz")
+    code, out, err = tiny.command(
+        "main.py", "--workdir", commands["workdir"], *config, "--mode=eval", "--eval_folder=losses", "--device=cpu"
+    )
+    assert code == 0, err
+    values = [np.load(commands["workdir"] / "losses" / f"ckpt_{k}_loss.npz")["mean_loss"] for k in (1, 2)]
+    assert re.findall(r"checkpoint (\d): mean test loss (\S+) ", out) == [
+        ("1", f"{values[0]:.5f}"),
+        ("2", f"{values[1]:.5f}"),
+    ]
+
+
+# -------------------------------------------------------------------------------------------------------- flags
+
+# Flags of the published scripts with their defaults, None where they have none, and those added here.
+FLAGS = {
+    "main.py": {
+        "workdir": None, "config": None, "mode": None, "eval_folder": "eval",
+        "data_root": "./data", "device": None, "seed": None,
+    },
+    "recon.py": {
+        "workdir": None, "config": None, "ckpt_path": None, "reps_per_image": "1", "batch_size": "100",
+        "in_domain": None, "out_of_domain": None, "id_center_crop": "true", "ood_center_crop": "true",
+        "mask_type": "center", "save_mask": "false", "mask_num_blocks": "4", "mask_patch_size": "4",
+        "mask_ratio": "0.5", "mask_file_path": None, "mask_save_dir": None, "mask_identifier": None,
+        "max_images": None, "data_root": "./data", "seed": None, "device": None, "memory_gb": None,
+    },
+    "detect.py": {"result_path": None, "metric": "LPIPS", "reps": "1", "device": "auto"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_is_there_with_its_default_and_a_help_text(command):
+    _, out, _ = tiny.command(command, "--helpxml")
+    found = {flag.findtext("name"): flag for flag in ET.fromstring(out).iter("flag")}
+    for name, default in FLAGS[command].items():
+        value = found[name].findtext("default")
+        assert (None if value in ("None", "") else value) == default, name
+    for name, flag in found.items():
+        assert len(flag.findtext("meaning")) >= 10, name
+
+
+HELP = """
+import runpy, sys
+sys.argv = [sys.argv[1], "--help"]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit:
+    pass
+heavy = ["torch", "torchvision", "scipy", "sklearn", "matplotlib", "skimage", "lpips", "tensorboard", "PIL"]
+print([name for name in heavy if name in sys.modules])
+"""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_imports_nothing_heavy(command):
+    """Which alone takes seconds."""
+    _, out, err = tiny.command("-c", HELP, command)
+    assert "flags:" in out
+    assert out.splitlines()[-1] == "[]", err
+
+
+CALLED = """
+import json, sys
+import console, recon
+recon.define_flags()
+recon.run = lambda config, **options: print(json.dumps({"width": config.model.nf, **options}, default=vars))
+console.choose_device = lambda name: name
+console.run(recon.main)
+"""
+REQUIRED = [f"--config={tiny.CONFIG_FILE}", "--workdir=w", "--ckpt_path=c.pth", "--in_domain=MNIST"]
+DEFAULTS = {
+    "width": 32, "ckpt_path": "c.pth", "workdir": "w", "sources": {"pos": ["MNIST", True]}, "reps": 1,
+    "batch_size": 100, "seed": 42, "device": "auto", "max_images": None, "data_root": "./data", "memory_gb": None,
+    "mask_directory": None, "mask_options": {
+        "mask_type": "center", "num_blocks": 4, "patch_size": 4, "ratio": 0.5, "file_path": None, "identifier": None,
+    },
+}  # fmt: skip
+
+
+def called(*arguments):
+    """What recon.py's command line comes to."""
+    code, out, err = tiny.command("-c", CALLED, *REQUIRED, *arguments)
+    assert code == 0, err
+    return json.loads(out)
+
+
+def test_recon_defaults_are_the_published_ones():
+    assert called() == DEFAULTS
+
+
+def test_recon_flags_have_their_effects():
+    assert called(
+        "--config.model.nf=64", "--out_of_domain=SVHN", "--noid_center_crop", "--ood_center_crop=false",
+        "--reps_per_image=10", "--batch_size=200", "--seed=7", "--device=cpu", "--max_images=3", "--data_root=d",
+        "--memory_gb=2.5", "--save_mask", "--mask_save_dir=m", "--mask_type=random", "--mask_num_blocks=8",
+        "--mask_patch_size=2", "--mask_ratio=0.3", "--mask_identifier=tag",
+    ) == {
+        "width": 64, "ckpt_path": "c.pth", "workdir": "w", "reps": 10, "batch_size": 200, "seed": 7, "device": "cpu",
+        "sources": {"pos": ["MNIST", False], "neg": ["SVHN", False]}, "max_images": 3, "data_root": "d",
+        "memory_gb": 2.5, "mask_directory": "m", "mask_options": {
+            "mask_type": "random", "num_blocks": 8, "patch_size": 2, "ratio": 0.3, "file_path": None,
+            "identifier": "tag",
+        },
+    }  # fmt: skip
+
+
+def test_a_mask_file_implies_its_type():
+    options = called("--mask_file_path=own.png", "--save_mask", "--config.seed=5")
+    assert options["mask_options"] == {**DEFAULTS["mask_options"], "mask_type": "file", "file_path": "own.png"}
+    assert options["mask_directory"] == ""  # below the results
+    assert options["seed"] == 5
+
+
+# ----------------------------------------------------------------------------------------------------- mistakes
+
+CONFIG = f"--config={tiny.CONFIG_FILE}"
+TRAIN = ["main.py", "--mode=train", "--workdir={out}"]
+RECON = ["recon.py", "--workdir={out}", "--ckpt_path=nowhere.pth", "--in_domain=MNIST"]
+MISTAKES = {  # noticed before torch is imported
+    "unknown flag": ([*TRAIN, CONFIG, "--batchsize=3"], "Unknown command line flag 'batchsize'"),
+    "no config": (TRAIN, "Flag --config must have a value"),
+    "no workdir": (["main.py", CONFIG, "--mode=train"], "Flag --workdir must have a value"),
+    "no mode": (["main.py", CONFIG, "--workdir={out}"], "Flag --mode must have a value"),
+    "another mode": ([*TRAIN, CONFIG, "--mode=test"], "--mode=test: value should be one of <train|eval>"),
+    "a word too many": ([*TRAIN, CONFIG, "train"], "unexpected argument 'train'; flags are written --name=value"),
+    "missing config": ([*TRAIN, "--config=nowhere.py"], r"no config can be read \(.*'nowhere\.py'\); give --config"),
+    "missing config overridden": ([*TRAIN, "--config=nowhere.py", "--config.seed=1"], "no config can be read"),
+    "no config field": ([*TRAIN, CONFIG, "--config.model.width=3"], "the config has no such field: .*width"),
+    "no config section": ([*TRAIN, CONFIG, "--config.net.nf=3"], "the config has no such field: .*net"),
+    "a config value of another type": ([*TRAIN, CONFIG, "--config.training.batch_size=few"], "batch_size=few: inval"),
+    "no checkpoint": ([*RECON[:2], RECON[3], CONFIG], "Flag --ckpt_path must have a value"),
+    "no in-domain": ([*RECON[:3], CONFIG], "Flag --in_domain must have a value"),
+    "no repetitions": ([*RECON, CONFIG, "--reps_per_image=0"], "--reps_per_image=0: 0 is not a positive integer"),
+    "no images": ([*RECON, CONFIG, "--max_images=0"], "--max_images=0: 0 is not a positive integer"),
+    "two kinds of mask": (
+        [*RECON, CONFIG, "--mask_file_path=own.png", "--mask_type=center"],
+        "--mask_file_path goes with --mask_type file, not center; leave one out",
+    ),
+}
+
+
+def one_line(err):
+    """The user's error, which is all that is on standard error besides progress."""
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, err
+    assert "Traceback" not in err
+    return errors[0]
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_on_the_command_line(name, tmp_path):
+    arguments, message = MISTAKES[name]
+    code, out, err = tiny.command(*(argument.format(out=tmp_path / "out") for argument in arguments))
+    assert code == console.EXIT_USER_ERROR
+    assert out == ""
+    assert err.count("\n") == 1
+    assert re.search(message, one_line(err))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["main.py", "recon.py"])
+def test_mistakes_that_the_work_meets(command, data, tmp_path):
+    """The rest of what can be wrong is tested where it is noticed; this is how it leaves the command."""
+    config = tiny.config_flags(data__dataset=data / "train.npz", model__name="unet")
+    rest = {"main.py": ["--mode=train"], "recon.py": ["--ckpt_path=nowhere.pth", f"--in_domain={data / 'test.npz'}"]}
+    code, out, err = tiny.command(command, *config, f"--workdir={tmp_path / 'out'}", *rest[command])
+    assert code == console.EXIT_USER_ERROR
+    assert out == ""
+    assert one_line(err) == "error: unknown model (config.model.name) 'unet'; choose one of: ddpm, ncsnpp"
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_commands_can_be_imported_together():
+    """As libraries: importing them defines no flags."""
+    code, out, err = tiny.command("-c", "import main, recon, detect; from absl import flags; print(*flags.FLAGS)")
+    assert code == 0, err
+    assert not set(out.split()) & {name for flags in FLAGS.values() for name in flags}
+
+
+def test_imports_go_downward():
+    """Each module imports only modules below it in the layout of the repository."""
+    order = [
+        ["main", "recon", "detect"], ["training"], ["storage"], ["losses"], ["sampling"], ["datasets"], ["models"],
+        ["metrics"], ["sde_lib", "masks", "noise"], ["console"],
+    ]  # fmt: skip
+    level = {name: number for number, names in enumerate(order) for name in names}
+    for name in level:
+        paths = [ROOT / f"{name}.py"] if (ROOT / f"{name}.py").is_file() else sorted((ROOT / name).glob("*.py"))
+        assert paths, name
+        for path in paths:
+            found = re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.MULTILINE)
+            imported = {other for other in found if other in level and other != name}
+            assert all(level[other] > level[name] for other in imported), (path, imported)

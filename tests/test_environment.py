@@ -1,0 +1,453 @@
+"""The scaffolding: pins and imports agree, the scripts work, the sources keep the house's rules.
+
+The scripts run on copies of themselves with requirement files that ask for nothing, so nothing is downloaded.
+"""
+
+import ast
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from helpers import ROOT
+from tiny import config_flags, write_pictures
+
+SCRIPTS = ["create_environment.sh", *(f"scripts/{path.name}" for path in sorted((ROOT / "scripts").glob("*.sh")))]
+README_COMMANDS = ["bash scripts/demo.sh", "bash scripts/test.sh"]
+REQUIREMENTS = "requirements.txt", "requirements-test.txt"
+
+# ------------------------------------------------------------------------------------------------------- sources
+
+COMMANDS = "main", "recon", "detect"
+LAYERS = [  # from the top; a module imports those below its own layer
+    COMMANDS,
+    ("training",),
+    ("storage",),
+    ("losses",),
+    ("sampling",),
+    ("datasets",),
+    ("models",),
+    ("metrics",),
+    ("configs", "sde_lib", "masks", "noise"),
+    ("console",),
+]
+LAYER = {name: index for index, layer in enumerate(LAYERS) for name in layer}
+TOOLS = "scripts", "benchmarks", "tests"  # stand above all layers
+SOURCES = sorted(
+    [*ROOT.glob("*.py"), *(path for top in (*LAYER, *TOOLS) for path in (ROOT / top).rglob("*.py"))],
+)
+TREES = {path: ast.parse(path.read_text()) for path in SOURCES}
+PROGRAM = {path: tree for path, tree in TREES.items() if path.relative_to(ROOT).parts[0] != "tests"}
+
+
+def imports(tree):
+    """(dotted module, line) of every import, lazy ones too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((name.name, node.lineno) for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in line {node.lineno}"
+            yield node.module, node.lineno
+            yield from ((f"{node.module}.{name.name}", node.lineno) for name in node.names)
+
+
+def module_of(path):
+    """The top-level name a source file belongs to: 'models' of models/ddpm.py."""
+    relative = path.relative_to(ROOT)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+def found(rows):
+    """For a message: 'file:line what' per row."""
+    return [f"{path.relative_to(ROOT)}:{line} {what}" for path, line, what in rows]
+
+
+def test_every_module_has_its_layer():
+    """A new module must be given its place in the layout."""
+    assert {path.stem for path in ROOT.glob("*.py")} <= LAYER.keys()
+    assert {path.parent.name for path in ROOT.glob("*/__init__.py")} <= {*LAYER, *TOOLS}
+    assert {module_of(path) for path in SOURCES} >= LAYER.keys(), "the layout names a module that is not there"
+
+
+def test_imports_go_downward_only():
+    wrong = [
+        (path, line, f"imports {name}")
+        for path, tree in TREES.items()
+        if (own := module_of(path)) in LAYER
+        for name, line in imports(tree)
+        if (top := name.split(".")[0]) in {*LAYER, *TOOLS} - {own} and LAYER.get(top, -1) <= LAYER[own]
+    ]
+    assert not found(wrong)
+
+
+def names_with_function(node, function=None):
+    """(node, name of the outermost function around it) of every FLAGS."""
+    for child in ast.iter_child_nodes(node):
+        inside = function or getattr(child, "name", None)
+        name = getattr(child, "id", None) or getattr(child, "attr", None)
+        if name == "FLAGS" and isinstance(child, (ast.Name, ast.Attribute)):
+            yield child, function
+        yield from names_with_function(child, inside)
+
+
+def test_flags_stay_in_main():
+    """Library functions never see the command line; console.run alone parses it."""
+    allowed = {*((name, "main") for name in COMMANDS), ("console", "run")}
+    wrong = []
+    for path, tree in PROGRAM.items():
+        body = [node for node in tree.body if ast.unparse(node) != "FLAGS = flags.FLAGS"]
+        uses = names_with_function(ast.Module(body, []))
+        wrong += [(path, node.lineno, "FLAGS") for node, inside in uses if (module_of(path), inside) not in allowed]
+    assert not found(wrong)
+
+
+def test_no_unsafe_or_foreign_code():
+    """No TensorFlow or JAX, and nothing unpickles; tests alone may write pickles, to see them refused."""
+    wrong = [
+        (path, line, name)
+        for path, tree in PROGRAM.items()
+        for name, line in imports(tree)
+        if name.split(".")[0] in {"tensorflow", "jax", "flax"} or re.fullmatch(r"pickle\.(loads?|Unpickler)", name)
+    ]
+    unsafe = r"weights_only=False|allow_pickle=True|pickle\.(loads?|Unpickler)"
+    for path, tree in PROGRAM.items():
+        nodes = [node for node in ast.walk(tree) if isinstance(node, (ast.keyword, ast.Attribute))]
+        wrong += [(path, node.lineno, text) for node in nodes if re.fullmatch(unsafe, text := ast.unparse(node))]
+    assert not found(wrong)
+
+
+def test_functions_are_short():
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    lengths = [
+        (path, node.lineno, f"{node.name}: {length} lines")
+        for path, tree in PROGRAM.items()
+        for node in ast.walk(tree)
+        if isinstance(node, functions) and (length := node.end_lineno - node.lineno + 1) > 60
+    ]
+    assert not found(lengths)
+
+
+# ---------------------------------------------------------------------------------------------------------- pins
+
+DISTRIBUTION = {"PIL": "pillow", "absl": "absl-py", "skimage": "scikit-image", "sklearn": "scikit-learn"}
+BEHIND = {"torch.utils.tensorboard": "tensorboard"}  # modules that need a package besides their own
+RUN_BY_NAME = {"pytest-timeout", "ruff"}  # tools that nothing imports
+PIN = re.compile(r"([\w-]+)==([\w.]+)(?:; python_version (>=|<) \"3\.11\")?(?:\s+# \S.*)?")
+
+
+def pins(file):
+    """{distribution: its markers} of a requirement file."""
+    table = {}
+    for line in (ROOT / file).read_text().splitlines():
+        if line and not line.startswith(("#", "-r ")):
+            match = PIN.fullmatch(line)
+            assert match, f"{file}: '{line}' is not pinned as NAME==VERSION"
+            table.setdefault(match[1], []).append(match[3])
+    return table
+
+
+def imported(paths):
+    """The third-party distributions that sources import."""
+    names = {name for path in paths for name, _ in imports(TREES[path])}
+    local = {path.stem for path in SOURCES} | {*LAYER, *TOOLS}
+    tops = {name.split(".")[0] for name in names} - sys.stdlib_module_names - local
+    behind = {package for name, package in BEHIND.items() if name in names}
+    return {DISTRIBUTION.get(top, top) for top in tops} | behind
+
+
+def test_pins_are_exact_for_every_python():
+    """Each package has one pin, or one for Python < 3.11 and one for the others; each with a reason."""
+    for file in REQUIREMENTS:
+        for name, markers in pins(file).items():
+            assert sorted(markers, key=str) in ([None], ["<", ">="]), f"{file}: {name} has markers {markers}"
+            assert re.search(rf"^{name}==.*# \w", (ROOT / file).read_text(), re.M), f"{file}: {name} has no reason"
+
+
+def test_pins_are_what_is_imported():
+    run, test = (set(pins(file)) for file in REQUIREMENTS)
+    assert imported(PROGRAM) == run
+    assert imported(TREES) - run == test - RUN_BY_NAME
+    assert not run & test
+    assert "-r requirements.txt" in (ROOT / "requirements-test.txt").read_text().splitlines()
+
+
+# ------------------------------------------------------------------------------------------------------- scripts
+
+
+def bash(*command, cwd=ROOT, stdin=subprocess.DEVNULL, **variables):
+    """Runs bash without the caller's own settings of these scripts: exit code, standard output, standard error."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("CONDA_", "LMD_"))}
+    environment = {**inherited, "LMD_DISK_GB": "0", **{name: str(value) for name, value in variables.items()}}
+    done = subprocess.run(
+        ["bash", *map(str, command)], cwd=cwd, env=environment, stdin=stdin, capture_output=True, text=True, timeout=300
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def fails(result, *words):
+    """Asserts that a run ended with exit code 2 and an error line of these words."""
+    code, _, err = result
+    last = err.splitlines()[-1]
+    assert code == 2, err
+    assert last.startswith("error: "), err
+    assert all(word in last for word in words), last
+
+
+def stand_in(folder):
+    """An environment whose interpreter is this one, by another name."""
+    python = folder / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    return folder
+
+
+def stamp(folder, repository):
+    """Declares an environment complete, as create_environment.sh does."""
+    hashes = [hashlib.sha256((repository / file).read_bytes()).hexdigest() for file in REQUIREMENTS]
+    for count, file in enumerate(REQUIREMENTS, 1):
+        version = map(str, sys.version_info[:2])
+        (folder / f"{file}.stamp").write_text(" ".join([*version, *hashes[:count]]) + "\n")
+    return folder
+
+
+def programs(folder, **scripts):
+    """A folder for PATH with the few programs that create_environment.sh needs, no Python, and `scripts`."""
+    folder.mkdir()
+    for name in ("awk", "bash", "cat", "df", "dirname", "du", "find", "flock", "grep", "head", "mkdir", "rm", "sh"):
+        if shutil.which(name):
+            (folder / name).symlink_to(shutil.which(name))
+    for name, text in scripts.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+    return folder
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """The scripts alone, with requirement files that ask for nothing."""
+    root = tmp_path / "a repository"
+    for name in (*SCRIPTS, ".ci/run", "pyproject.toml"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, root / name)
+    for file in REQUIREMENTS:
+        (root / file).write_text("# nothing\n")
+    return root
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, ".ci/run"])
+def test_scripts_parse(name):
+    code, _, err = bash("-n", name)
+    assert code == 0, err
+
+
+def test_readme_and_ci_agree():
+    lines = [line.split("#")[0].strip() for line in (ROOT / "README.md").read_text().splitlines()]
+    assert set(README_COMMANDS) <= set(lines)
+    steps = [line.split("<")[0].strip() for line in (ROOT / ".ci/run").read_text().splitlines()]
+    assert [step for step in steps if step.startswith("bash ")] == ["bash scripts/test.sh"]
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+
+
+def test_environment_from_nothing_twice_and_mended(repository):
+    """A real one, by the default folder: made, left alone when complete, completed after each kind of damage."""
+    environment, script = repository / ".venv", repository / "create_environment.sh"
+    python = environment / "bin" / "python"
+
+    def create(*options):
+        code, out, err = bash(script, *options, cwd=repository.parent)
+        assert code == 0, err
+        assert out.splitlines()[-1] == f"environment ready: {python}"
+        assert not (environment / "lmd-tmp").exists()
+        return (environment / "requirements.txt.stamp").stat().st_mtime_ns
+
+    def runs(*arguments):
+        return subprocess.run([python, *arguments], capture_output=True, check=False).returncode == 0
+
+    made = create()
+    assert runs("-m", "pip", "--version")
+    assert not (environment / "requirements-test.txt.stamp").exists()
+    site = next(environment.glob("lib/python3*/site-packages"))
+    (site / "pip" / "__main__.py").unlink()
+    next(site.glob("pip-*.dist-info/INSTALLER")).unlink()
+    assert create() == made, "a complete environment was worked on"
+    assert not runs("-m", "pip", "--version")
+
+    # The test requirements are missing, and killed runs left half of pip, half a package and temporary files.
+    (site / "half-1.0.dist-info").mkdir()
+    (site / "half-1.0.dist-info" / "METADATA").write_text("Name: half\nVersion: 1.0\n")
+    (environment / "lmd-tmp").mkdir()
+    made = create("--test")
+    assert runs("-m", "pip", "--version")
+    assert not (site / "half-1.0.dist-info").exists()
+    assert create("--test") == create() == made
+
+    # The requirements changed.
+    (repository / "requirements.txt").write_text("# nothing more\n")
+    assert create() != made
+
+    # The Python that it came from is gone.
+    python.unlink()
+    python.symlink_to(repository / "removed" / "python")
+    create()
+    assert runs("-m", "pip", "--version")
+
+
+def test_stamps_are_as_the_script_writes_them(repository, tmp_path):
+    """What the tests below stand on: `stamp` declares just what a complete run would."""
+    environment = stand_in(tmp_path / "environment")
+    code, _, err = bash("create_environment.sh", "--test", cwd=repository, LMD_VENV=environment)
+    assert code == 0, err
+    written = {path.name: path.read_text() for path in environment.glob("*.stamp")}
+    stamp(environment, repository)
+    assert written == {path.name: path.read_text() for path in environment.glob("*.stamp")}
+
+
+def test_failed_installation_is_not_taken_for_done(repository, tmp_path):
+    environment = stand_in(tmp_path / "environment")
+    (repository / "requirements.txt").write_text("--no-index\nno-such-package==1.0\n")
+    result = bash("create_environment.sh", cwd=repository, LMD_VENV=environment)
+    fails(result, "pip could not install", "network", "bash create_environment.sh")
+    assert "no-such-package==1.0" in result[2], "pip's own message is shown"
+    assert {path.name for path in environment.iterdir()} == {"bin"}
+
+
+def test_no_usable_python(repository, tmp_path):
+    """None there, and one that is too old, and one without venv."""
+    variables = {"LMD_VENV": tmp_path / "environment"}
+    path = programs(tmp_path / "none")
+    fails(bash("create_environment.sh", cwd=repository, PATH=path, **variables), "no Python >= 3.10 found")
+    path = programs(tmp_path / "old", python3="exit 1")
+    fails(bash("create_environment.sh", cwd=repository, PATH=path, **variables), "no Python >= 3.10 found")
+    no_venv = f'case "$*" in *ensurepip*) exit 1 ;; esac\nexec "{sys.executable}" "$@"'
+    path = programs(tmp_path / "bare", python3=no_venv)
+    package = f"sudo apt install python3.{sys.version_info[1]}-venv"
+    fails(bash("create_environment.sh", cwd=repository, PATH=path, **variables), "no venv module", package)
+    assert not (tmp_path / "environment").exists()
+
+
+def test_too_little_disk_space(repository, tmp_path):
+    environment = tmp_path / "deep" / "environment"
+    result = bash("create_environment.sh", cwd=repository, LMD_VENV=environment, LMD_DISK_GB=10**9)
+    fails(result, "too little disk space", f"{10**9} GB needed")
+    assert not environment.parent.exists()
+
+
+def test_foreign_folder_is_left_alone(repository, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    fails(bash("create_environment.sh", cwd=repository, LMD_VENV=tmp_path / "mine"), "is no Python environment")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
+def test_unknown_option_and_help(repository):
+    fails(bash("create_environment.sh", "--tests", cwd=repository), "--tests", "--test")
+    code, out, _ = bash("create_environment.sh", "--help", cwd=repository)
+    assert code == 0
+    assert "LMD_VENV" in out
+
+
+def test_where_the_environment_is(repository, tmp_path):
+    """LMD_VENV, else an active conda environment that is not base, else .venv; the same from any folder."""
+
+    def folder(**variables):
+        show = f'source "{repository}/scripts/environment.sh"; echo "$LMD_VENV"; echo "$PYTHON"; pwd'
+        _, out, _ = bash("-euc", show, cwd=tmp_path, **variables)
+        environment, python, here = out.splitlines()
+        assert python == f"{environment}/bin/python"
+        assert here == str(repository)
+        return environment
+
+    conda = {"CONDA_PREFIX": tmp_path / "conda"}
+    assert folder() == str(repository / ".venv")
+    assert folder(**conda, CONDA_DEFAULT_ENV="base") == str(repository / ".venv")
+    assert folder(**conda, CONDA_DEFAULT_ENV="lmd") == str(tmp_path / "conda")
+    assert folder(**conda, CONDA_DEFAULT_ENV="lmd", LMD_VENV="other") == str(tmp_path / "other")
+
+
+def test_conda_environment(repository, tmp_path):
+    """conda's own packages are never taken for half-installed ones; one without Python is not overwritten."""
+    conda = tmp_path / "conda"
+    variables = {"CONDA_PREFIX": conda, "CONDA_DEFAULT_ENV": "lmd"}
+    (conda / "conda-meta").mkdir(parents=True)
+    fails(bash("create_environment.sh", cwd=repository, **variables), "conda install 'python>=3.10'")
+    stand_in(conda)
+    site = conda / "lib" / "python3.11" / "site-packages"
+    for name in ("owned-1.0.dist-info", "half-1.0.dist-info"):
+        (site / name).mkdir(parents=True)
+    listed = '{"files": ["lib/python3.11/site-packages/owned-1.0.dist-info/METADATA"]}'
+    (conda / "conda-meta" / "owned-1.0.json").write_text(listed)
+    code, _, err = bash("create_environment.sh", cwd=repository, **variables)
+    assert code == 0, err
+    assert [path.name for path in site.iterdir()] == ["owned-1.0.dist-info"]
+    assert (conda / "requirements.txt.stamp").exists()
+    assert not (repository / ".venv").exists()
+
+
+def test_test_script_and_ci(repository, tmp_path):
+    """Passing, selected and no tests, and bad style; continuous integration has no standard input at all."""
+    environment = stamp(stand_in(tmp_path / "environment"), repository)
+
+    def run(*command):
+        code, out, err = bash(*command, cwd=tmp_path, LMD_VENV=environment, CI="true")
+        return code, (out.splitlines() or [""])[-1], out + err
+
+    test, ci = repository / "scripts" / "test.sh", repository / ".ci" / "run"
+    (repository / "tests").mkdir()
+    assert run(test)[0] == 5, "a run without tests must not pass"
+    assert run(ci)[0] == 5
+    (repository / "tests" / "test_two.py").write_text("def test_one():\n    pass\n\n\ndef test_two():\n    pass\n")
+    code, last, output = run(test)
+    assert (code, last.split(" in ")[0]) == (0, "2 passed"), output
+    code, last, output = run("-c", f"exec 0<&-; '{ci}'")
+    assert (code, last.split(" in ")[0]) == (0, "2 passed"), output
+    code, last, output = run(test, "tests/test_two.py", "-k", "one")
+    assert (code, last.split(" in ")[0]) == (0, "1 passed, 1 deselected"), output
+    (repository / "tests" / "test_two.py").write_text("def test_one():  pass\n")
+    code, _, output = run(test)
+    assert code == 1
+    assert "would be reformatted" in output
+
+
+# ------------------------------------------------------------------------------------------------------ the demo
+
+
+def test_demo_runs_and_reuses(tmp_path):
+    """The README's first command at two network evaluations per image: all the parts fit, and nothing is made twice."""
+    environment = stamp(stand_in(tmp_path / "environment"), ROOT)
+    variables = {"LMD_VENV": environment, "WORKDIR": tmp_path / "demo", "REPS": 1, "STEPS": 2}
+    outputs, batches = [], []
+    for _ in range(2):
+        code, out, err = bash(ROOT / "scripts" / "demo.sh", cwd=tmp_path, **variables)
+        assert code == 0, err
+        outputs.append(re.findall(r"^(?:MSE|SSIM) ROC AUC: [01]\.\d{4}$", out, re.M))
+        files = (tmp_path / "demo").rglob("batch_*.pth")
+        batches.append({path: path.stat().st_mtime_ns for path in files})
+    assert len(outputs[0]) == 2
+    assert outputs[0] == outputs[1]
+    assert batches[0]
+    assert batches[0] == batches[1]
+    assert re.search(r"^environment \d+ s, reconstruction \d+ s, scoring \d+ s$", out, re.M)
+    folder = tmp_path / "demo" / "checkerboard_alt_blocks8_reps1"
+    assert out.splitlines()[-1] == f"pictures: {folder}/*.png"
+    assert {path.name for path in folder.glob("*.png")} >= {"roc_MSE.png", "pictures_SSIM.png"}
+
+
+def test_train_demo_trains_and_exports(tmp_path):
+    """The training command on a tiny network and data of its own; its weights are of the size it was told."""
+    environment = stamp(stand_in(tmp_path / "environment"), ROOT)
+    data, workdir = write_pictures(tmp_path / "pictures.npz", 8), tmp_path / "run"
+    flags = config_flags(data__dataset=str(data))[1:]  # the script names the config file itself
+    variables = {"LMD_VENV": environment, "WORKDIR": workdir}
+    code, out, err = bash(ROOT / "scripts" / "train_demo.sh", *flags, cwd=tmp_path, **variables)
+    assert code == 0, err
+    assert f"CHECKPOINT={workdir}/ema.safetensors" in out.splitlines()[-1]
+    from safetensors.numpy import load_file
+
+    weights = load_file(workdir / "ema.safetensors")
+    assert weights
+    assert all(np.isfinite(value).all() for value in weights.values())

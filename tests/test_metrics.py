@@ -1,0 +1,275 @@
+"""Distances against NumPy, scikit-image, the published numbers, and LPIPS's formula written out."""
+
+import hashlib
+import pickle
+import urllib.error
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from skimage.metrics import structural_similarity
+
+import metrics
+from console import UserError
+from metrics import perceptual
+
+GOLDEN = Path(__file__).parent / "golden"
+CPU = torch.device("cpu")
+
+
+def random(shape, seed):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def normal(shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ------------------------------------------------------------------------------------------------ the interface
+
+
+@pytest.mark.parametrize("name", ["MSE", "mse", "Ssim"])
+def test_names_in_any_case(name):
+    assert metrics.create(name, CPU).name == metrics.canonical(name) == name.upper()
+
+
+@pytest.mark.parametrize("name", ["", "PSNR", "LPIPS2"])
+def test_unknown_metric_lists_the_choices(name):
+    with pytest.raises(UserError, match=f"unknown metric '{name}'; choose one of: MSE, SSIM, LPIPS"):
+        metrics.create(name, CPU)
+
+
+@pytest.mark.parametrize("name", ["MSE", "SSIM"])
+def test_interface(name):
+    metric = metrics.create(name, CPU)
+    orig, recon = random((5, 3, 16, 12), 0), random((5, 3, 16, 12), 1)
+    distance = metric(orig, recon)
+    assert distance.shape == (5,)
+    assert distance.dtype == torch.float32
+    assert metric(orig, orig).abs().max() < 1e-6
+    assert (distance > metric(orig, orig + 0.2 * (recon - orig))).all()  # larger = further
+    assert metric.similarity == (name == "SSIM")
+    alone = torch.cat([metric(orig[i : i + 1], recon[i : i + 1]) for i in range(5)])
+    torch.testing.assert_close(distance, alone, rtol=1e-6, atol=1e-7)  # rows stay apart, whatever the batch
+
+
+@pytest.mark.parametrize("side", ["pos", "neg"])
+@pytest.mark.parametrize("name", ["MSE", "SSIM"])
+def test_published_numbers(name, side):
+    """1e-5: the published SSIM sums float32 windows in another order."""
+    expected = np.load(GOLDEN / "results_small_scores.npz")[f"{name.lower()}_{side}"]  # (3, N)
+    batches = [torch.load(GOLDEN / f"results_small/{side}/batch_{i}.pth", weights_only=True) for i in range(3)]
+    metric = metrics.create(name, CPU)
+    ours = [torch.cat([metric(batch["orig"], batch["recon"][rep]) for batch in batches]).numpy() for rep in range(3)]
+    np.testing.assert_allclose(1 - np.array(ours) if metric.similarity else ours, expected, rtol=1e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------- MSE, SSIM
+
+
+def test_mse_against_numpy():
+    orig, recon = random((4, 3, 9, 5), 2), normal((4, 3, 9, 5), 3)
+    expected = ((orig.numpy().astype(np.float64) - recon.numpy()) ** 2).mean(axis=(1, 2, 3))
+    np.testing.assert_allclose(metrics.create("MSE", CPU)(orig, recon), expected, rtol=1e-6)
+
+
+def test_mse_is_not_clipped():
+    ones = torch.ones(1, 1, 4, 4)
+    assert metrics.create("MSE", CPU)(ones, 3 * ones).item() == pytest.approx(4)
+
+
+def hard_images(channels, height, width):
+    """Smooth, noisy, flat, nearly flat, half black and half white, out of range; and reconstructions."""
+    shape = (channels, height, width)
+    smooth = F.interpolate(random((1, channels, 3, 3), 4), size=(height, width), mode="bilinear")[0]
+    step = torch.zeros(shape)
+    step[..., width // 2 :] = 1
+    flat = torch.full(shape, 0.8)
+    images = [smooth, random(shape, 5), flat, torch.ones(shape), step, flat + 1e-3 * normal(shape, 6), smooth]
+    moves = [0.1, 0.3, 1e-4, 1e-3, 1e-3, 1e-3, 1.0]
+    recons = [image + move * normal(shape, 7) for image, move in zip(images, moves, strict=True)]
+    recons[3] = recons[3] * 0 + 0.999
+    return torch.stack(images), torch.stack(recons)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 7, 7), (3, 7, 20), (4, 64, 33)])
+def test_ssim_against_scikit_image(shape):
+    """1e-5 of skimage in float64; measured 1e-6, skimage's own float32 is up to 1e-5 off."""
+    orig, recon = hard_images(*shape)
+    pairs = zip(orig.double().numpy(), recon.double().numpy(), strict=True)
+    expected = [structural_similarity(x, y, data_range=1.0, channel_axis=0) for x, y in pairs]
+    ours = 1 - metrics.create("SSIM", CPU)(orig, recon).double().numpy()
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
+
+
+def test_ssim_needs_seven_pixels():
+    with pytest.raises(UserError, match="at least 7x7 pixels, these have 6x9; use --metric MSE"):
+        metrics.create("SSIM", CPU)(torch.zeros(1, 3, 6, 9), torch.zeros(1, 3, 6, 9))
+
+
+# -------------------------------------------------------------------------------------------------------- LPIPS
+
+CONVOLUTIONS = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
+
+
+def random_alexnet():
+    """A state dict with AlexNet's names and shapes of the convolutions, random weights."""
+    weights = {}
+    for layer, (out, channels, kernel) in CONVOLUTIONS.items():
+        scale = (2 / (channels * kernel**2)) ** 0.5
+        weights[f"features.{layer}.weight"] = scale * normal((out, channels, kernel, kernel), layer)
+        weights[f"features.{layer}.bias"] = 0.1 * normal((out,), 100 + layer)
+    return weights
+
+
+@pytest.fixture
+def backbone(tmp_path, monkeypatch):
+    """The place of AlexNet's weights in an empty TORCH_HOME, without network."""
+
+    def refuse(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    path = tmp_path / "hub" / "checkpoints" / "alexnet-owt-7be5be79.pth"
+    path.parent.mkdir(parents=True)
+    return path
+
+
+@pytest.fixture
+def lpips_metric(backbone):
+    torch.save(random_alexnet(), backbone)
+    return metrics.create("LPIPS", CPU)
+
+
+def lpips_by_hand(orig, recon):
+    """LPIPS (arXiv 1801.03924, equation 1) with the random AlexNet and the heads of the `lpips` package, float64."""
+    import lpips
+
+    weights = {name: value.double() for name, value in random_alexnet().items()}
+    heads = torch.load(Path(lpips.__file__).parent / "weights/v0.1/alex.pth", map_location="cpu", weights_only=True)
+    shift = torch.tensor([-0.030, -0.088, -0.188]).double().reshape(3, 1, 1)
+    scale = torch.tensor([0.458, 0.448, 0.450]).double().reshape(3, 1, 1)
+    strides, padding, pooled = (4, 1, 1, 1, 1), (2, 2, 1, 1, 1), (False, True, True, False, False)
+    total = 0
+    features = [(2 * images.double() - 1 - shift) / scale for images in (orig, recon)]
+    for k, layer in enumerate(CONVOLUTIONS):
+        for i in range(2):
+            x = F.max_pool2d(features[i], 3, 2) if pooled[k] else features[i]
+            weight, bias = weights[f"features.{layer}.weight"], weights[f"features.{layer}.bias"]
+            features[i] = F.conv2d(x, weight, bias, strides[k], padding[k]).relu()
+        x, y = (f / (f.square().sum(dim=1, keepdim=True).sqrt() + 1e-10) for f in features)
+        head = heads[f"lin{k}.model.1.weight"].double()  # (1, C, 1, 1)
+        total = total + ((x - y).square() * head).sum(dim=1).mean(dim=(1, 2))
+    return total
+
+
+@pytest.mark.parametrize("size", [(32, 32), (31, 50), (64, 64)])
+def test_lpips_against_its_formula(lpips_metric, size):
+    orig = random((3, 3, *size), 8)
+    recon = orig + 0.2 * normal((3, 3, *size), 9)
+    np.testing.assert_allclose(lpips_metric(orig, recon), lpips_by_hand(orig, recon), rtol=1e-4)  # five layers, float32
+    assert lpips_metric(orig, orig).abs().max() < 1e-7
+    assert not lpips_metric.similarity
+
+
+def test_lpips_is_the_packages_forward(lpips_metric):
+    orig, recon = random((4, 3, 32, 32), 10), random((4, 3, 32, 32), 11)
+    forward = lpips_metric.network(2 * orig - 1, 2 * recon - 1).flatten()
+    torch.testing.assert_close(lpips_metric(orig, recon), forward, rtol=1e-5, atol=1e-7)
+
+
+def test_lpips_takes_grey_images(lpips_metric):
+    orig, recon = random((2, 1, 32, 32), 12), random((2, 1, 32, 32), 13)
+    rgb = lpips_metric(orig.expand(-1, 3, -1, -1), recon.expand(-1, 3, -1, -1))
+    torch.testing.assert_close(lpips_metric(orig, recon), rgb)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 30, 32), (1, 3, 32, 30), (1, 4, 32, 32)])
+def test_lpips_refuses_other_images(lpips_metric, shape):
+    with pytest.raises(UserError, match=r"grey or RGB images of at least 31x31 pixels.*use --metric MSE,SSIM"):
+        lpips_metric(torch.zeros(shape), torch.zeros(shape))
+
+
+def test_lpips_is_silent_and_draws_nothing(backbone, capfd, recwarn):
+    torch.save(random_alexnet(), backbone)
+    before = torch.random.get_rng_state()
+    metric = metrics.create("LPIPS", CPU)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert capfd.readouterr() == ("", "")
+    assert not list(recwarn)
+    assert not metric.network.training
+    assert not any(parameter.requires_grad for parameter in metric.network.parameters())
+
+
+def test_lpips_without_network_says_where_the_file_goes(backbone):
+    with pytest.raises(UserError) as error:
+        metrics.create("LPIPS", CPU)
+    for part in (str(backbone), perceptual.URL, "--metric MSE,SSIM", "no network"):
+        assert part in str(error.value)
+    assert list(backbone.parent.iterdir()) == []
+
+
+@pytest.fixture
+def served(backbone, tmp_path, monkeypatch):
+    """A file that the download finds, served from the disk; `backbone` is then looked for under its hash's name."""
+    source = tmp_path / "served.pth"
+    torch.save(random_alexnet(), source)
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()[:8]
+    monkeypatch.undo()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(perceptual, "URL", source.as_uri())
+    monkeypatch.setattr(perceptual, "BACKBONE", f"alexnet-owt-{digest}.pth")
+    return source
+
+
+def test_lpips_download(served, backbone):
+    metrics.create("LPIPS", CPU)
+    assert (backbone.parent / perceptual.BACKBONE).read_bytes() == served.read_bytes()
+
+
+def test_lpips_download_with_wrong_hash(served, backbone):
+    served.write_bytes(served.read_bytes()[:-1000])
+    with pytest.raises(UserError, match="invalid hash value"):
+        metrics.create("LPIPS", CPU)
+    assert list(backbone.parent.iterdir()) == []
+
+
+def test_lpips_damaged_file(backbone):
+    torch.save(random_alexnet(), backbone)
+    backbone.write_bytes(backbone.read_bytes()[:1_000_000])
+    with pytest.raises(UserError, match="are damaged; delete the file"):
+        metrics.create("LPIPS", CPU)
+
+
+@pytest.mark.parametrize("change", ["missing", "shape", "list"])
+def test_lpips_weights_of_another_network(backbone, change):
+    weights = random_alexnet()
+    if change == "missing":
+        del weights["features.8.bias"]
+    elif change == "shape":
+        weights["features.0.weight"] = torch.zeros(64, 3, 7, 7)
+    torch.save(list(weights.values()) if change == "list" else weights, backbone)
+    with pytest.raises(UserError, match="are not AlexNet's"):
+        metrics.create("LPIPS", CPU)
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_lpips_never_runs_pickled_code(backbone, tmp_path):
+    marker = tmp_path / "ran"
+    backbone.write_bytes(pickle.dumps(Payload(marker), protocol=2))
+    with pytest.raises(UserError):
+        metrics.create("LPIPS", CPU)
+    torch.save({"features.0.weight": Payload(marker)}, backbone)
+    with pytest.raises(UserError):
+        metrics.create("LPIPS", CPU)
+    assert not marker.exists()

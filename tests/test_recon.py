@@ -1,0 +1,617 @@
+"""Reconstruction: the same whatever the batching, killed and resumed, shared between runs; all sources and masks."""
+
+import errno
+import json
+import re
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from helpers import GOLDEN
+from PIL import Image
+from tiny import CPU, SIZE, reconstruct
+
+import console
+import datasets
+import detect
+import masks
+import noise
+import recon
+import sampling
+import storage
+from console import UserError
+from recon import MaskOptions
+
+ALT = "checkerboard_alt_blocks4_reps2"
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A checkpoint, seven in-domain and five out-of-domain images."""
+    folder = tmp_path_factory.mktemp("shared")
+    tiny.write_checkpoint(folder / "checkpoint.pth")
+    tiny.write_pictures(folder / "squares.npz", 7, seed=0)
+    np.savez(folder / "noise.npz", images=np.random.default_rng(1).integers(0, 256, (5, SIZE, SIZE), dtype=np.uint8))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(shared):
+    return shared / "checkpoint.pth"
+
+
+@pytest.fixture(scope="module")
+def sources(shared):
+    return {"pos": shared / "squares.npz", "neg": shared / "noise.npz"}
+
+
+@pytest.fixture(scope="module")
+def made(shared, checkpoint, sources, tmp_path_factory):
+    """A finished results folder, in batches of 4; a copy of it for each test is `results`."""
+    return reconstruct(tmp_path_factory.mktemp("made") / "first", checkpoint, sources)
+
+
+@pytest.fixture
+def results(made, tmp_path):
+    """A finished results folder in a workdir of its own, `tmp_path/first`."""
+    return shutil.copytree(made, tmp_path / "first" / ALT)
+
+
+def load(folder, side="pos"):
+    """All batches of a side together: orig (N, C, H, W), masked and recon (R, N, C, H, W)."""
+    count = len(list((folder / side).glob("batch_*.pth")))
+    batches = [torch.load(folder / side / f"batch_{i}.pth", weights_only=True) for i in range(count)]
+    orig = torch.cat([batch["orig"] for batch in batches])
+    return orig, *(torch.cat([torch.stack(batch[name]) for batch in batches], dim=1) for name in ("masked", "recon"))
+
+
+def tensors(folder):
+    """The content of every batch file, by name."""
+    return {
+        path.relative_to(folder).as_posix(): torch.load(path, weights_only=True) for path in folder.rglob("batch_*.pth")
+    }
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The positions of the images that are reconstructed, batch by batch."""
+    calls, call = [], recon.Reconstructor.__call__
+
+    def counting(self, images, name, positions, index, on_step=None):
+        calls.append((name, positions.tolist()))
+        return call(self, images, name, positions, index, on_step)
+
+    monkeypatch.setattr(recon.Reconstructor, "__call__", counting)
+    return calls
+
+
+# ---------------------------------------------------------------------------------------------- what is written
+
+
+def test_batches_are_as_published(made):
+    theirs = torch.load(GOLDEN / "results_small" / "pos" / "batch_0.pth", weights_only=True)
+    assert sorted(tensors(made)) == [
+        "neg/batch_0.pth", "neg/batch_1.pth", "pos/batch_0.pth", "pos/batch_1.pth",
+    ]  # fmt: skip
+    for name, batch in tensors(made).items():
+        count = {"pos/batch_1.pth": 3, "neg/batch_1.pth": 1}.get(name, 4)
+        assert batch.keys() == theirs.keys()
+        assert batch["orig"].shape == (count, 1, SIZE, SIZE)
+        for part in ("masked", "recon"):
+            assert isinstance(batch[part], list)
+            assert [tensor.shape for tensor in batch[part]] == 2 * [batch["orig"].shape]
+            assert all(tensor.dtype == torch.float32 for tensor in batch[part])
+
+
+def test_originals_masks_and_known_pixels(made, sources):
+    """The originals are the images in [0, 1]; known pixels come back as their mean at the last time."""
+    orig, masked, rebuilt = load(made)
+    pixels = torch.from_numpy(np.load(sources["pos"])["images"])[:, None] / 255
+    assert torch.equal(orig, pixels)
+    mask = torch.stack([masks.make_mask("checkerboard_alt", SIZE, rep) for rep in range(2)])[:, 0]  # (R, 1, S, S)
+    assert torch.equal(masked, orig * mask[:, None])
+    known = (mask[:, None] == 1).expand_as(rebuilt)
+    alpha = 0.99995  # of sub-VP at t = 1e-3
+    torch.testing.assert_close(rebuilt[known], (alpha * (2 * orig - 1) + 1).div(2).expand_as(rebuilt)[known])
+    assert (rebuilt - orig)[~known].abs().mean() > 0.05
+    assert not torch.equal(rebuilt[0], rebuilt[1])
+
+
+def test_reconstruction_is_inpainting_with_the_images_own_noise(made, checkpoint, sources):
+    """One image and repetition by hand: its score model, its key, its mask."""
+    config = tiny.config()
+    model, _ = recon.load_model(config, checkpoint, CPU)
+    images = datasets.load(sources["neg"], split="test", image_size=SIZE, num_channels=1)
+    keys = noise.image_keys(0, images.name, torch.tensor([4]), [1])
+    predictor, corrector = sampling.create_solvers(config, model.sde)
+    filled = sampling.inpaint(
+        model,
+        model.sde,
+        datasets.to_model_range(images.read(4, 5), True),
+        masks.make_mask("checkerboard_alt", SIZE, 1),
+        noise.KeyedNoise(keys, (1, SIZE, SIZE)),
+        predictor=predictor,
+        corrector=corrector,
+    )
+    torch.testing.assert_close(load(made, "neg")[2][1, 4], (filled[0] + 1) / 2, rtol=1e-5, atol=1e-5)
+
+
+def test_manifest(made, checkpoint):
+    manifest = json.loads((made / "manifest.json").read_text())
+    settings, sides = manifest["settings"], manifest["sides"]
+    assert settings["checkpoint"] == storage.file_hash(checkpoint)
+    assert (settings["seed"], settings["reps_per_image"]) == (0, 2)
+    assert settings["mask"] == {
+        "mask_type": "checkerboard_alt", "num_blocks": 4, "patch_size": 4, "ratio": 0.5, "identifier": None,
+    }  # fmt: skip
+    assert settings["config"]["model"]["num_scales"] == 3
+    assert settings["config"]["sampling"]["predictor"] == "euler_maruyama"
+    assert {name: sides["neg"][name] for name in ("dataset", "images", "batch_size", "batches", "skipped")} == {
+        "dataset": "noise", "images": 5, "batch_size": 4, "batches": 2, "skipped": [],
+    }  # fmt: skip
+    assert sides["pos"]["fingerprint"].startswith("squares:7:")
+    assert {"torch", "python", "numpy", "device", "checkpoint_path", "checkpoint_step"} <= manifest["versions"].keys()
+
+
+def test_folder_names(shared, checkpoint, sources, tmp_path):
+    np.save(tmp_path / "own.npy", np.eye(SIZE))
+    names = {
+        "center_reps1": MaskOptions("center"),
+        "checkerboard_blocks2_reps1": MaskOptions("checkerboard", num_blocks=2),
+        "random_patch2_ratio0.3_reps1": MaskOptions("random", patch_size=2, ratio=0.3),
+        "random_patch4_ratio0.5_mine_reps1": MaskOptions("random", identifier="mine"),
+        "file_own_reps1": MaskOptions("file", file_path=str(tmp_path / "own.npy")),
+        "file_mine_reps1": MaskOptions("file", file_path=str(tmp_path / "own.npy"), identifier="mine"),
+    }
+    for name, mask in names.items():
+        path = reconstruct(tmp_path / "run", checkpoint, {"pos": sources["pos"]}, mask=mask, reps=1, max_images=1)
+        assert path == tmp_path / "run" / name
+
+
+# -------------------------------------------------------------------------------------- the same whatever the batch
+
+
+@pytest.mark.parametrize(("option", "value"), [("batch_size", 1), ("batch_size", 100), ("memory_gb", 0.0003)])
+def test_batching_changes_nothing(option, value, made, checkpoint, sources, tmp_path):
+    """1e-5: convolutions sum in another order for another batch."""
+    again = reconstruct(tmp_path / "run", checkpoint, sources, **{option: value})
+    for side in sources:
+        for mine, theirs in zip(load(again, side), load(made, side), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
+
+
+def test_the_budget_is_kept(monkeypatch, checkpoint, sources, tmp_path):
+    """0.0003 GB hold three images of this network at once."""
+    assert recon.rows_within(0.0003, tiny.config(), CPU) == 3
+    seen, inpaint = [], sampling.inpaint
+
+    def watched(model, sde, data, *args, **options):
+        seen.append(len(data))
+        return inpaint(model, sde, data, *args, **options)
+
+    monkeypatch.setattr(sampling, "inpaint", watched)
+    reconstruct(tmp_path / "run", checkpoint, {"pos": sources["pos"]}, memory_gb=0.0003)
+    assert seen == [3, 3, 2, 3, 3]  # 2 repetitions of 4 images, then of 3
+
+
+def langevin():
+    return tiny.config(sampling__corrector="langevin", model__num_scales=30)
+
+
+def test_langevin_is_the_same_whatever_the_memory(checkpoint, sources, tmp_path):
+    """Its step size is a mean over the batch of images: whole repetitions stay together, and no others join them."""
+    few, all_ = (
+        reconstruct(tmp_path / str(memory), checkpoint, {"pos": sources["pos"]}, langevin(), memory_gb=memory)
+        for memory in (0.0003, 1.0)
+    )
+    # 1e-4 of the images' own size, for 30 steps add up their rounding
+    mine, theirs = load(few)[2], load(all_)[2]
+    assert mine.isfinite().all()
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4 * theirs.abs().max().item())
+
+
+def test_langevin_is_that_of_a_batch_of_images(checkpoint, sources, tmp_path):
+    """The same as each repetition by itself."""
+    folder = reconstruct(tmp_path / "run", checkpoint, {"pos": sources["pos"]}, langevin(), batch_size=7)
+    config = langevin()
+    model, _ = recon.load_model(config, checkpoint, CPU)
+    images = datasets.load(sources["pos"], split="test", image_size=SIZE, num_channels=1)
+    single = recon.Reconstructor(config, model, MaskOptions("checkerboard_alt"), 1, 0, CPU, 100)
+    _, _, expected = single(images.read(0, 7), images.name, images.positions, 0)  # repetition 0 alone
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(load(folder)[2][0], expected[0], rtol=0, atol=1e-4 * scale)
+
+
+def test_too_little_memory(checkpoint, sources, tmp_path):
+    with pytest.raises(UserError, match=r"^--memory_gb 1e-05 is too little: one image needs about 0\.000"):
+        reconstruct(tmp_path / "run", checkpoint, sources, memory_gb=1e-5)
+    assert not (tmp_path / "run").exists()
+
+
+def test_seeds_and_images_have_noise_of_their_own(made, checkpoint, sources, tmp_path):
+    other = reconstruct(tmp_path / "other", checkpoint, sources, seed=1)
+    assert not torch.equal(load(other)[2], load(made)[2])
+    np.savez(tmp_path / "twice.npz", images=np.stack(2 * [np.load(sources["pos"])["images"][0]]))
+    _, _, rebuilt = load(reconstruct(tmp_path / "run", checkpoint, {"pos": tmp_path / "twice.npz"}, seed=0))
+    assert not torch.equal(rebuilt[0, 0], rebuilt[0, 1])
+
+
+# -------------------------------------------------------------------------------------------- killed and resumed
+
+CHILD = """
+import os, signal, sys
+from pathlib import Path
+import storage, tiny
+
+checkpoint, pos, neg, workdir = map(Path, sys.argv[1:])
+writes, flush = [], storage.os.fsync
+
+def fsync(handle):  # the manifest, two in-domain batches, then the first out-of-domain one
+    writes.append(handle)
+    if len(writes) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    flush(handle)
+
+storage.os.fsync = fsync
+tiny.reconstruct(workdir, checkpoint, {"pos": pos, "neg": neg})
+"""
+
+
+def test_a_killed_run_is_continued(made, checkpoint, sources, tmp_path, counted):
+    code, _, err = tiny.command("-c", CHILD, checkpoint, sources["pos"], sources["neg"], tmp_path / "run")
+    assert code == -signal.SIGKILL, err
+    assert sorted(tensors(tmp_path / "run" / ALT)) == ["pos/batch_0.pth", "pos/batch_1.pth"]
+    folder = reconstruct(tmp_path / "run", checkpoint, sources)
+    assert counted == [("noise", [0, 1, 2, 3]), ("noise", [4])]
+    assert tiny.same(tensors(folder), tensors(made))
+
+
+def test_interrupted_between_batches(made, checkpoint, sources, tmp_path, monkeypatch, counted):
+    read = datasets.ImageSet.read
+
+    def interrupted(self, start, stop):
+        if start == 4:
+            raise KeyboardInterrupt
+        return read(self, start, stop)
+
+    monkeypatch.setattr(datasets.ImageSet, "read", interrupted)
+    assert console.guard(lambda _: reconstruct(tmp_path / "run", checkpoint, sources), None) == console.EXIT_INTERRUPTED
+    monkeypatch.setattr(datasets.ImageSet, "read", read)
+    folder = reconstruct(tmp_path / "run", checkpoint, sources)
+    assert [positions for _, positions in counted] == [[0, 1, 2, 3], [4, 5, 6], [0, 1, 2, 3], [4]]
+    assert tiny.same(tensors(folder), tensors(made))
+
+
+def test_a_rerun_makes_nothing(results, checkpoint, sources, counted, capsys):
+    before = tiny.snapshot(results)
+    assert reconstruct(results.parent, checkpoint, sources) == results
+    assert tiny.snapshot(results) == before
+    assert counted == []
+    out = capsys.readouterr().out
+    assert "in-domain: all 7 images of squares are there already" in out
+    assert "out-of-domain: all 5 images of noise are there already" in out
+
+
+def test_missing_and_truncated_batches_are_made_again(results, made, checkpoint, sources, counted):
+    (results / "pos" / "batch_0.pth").unlink()
+    damaged = results / "neg" / "batch_1.pth"
+    damaged.write_bytes(damaged.read_bytes()[:-50])
+    reconstruct(results.parent, checkpoint, sources)
+    assert counted == [("squares", [0, 1, 2, 3]), ("noise", [4])]
+    assert tiny.same(tensors(results), tensors(made))
+
+
+OTHER = {
+    "seed": ({"seed": 1}, "seed: 0 there, 1 here"),
+    "batch size": ({"batch_size": 3}, r"neg\.batch_size: 4 there, 3 here"),
+    "images": ({"max_images": 2}, r"neg\.images: 5 there, 2 here"),
+    "steps": ({"tree": {"model__num_scales": 4}}, r"config\.model\.num_scales: 3 there, 4 here"),
+    "sampler": ({"tree": {"sampling__noise_removal": False}}, "noise_removal: true there, false here"),
+    "mask": ({"mask": {"num_blocks": 4, "ratio": 0.4}}, r"mask\.ratio: 0\.5 there, 0\.4 here"),
+    "checkpoint": ({"checkpoint": 5}, r"checkpoint: .* there, .* here"),
+    "in-domain": ({"pos": "noise.npz"}, r'pos\.dataset: "squares" there, "noise" here'),
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_a_folder_of_other_settings_is_refused(name, results, shared, sources, tmp_path, counted):
+    changes, message = OTHER[name]
+    options = {key: value for key, value in changes.items() if key in ("seed", "batch_size", "max_images")}
+    checkpoint = shared / "checkpoint.pth"
+    if "checkpoint" in changes:
+        checkpoint = tiny.write_checkpoint(tmp_path / "other.pth", seed=changes["checkpoint"])
+    if "pos" in changes:
+        sources = {**sources, "pos": shared / changes["pos"]}
+    tree, mask = tiny.config(**changes.get("tree", {})), MaskOptions("checkerboard_alt", **changes.get("mask", {}))
+    before = tiny.snapshot(results)
+    with pytest.raises(UserError, match=rf"was made with other settings \(.*{message}.*choose another --workdir"):
+        reconstruct(results.parent, checkpoint, sources, tree, mask, **options)
+    assert tiny.snapshot(results) == before
+    assert counted == []
+
+
+def test_a_run_that_failed_before_its_first_batch_stands_in_nobodys_way(checkpoint, sources, tmp_path):
+    broken = tiny.config(model__beta_max=1e30, model__num_scales=3)
+    light = tiny.write_checkpoint(tmp_path / "broken.pth", broken)
+    with pytest.raises(UserError, match=r"the reconstructions of batch 0 of squares are NaN or infinite"):
+        reconstruct(tmp_path / "run", light, sources, broken)
+    assert tensors(tmp_path / "run" / ALT) == {}
+    assert len(tensors(reconstruct(tmp_path / "run", checkpoint, sources))) == 4
+
+
+# -------------------------------------------------------------------------------------------------- shared results
+
+
+def test_in_domain_results_serve_every_out_of_domain_set(results, shared, checkpoint, sources, tmp_path, counted):
+    tiny.write_pictures(shared / "others.npz", 3, seed=5)
+    second = reconstruct(tmp_path / "second", checkpoint, {"pos": sources["pos"], "neg": shared / "others.npz"})
+    assert counted == [("others", [0, 1, 2])]
+    for index in range(2):
+        assert (second / "pos" / f"batch_{index}.pth").samefile(results / "pos" / f"batch_{index}.pth")
+    (scores,) = detect.detect(second, ["MSE"], reps=2, plots=False)
+    assert len(scores.tables["neg"]["score"]) == 3
+
+
+def test_out_of_domain_results_serve_as_in_domain_ones(results, checkpoint, sources, tmp_path, counted, capsys):
+    swapped = reconstruct(tmp_path / "second", checkpoint, {"pos": sources["neg"], "neg": sources["pos"]})
+    assert counted == []
+    assert (swapped / "pos" / "batch_1.pth").samefile(results / "neg" / "batch_1.pth")
+    assert "in-domain: 2 batches taken over from an earlier run with the same settings" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [{"seed": 1}, {"batch_size": 3}, {"reps": 3}])
+def test_results_of_other_settings_are_not_shared(options, results, checkpoint, sources, tmp_path, counted):
+    reconstruct(tmp_path / "second", checkpoint, {"pos": sources["pos"]}, **options)
+    assert sum(len(positions) for _, positions in counted) == 7
+
+
+def test_changed_images_of_the_same_name_are_not_shared(results, checkpoint, tmp_path, counted):
+    (tmp_path / "changed").mkdir()
+    changed = tiny.write_pictures(tmp_path / "changed" / "squares.npz", 7, seed=9)
+    reconstruct(tmp_path / "second", checkpoint, {"pos": changed})
+    assert len(counted) == 2
+
+
+def test_the_out_of_domain_side_may_come_later(made, checkpoint, sources, tmp_path, counted, capsys):
+    folder = reconstruct(tmp_path / "run", checkpoint, {"pos": sources["pos"]})
+    assert not (folder / "neg").exists()
+    assert "next: python detect.py" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="holds the in-domain side only"):
+        detect.detect(folder, ["MSE"])
+    counted.clear()
+    reconstruct(tmp_path / "run", checkpoint, sources)
+    assert [name for name, _ in counted] == ["noise", "noise"]
+    assert tiny.same(tensors(folder), tensors(made))
+    assert f"next: python detect.py --result_path {folder} --reps 2" in capsys.readouterr().out
+    before = tiny.snapshot(folder)
+    reconstruct(tmp_path / "run", checkpoint, {"pos": sources["pos"]})  # nor does it go again
+    assert tiny.snapshot(folder) == before
+
+
+# ------------------------------------------------------------------------------------------------ sources of images
+
+
+def test_max_images_takes_the_first(made, checkpoint, sources, tmp_path):
+    folder = reconstruct(tmp_path / "run", checkpoint, sources, max_images=2)
+    for side in sources:
+        for mine, theirs in zip(load(folder, side), load(made, side), strict=True):
+            batch = theirs[:2] if theirs.ndim == 4 else theirs[:, :2]
+            torch.testing.assert_close(mine, batch, rtol=0, atol=1e-5)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of pictures of several sizes and modes, two of which cannot be used, and a list of them."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(3)
+    for name, size, mode in (("a", (20, 30), "RGB"), ("c", (9, 8), "L"), ("d", (40, 17), "CMYK"), ("f", (8, 8), "RGB")):
+        bands = {"L": 1, "RGB": 3, "CMYK": 4}[mode]
+        values = rng.integers(0, 256, (size[1], size[0], bands), dtype=np.uint8).squeeze()
+        Image.fromarray(values, mode).save(folder / f"{name}.{'tif' if mode == 'CMYK' else 'png'}")
+    (folder / "b.png").write_text("no picture")
+    (folder / "e.png").write_bytes((folder / "a.png").read_bytes()[:100])
+    names = ["a.png", "b.png", "c.png", "missing.png", "d.tif", "f.png"]
+    (folder / "list.txt").write_text("\n".join(names))
+    return folder
+
+
+@pytest.mark.parametrize("source", ["pictures", "pictures/list.txt"])
+def test_pictures_in_a_folder_or_a_list(source, pictures, checkpoint, sources, tmp_path, capsys):
+    """Unusable ones are named and left out; the others keep their own numbers, which detect.py then tells."""
+    folder = reconstruct(tmp_path / "run", checkpoint, {"pos": sources["pos"], "neg": tmp_path / source})
+    orig, _, rebuilt = load(folder, "neg")
+    assert orig.shape == (4, 1, SIZE, SIZE)
+    assert rebuilt.shape == (2, 4, 1, SIZE, SIZE)
+    unusable, positions = (
+        (["b.png", "missing.png"], [0, 2, 4, 5]) if source.endswith("txt") else (["b.png", "e.png"], [0, 2, 3, 5])
+    )
+    entry = storage.ResultsFolder(folder).manifest()["sides"]["neg"]
+    assert [path for path, _ in entry["skipped"]] == unusable
+    assert entry["positions"] == positions
+    err = capsys.readouterr().err
+    assert all(f"{name} is left out" in err for name in unusable)
+    (scores,) = detect.detect(folder, ["MSE"], reps=2, plots=False)
+    assert scores.tables["neg"]["position"].tolist() == positions
+    assert storage.read_results(folder)["failures"] == {"pos": 0, "neg": 2}
+    counted = tiny.snapshot(folder)
+    reconstruct(tmp_path / "run", checkpoint, {"pos": sources["pos"], "neg": tmp_path / source})
+    assert tiny.snapshot(folder) == counted
+
+
+def test_an_unusable_picture_changes_nothing_for_the_others(pictures, checkpoint, tmp_path):
+    first = load(reconstruct(tmp_path / "first", checkpoint, {"pos": pictures}))
+    shutil.copy(pictures / "f.png", pictures / "b.png")
+    second = load(reconstruct(tmp_path / "second", checkpoint, {"pos": pictures}))
+    torch.testing.assert_close(first[2], second[2][:, [0, 2, 3, 4]], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("crop", [True, False])
+def test_crop_or_squeeze(crop, pictures, checkpoint, tmp_path):
+    folder = reconstruct(tmp_path / "run", checkpoint, {"pos": (str(pictures), crop)})
+    form = {"split": "test", "image_size": SIZE, "num_channels": 1, "center_crop": crop}
+    expected = datasets.load(pictures, **form).read(0, 4)
+    assert torch.equal(load(folder)[0], expected / 255)
+    assert storage.ResultsFolder(folder).manifest()["sides"]["pos"]["center_crop"] == crop
+
+
+# ------------------------------------------------------------------------------------------------------- the masks
+
+
+def masks_of(folder, side="pos"):
+    """The masks seen in the masked images (which have no black pixels): a tensor (N, R, S, S)."""
+    orig, masked, _ = load(folder, side)
+    assert (orig > 0).all()
+    return (masked > 0).transpose(0, 1)[:, :, 0].float()
+
+
+@pytest.fixture
+def bright(tmp_path):
+    """Five images without black pixels."""
+    np.savez(tmp_path / "bright.npz", images=tiny.pictures(5) // 2 + 50)
+    return {"pos": tmp_path / "bright.npz"}
+
+
+@pytest.mark.parametrize("kind", ["center", "checkerboard", "checkerboard_alt"])
+def test_fixed_masks(kind, bright, checkpoint, tmp_path):
+    seen = masks_of(reconstruct(tmp_path / "run", checkpoint, bright, mask=MaskOptions(kind, num_blocks=2), reps=3))
+    expected = torch.cat([masks.make_mask(kind, SIZE, rep, num_blocks=2)[0] for rep in range(3)])  # (R, S, S)
+    assert torch.equal(seen, expected.expand(5, 3, SIZE, SIZE))
+
+
+def test_random_masks_are_new_for_each_batch_and_repetition(bright, checkpoint, tmp_path):
+    mask = MaskOptions("random", patch_size=2, ratio=0.5)
+    seen = masks_of(reconstruct(tmp_path / "run", checkpoint, bright, mask=mask, reps=3))
+    assert torch.equal(seen[0].expand(4, -1, -1, -1), seen[:4])  # of one batch
+    distinct = torch.cat([seen[0], seen[4]]).flatten(1).unique(dim=0)
+    assert len(distinct) == 6
+    assert (distinct.sum(dim=1) == SIZE * SIZE / 2).all()
+    again = masks_of(reconstruct(tmp_path / "again", checkpoint, bright, mask=mask, reps=3, max_images=4))
+    assert torch.equal(again, seen[:4])
+    other = masks_of(reconstruct(tmp_path / "other", checkpoint, bright, mask=mask, reps=3, seed=1))
+    assert not torch.equal(other, seen)
+
+
+def test_a_mask_file(bright, checkpoint, tmp_path):
+    own = np.eye(SIZE, dtype=np.uint8)
+    np.save(tmp_path / "own.npy", own)
+    mask = MaskOptions("file", file_path=str(tmp_path / "own.npy"))
+    folder = reconstruct(tmp_path / "run", checkpoint, bright, mask=mask)
+    assert torch.equal(masks_of(folder), torch.from_numpy(own).float().expand(5, 2, SIZE, SIZE))
+    np.save(tmp_path / "own.npy", 1 - own)
+    with pytest.raises(UserError, match=r"mask\.file_hash"):
+        reconstruct(tmp_path / "run", checkpoint, bright, mask=mask)
+
+
+@pytest.mark.parametrize("kind", ["center", "checkerboard_alt", "random"])
+def test_saved_masks_can_be_read_again(kind, bright, checkpoint, tmp_path):
+    mask = MaskOptions(kind, patch_size=2, identifier="tag")
+    folder = reconstruct(tmp_path / "run", checkpoint, bright, mask=mask, mask_directory="")
+    saved = sorted(path.name for path in (folder / "masks").iterdir())
+    batches = ["pos_batch0_", "pos_batch1_"] if kind == "random" else [""]
+    assert saved == [f"{mask.name}_{batch}rep{rep}.png" for batch in batches for rep in range(2)]
+    seen = masks_of(folder)
+    for number, name in enumerate(saved):
+        batch, rep = divmod(number, 2)
+        assert torch.equal(masks.load_mask_file(folder / "masks" / name, SIZE)[0, 0], seen[4 * batch, rep])
+    own = MaskOptions("file", file_path=str(folder / "masks" / saved[1]), identifier="again")
+    again = reconstruct(tmp_path / "run", checkpoint, bright, mask=own, reps=1)
+    assert torch.equal(masks_of(again)[0, 0], seen[0, 1])
+
+
+def test_masks_can_be_saved_elsewhere(bright, checkpoint, tmp_path):
+    folder = reconstruct(tmp_path / "run", checkpoint, bright, mask_directory=tmp_path / "mine")
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == [
+        "checkerboard_alt_blocks4_rep0.png", "checkerboard_alt_blocks4_rep1.png",
+    ]  # fmt: skip
+    assert not (folder / "masks").exists()
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+def poison(good, bad):
+    checkpoint = storage.read_checkpoint(good)
+    checkpoint["ema"]["shadow_params"][0].fill_(float("nan"))
+    torch.save(checkpoint, bad)
+
+
+BAD = {
+    "checkpoint missing": ({"checkpoint": lambda good, bad: None}, "there is no checkpoint at"),
+    "checkpoint truncated": (
+        {"checkpoint": lambda good, bad: bad.write_bytes(good.read_bytes()[:3000])},
+        "damaged or truncated",
+    ),
+    "checkpoint with code": (
+        {"checkpoint": lambda good, bad: torch.save({"model": torch.nn.Linear(1, 1)}, bad)},
+        "holds pickled code",
+    ),
+    "checkpoint with NaN": ({"checkpoint": poison}, "holds NaN or infinite weights"),
+    "another architecture": ({"tree": {"model__nf": 64}}, r"another config \(model\.nf: 32 there, 64 here\)"),
+    "another SDE": ({"tree": {"training__sde": "vpsde"}}, "another config .*subvpsde"),
+    "data set": ({"pos": "CIFAR11"}, "unknown data set 'CIFAR11'; choose one of: CIFAR10, "),
+    "out-of-domain set": ({"neg": "nowhere.txt"}, "unknown data set 'nowhere.txt'"),
+    "empty folder": ({"neg": "empty"}, "holds no images"),
+    "empty list": ({"neg": "empty.txt"}, "names no images"),
+    "nothing usable": ({"neg": "useless.txt"}, "none of the 2 images of 'useless' is usable"),
+    "mask type": ({"mask": MaskOptions("checkers")}, "unknown mask type 'checkers'; choose one of: center, "),
+    "blocks": ({"mask": MaskOptions("checkerboard", num_blocks=3)}, "--mask_num_blocks is 3, .*use 2, 4, 8"),
+    "patches": ({"mask": MaskOptions("random", patch_size=3)}, "--mask_patch_size is 3"),
+    "ratio": ({"mask": MaskOptions("random", ratio=1.5)}, "--mask_ratio is 1.5"),
+    "mask file": ({"mask": MaskOptions("file", file_path="nowhere.png")}, "there is no mask file nowhere.png"),
+    "no mask file": ({"mask": MaskOptions("file")}, "give one with --mask_file_path"),
+    "identifier": ({"mask": MaskOptions(identifier="a/b")}, "leave out slashes"),
+    "predictor": ({"tree": {"sampling__predictor": "heun"}}, "unknown predictor"),
+    "corrector": ({"tree": {"sampling__corrector": "heun"}}, "unknown corrector"),
+    "max_images": ({"options": {"max_images": 0}}, "--max_images 0 must be at least 1"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_told_in_one_line_and_writes_nothing(name, checkpoint, sources, tmp_path, monkeypatch, capsys):
+    changes, message = BAD[name]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.txt").write_text("\n# nothing\n")
+    (tmp_path / "useless.txt").write_text("a.png\nb.png\n")
+    if "checkpoint" in changes:
+        changes["checkpoint"](checkpoint, tmp_path / "bad.pth")
+        checkpoint = tmp_path / "bad.pth"
+    sources = {side: changes.get(side, source) for side, source in sources.items()}
+    tree, mask = tiny.config(**changes.get("tree", {})), changes.get("mask")
+    with pytest.raises(SystemExit) as exit_:
+        console.guard(lambda _: reconstruct("run", checkpoint, sources, tree, mask, **changes.get("options", {})), None)
+    assert exit_.value.code == console.EXIT_USER_ERROR
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert re.search(message, errors[0])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk(checkpoint, sources, tmp_path, monkeypatch):
+    """The batch that found no room is made again later; those before it stay."""
+    writes, flush = [], storage.os.fsync
+
+    def fsync(handle):
+        writes.append(handle)
+        if len(writes) == 3:  # after the manifest and a batch
+            raise OSError(errno.ENOSPC, "No space left on device")
+        flush(handle)
+
+    monkeypatch.setattr(storage.os, "fsync", fsync)
+    with pytest.raises(UserError, match=r"cannot write .*pos/batch_1\.pth: No space left on device; free some space"):
+        reconstruct(tmp_path / "run", checkpoint, sources)
+    assert sorted(path.name for path in (tmp_path / "run" / ALT).rglob("*") if path.is_file()) == [
+        "batch_0.pth", "manifest.json",
+    ]  # fmt: skip
+    monkeypatch.undo()
+    assert len(tensors(reconstruct(tmp_path / "run", checkpoint, sources))) == 4
+
+
+def test_a_workdir_that_cannot_be_made(checkpoint, sources, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"cannot write .*manifest\.json: .*choose another folder"):
+        reconstruct(tmp_path / "file", checkpoint, sources)

@@ -1,0 +1,642 @@
+"""What is on disk is whole or not there; what cannot be used is refused in one line; published files load."""
+
+import errno
+import json
+import os
+import pickle
+import resource
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from helpers import GOLDEN, close, fill_, golden, small, tensor, wave
+
+import losses
+import models
+import sde_lib
+import storage
+from configs.base import to_dict
+from console import UserError
+from losses import Draws
+from models.score import ScoreModel
+from storage import ResultsFolder
+
+PUBLISHED = GOLDEN / "train_small_checkpoint.pth"
+
+
+# ---------------------------------------------------------------------------------------------- atomic writing
+
+
+def files(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_writes_whole_files_and_makes_folders(tmp_path):
+    storage.write_text(tmp_path / "a" / "b" / "c.txt", "grün")
+    storage.write_text(tmp_path / "a" / "b" / "c.txt", "blau")
+    assert (tmp_path / "a" / "b" / "c.txt").read_bytes() == b"blau"
+    storage.write_json(tmp_path / "a" / "d.json", {"x": [1, 2.5, None]})
+    assert json.loads((tmp_path / "a" / "d.json").read_text()) == {"x": [1, 2.5, None]}
+    assert files(tmp_path / "a") == ["b", "d.json"]
+    assert files(tmp_path / "a" / "b") == ["c.txt"]
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664)])
+def test_the_umask_is_respected(mask, mode, tmp_path):
+    before = os.umask(mask)
+    try:
+        storage.write_text(tmp_path / "file", "text")
+        assert os.umask(mask) == mask  # and left as it was
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == mode
+
+
+def failing(number):
+    def fail(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+class FullFile:
+    """A file on a disk that is full."""
+
+    def __init__(self, handle, mode):
+        self.handle = handle
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        os.close(self.handle)
+
+    write = staticmethod(failing(errno.ENOSPC))
+
+
+WRITE_FAILURES = {
+    "no room for the data": ("fdopen", FullFile),
+    "no room when it is flushed": ("fsync", failing(errno.ENOSPC)),
+    "quota": ("fsync", failing(errno.EDQUOT)),
+    "no permission to rename": ("replace", failing(errno.EACCES)),
+}
+
+
+@pytest.mark.parametrize("name", WRITE_FAILURES)
+def test_a_failing_write_leaves_the_old_file_alone(name, tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    storage.write_bytes(path, b"old")
+    monkeypatch.setattr(storage.os, *WRITE_FAILURES[name])
+    with pytest.raises(UserError, match=rf"^cannot write {path}: .*; free some space or choose another folder"):
+        storage.write_bytes(path, b"new")
+    monkeypatch.undo()
+    assert path.read_bytes() == b"old"
+    assert files(tmp_path) == ["file"]
+
+
+def test_a_write_that_the_system_refuses_midway(tmp_path):
+    """A limit on the size of files: the kernel itself takes the first part and refuses the rest."""
+    path = tmp_path / "file"
+    storage.write_bytes(path, b"old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(UserError, match="cannot write"):
+            storage.write_bytes(path, bytes(5000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == b"old"
+    assert files(tmp_path) == ["file"]
+
+
+def test_an_interrupted_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
+    def interrupt(handle):
+        raise KeyboardInterrupt
+
+    storage.write_bytes(tmp_path / "file", b"old")
+    monkeypatch.setattr(storage.os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        storage.write_bytes(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"old"
+    assert files(tmp_path) == ["file"]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"cannot write .*/file/below/x: (Not a directory|File exists)"):
+        storage.write_text(tmp_path / "file" / "below" / "x", "text")
+
+
+# ------------------------------------------------------------------------------------------------------ reading
+
+
+class Code:
+    """Pickled, this runs a command when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def truncate(path, share):
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+
+
+def write_truncated(path, share):
+    torch.save({"a": torch.zeros(3000)}, path)
+    truncate(path, share)
+
+
+UNREADABLE = {
+    "missing": (lambda path: None, r"^there is no checkpoint at .*bad\.pth; check the path$"),
+    "a folder": (Path.mkdir, "there is no checkpoint at"),
+    "empty": (lambda path: path.write_bytes(b""), "damaged or truncated"),
+    "text": (lambda path: path.write_text("hello there\n"), "damaged"),
+    "noise": (lambda path: path.write_bytes(np.random.default_rng(1).bytes(3000)), "damaged"),
+    "other noise": (lambda path: path.write_bytes(b"\x8a" + np.random.default_rng(2).bytes(300)), "damaged"),
+    "half": (lambda path: write_truncated(path, 0.5), "damaged or truncated"),
+    "almost whole": (lambda path: write_truncated(path, 0.99), "damaged or truncated"),
+    "pickled module": (lambda path: torch.save({"model": torch.nn.Linear(1, 1)}, path), "holds pickled code"),
+    "pickled code": (lambda path: torch.save({"model": Code(path.parent / "ran")}, path), "holds pickled code"),
+    "plain pickle": (lambda path: path.write_bytes(pickle.dumps(Code(path.parent / "ran"))), "pickled code|no torch"),
+    "old pickle": (lambda path: path.write_bytes(pickle.dumps(Code(path.parent / "ran"), 2)), "holds pickled code"),
+    "numpy": (lambda path: np.savez(path.open("wb"), a=np.zeros(3)), "damaged"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_files_that_cannot_be_read(name, tmp_path, recwarn):
+    write, message = UNREADABLE[name]
+    write(tmp_path / "bad.pth")
+    with pytest.raises(UserError, match=message):
+        storage.read_tensors(tmp_path / "bad.pth", "checkpoint")
+    assert not (tmp_path / "ran").exists()  # nothing was run
+    assert not [warning for warning in recwarn if "pickle" in str(warning.message)]
+
+
+def test_a_file_without_permission(tmp_path, monkeypatch):
+    torch.save({}, tmp_path / "file.pth")
+    monkeypatch.setattr(storage.torch, "load", failing(errno.EACCES))
+    with pytest.raises(UserError, match="may not be read; change its permissions"):
+        storage.read_tensors(tmp_path / "file.pth", "checkpoint")
+
+
+def test_hash(tmp_path):
+    (tmp_path / "file").write_bytes(b"abc")
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, example B.1
+    assert storage.file_hash(tmp_path / "file") == expected
+    with (tmp_path / "file").open("rb") as file:
+        assert storage._hash(file) == expected  # what Python 3.10 uses
+
+
+# -------------------------------------------------------------------------------------------- published checkpoint
+
+
+def published_config():
+    config = small("subvp/cifar10_ddpm_continuous.py", ch_mult=(1, 1), dropout=0.0)
+    config.optim.warmup = 3
+    return config
+
+
+def outputs(net):
+    with torch.no_grad():
+        return net.eval()(wave((2, 3, 16, 16), 9.5), torch.tensor([300.0, 800.0]))
+
+
+def test_published_checkpoint_gives_its_outputs():
+    numbers, config = golden("train_small"), published_config()
+    state = losses.create_state(config, models.create_model(config))
+    storage.restore_state(PUBLISHED, state, to_dict(config), config.seed)
+    assert (state.step, state.ema.num_updates) == (5, 5)
+    close(outputs(state.net), numbers["output"])
+    net = models.create_model(config)
+    assert storage.load_ema_weights(PUBLISHED, net, to_dict(config)) == 5
+    close(outputs(net), numbers["output_ema"])
+
+
+def test_training_continues_from_the_published_checkpoint(tmp_path):
+    """Adam's moments, its count and the EMA's go on from where they were; and what is written then loads again."""
+    config = published_config()
+    state = losses.create_state(config, models.create_model(config).train())
+    storage.restore_state(PUBLISHED, state, to_dict(config), config.seed)
+    before = storage.read_checkpoint(PUBLISHED)
+    assert type(before["optimizer"]["param_groups"][0]["lr"]).__module__ == "numpy"
+    numbers, sde = golden("train_small"), sde_lib.create_sde(config)
+    draws = Draws(normal=tensor(numbers["z"][0]), uniform=tensor(numbers["u"][0]))
+    loss, model = losses.create_loss(config, sde), ScoreModel(state.net, sde)
+    losses.train_step(state, loss, model, wave((4, 3, 16, 16), 0.7), draws, config)
+    assert (state.step, state.ema.num_updates) == (6, 6)
+    optimizer, decay = state.optimizer.state_dict(), 7 / 16
+    assert optimizer["param_groups"][0]["lr"] == config.optim.lr
+    for i, parameter in enumerate(state.net.parameters()):
+        old, new = before["optimizer"]["state"][i], optimizer["state"][i]
+        assert new["step"].item() == 6
+        torch.testing.assert_close(new["exp_avg"], 0.9 * old["exp_avg"] + 0.1 * parameter.grad)
+        expected = decay * before["ema"]["shadow_params"][i] + (1 - decay) * parameter.detach()
+        torch.testing.assert_close(state.ema.shadow[i], expected)
+    storage.write_checkpoint(tmp_path / "next.pth", state, to_dict(config), config.seed)
+    again = losses.create_state(config, models.create_model(config))
+    storage.restore_state(tmp_path / "next.pth", again, to_dict(config), config.seed)
+    assert tiny.same(again.optimizer.state_dict()["state"], optimizer["state"])
+
+
+# ----------------------------------------------------------------------------------------------- our checkpoints
+
+
+def test_checkpoint_has_the_published_parts(tmp_path):
+    published = storage.read_checkpoint(PUBLISHED)
+    ours = storage.read_checkpoint(tiny.write_checkpoint(tmp_path / "checkpoint.pth", published_config()))
+    assert published.keys() <= ours.keys()
+    assert ours["model"].keys() == published["model"].keys()
+    assert all(name.startswith("module.") for name in ours["model"])
+    assert ours["ema"].keys() == published["ema"].keys()
+    assert ours["optimizer"].keys() == published["optimizer"].keys()
+    shapes = [[tuple(p.shape) for p in part["ema"]["shadow_params"]] for part in (ours, published)]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("path", ["subvp/cifar10_ddpm_continuous.py", "ve/cifar10_ncsnpp_continuous.py"])
+def test_ema_weights_by_either_file(path, tmp_path):
+    """The second network has frozen frequencies, which are parameters but not averaged."""
+    config = small(path)
+    checkpoint = tiny.write_checkpoint(tmp_path / "checkpoint.pth", config)
+    state = losses.create_state(config, models.create_model(config))
+    storage.restore_state(checkpoint, state, to_dict(config), config.seed)
+    with torch.no_grad():
+        for average in state.ema.shadow:
+            average.mul_(1.1)  # unlike the raw weights
+    state.step = 77
+    storage.write_checkpoint(checkpoint, state, to_dict(config), config.seed)
+    raw = outputs(state.net)
+    state.ema.copy_to(state.net.parameters())
+    expected = outputs(state.net)
+    assert (raw - expected).abs().max() > 0.05 * raw.abs().max()
+
+    other, light = models.create_model(config), tmp_path / "ema.safetensors"
+    notes = {"command": "python main.py"}
+    storage.write_ema_weights(light, checkpoint, models.create_model(config), to_dict(config), notes)
+    weights = sum(parameter.nbytes for parameter in other.parameters())
+    assert light.stat().st_size < weights + 30_000  # neither the raw weights nor Adam's moments
+    for file in (checkpoint, light):
+        fill_(other.state_dict())
+        assert storage.load_ema_weights(file, other, to_dict(config)) == 77
+        assert torch.equal(outputs(other), expected)
+
+
+def test_safetensors_metadata(tmp_path):
+    from safetensors import safe_open
+
+    config, light = tiny.config(), tmp_path / "ema.safetensors"
+    checkpoint = tiny.write_checkpoint(tmp_path / "checkpoint.pth")
+    storage.write_ema_weights(light, checkpoint, models.create_model(config), to_dict(config), {"loss": "0.03"})
+    with safe_open(light, framework="pt") as file:
+        metadata = file.metadata()
+        names = set(file.keys())
+    assert json.loads(metadata["config"]) == to_dict(config)
+    assert (metadata["step"], metadata["loss"]) == ("0", "0.03")
+    assert "module." + min(names) in storage.read_checkpoint(checkpoint)["model"]
+
+
+OTHER_CONFIGS = {
+    "model.nf": (64, r"model\.nf: 32 there, 64 here"),
+    "model.ch_mult": ((1, 2), r"model\.ch_mult: \[1\] there, \[1, 2\] here"),
+    "model.beta_max": (10.0, r"model\.beta_max: 20\.0 there, 10\.0 here"),
+    "training.sde": ("vpsde", r'training\.sde: "subvpsde" there, "vpsde" here'),
+    "training.continuous": (False, r"training\.continuous: true there, false here"),
+    "data.centered": (False, r"data\.centered: true there, false here"),
+    "data.num_channels": (3, r"data\.num_channels: 1 there, 3 here"),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """A checkpoint and the EMA-only file made from it."""
+    folder, config = tmp_path_factory.mktemp("checkpoints"), tiny.config()
+    checkpoint = tiny.write_checkpoint(folder / "checkpoint.pth")
+    storage.write_ema_weights(folder / "ema.safetensors", checkpoint, models.create_model(config), to_dict(config), {})
+    return {".pth": checkpoint, ".safetensors": folder / "ema.safetensors"}
+
+
+@pytest.mark.parametrize("kind", [".pth", ".safetensors"])
+@pytest.mark.parametrize("field", OTHER_CONFIGS)
+def test_another_config_than_the_checkpoints_own(field, kind, checkpoints):
+    value, message = OTHER_CONFIGS[field]
+    config = tiny.config(**{field: value})
+    with pytest.raises(UserError, match=rf"was trained with another config \(.*{message}"):
+        storage.load_ema_weights(checkpoints[kind], models.create_model(config), to_dict(config))
+
+
+@pytest.mark.parametrize("kind", [".pth", ".safetensors"])
+def test_what_may_differ_from_the_checkpoints_config(kind, checkpoints):
+    changes = {"model.num_scales": 50, "model.dropout": 0.3, "model.ema_rate": 0.5, "optim.lr": 1.0}
+    config = tiny.config(**changes, **{"sampling.corrector": "langevin", "training.batch_size": 7})
+    storage.load_ema_weights(checkpoints[kind], models.create_model(config), to_dict(config))
+
+
+def without_config(path, target):
+    """A checkpoint as the published code writes it, which has nothing but the weights to go by."""
+    checkpoint = storage.read_checkpoint(path)
+    del checkpoint["config"], checkpoint["randomness"]
+    torch.save(checkpoint, target)
+    return target
+
+
+OTHER_NETWORKS = {
+    "model.nf": (64, r"does not fit the config: all_modules\.0\.weight is \(128, 32\), the config's is \(256, 64\)"),
+    "model.ch_mult": ((1, 1), r"all_modules\.\d+\.\S+ is .*; and \d+ more; use the config it was made with"),
+    "model.num_res_blocks": (2, "does not fit the config"),
+    "data.num_channels": (3, r"all_modules\.2\.weight is \(32, 1, 3, 3\), the config's is \(32, 3, 3, 3\)"),
+}
+
+
+@pytest.mark.parametrize("field", OTHER_NETWORKS)
+def test_another_architecture_is_told_by_its_weights(field, checkpoints, tmp_path):
+    value, message = OTHER_NETWORKS[field]
+    path = without_config(checkpoints[".pth"], tmp_path / "published.pth")
+    storage.load_ema_weights(path, models.create_model(tiny.config()), to_dict(tiny.config()))
+    config = tiny.config(**{field: value})
+    state = losses.create_state(config, models.create_model(config))
+    before = [parameter.detach().clone() for parameter in state.net.parameters()]
+    with pytest.raises(UserError, match=message):
+        storage.load_ema_weights(path, state.net, to_dict(config))
+    with pytest.raises(UserError, match=message):
+        storage.restore_state(path, state, to_dict(config), config.seed)
+    assert all(torch.equal(a, b) for a, b in zip(before, state.net.parameters(), strict=True))
+
+
+def poison(value):
+    def change(checkpoint):
+        checkpoint["ema"]["shadow_params"][3].view(-1)[0] = value
+
+    return change
+
+
+BROKEN = {
+    "NaN": (poison(float("nan")), r"holds NaN or infinite weights \(1 tensors\): training diverged"),
+    "infinity": (poison(float("inf")), "holds NaN or infinite weights"),
+    "no EMA": (lambda c: c.pop("ema"), "is no checkpoint of main.py"),
+    "no step": (lambda c: c.pop("step"), "is no checkpoint of main.py"),
+    "model is a list": (lambda c: c.update(model=[1]), "no tensors by name"),
+    "model holds numbers": (lambda c: c["model"].update(x=1), "no tensors by name"),
+    "EMA is empty": (lambda c: c.update(ema={}), "no tensors by name"),
+    "EMA of another length": (lambda c: c["ema"]["shadow_params"].pop(), r"holds \d+ EMA weights, the config's .* \d+"),
+    "EMA of another shape": (
+        lambda c: c["ema"]["shadow_params"].__setitem__(0, torch.zeros(2)),
+        r"EMA weight 0 is \(2,\), the config's is",
+    ),
+    "a weight missing": (lambda c: c["model"].pop("module.all_modules.2.bias"), r"all_modules\.2\.bias is missing"),
+    "a weight too many": (lambda c: c["model"].update(more=torch.zeros(1)), "more is unknown"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_checkpoints(name, checkpoints, tmp_path):
+    change, message = BROKEN[name]
+    checkpoint = storage.read_checkpoint(checkpoints[".pth"])
+    change(checkpoint)
+    torch.save(checkpoint, tmp_path / "broken.pth")
+    config = tiny.config()
+    with pytest.raises(UserError, match=message):
+        storage.load_ema_weights(tmp_path / "broken.pth", models.create_model(config), to_dict(config))
+
+
+def test_a_list_is_no_checkpoint(tmp_path):
+    torch.save([torch.zeros(2)], tmp_path / "list.pth")
+    with pytest.raises(UserError, match=r"is no checkpoint of main\.py"):
+        storage.read_checkpoint(tmp_path / "list.pth")
+
+
+def test_broken_safetensors(checkpoints, tmp_path):
+    path, config = tmp_path / "ema.safetensors", tiny.config()
+
+    def load():
+        storage.load_ema_weights(path, models.create_model(config), to_dict(config))
+
+    with pytest.raises(UserError, match="there is no checkpoint at"):
+        load()
+    shutil.copy(checkpoints[".safetensors"], path)
+    load()
+    for share in (0.9, 0.1, 0):
+        truncate(path, share)
+        with pytest.raises(UserError, match="damaged or truncated"):
+            load()
+    path.write_text("hello there, this is no safetensors file\n")
+    with pytest.raises(UserError, match="damaged or truncated"):
+        load()
+
+
+def test_safetensors_of_nan(checkpoints, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    weights, config = load_file(checkpoints[".safetensors"]), tiny.config()
+    next(iter(weights.values())).fill_(float("nan"))
+    save_file(weights, tmp_path / "nan.safetensors")
+    with pytest.raises(UserError, match="holds NaN"):
+        storage.load_ema_weights(tmp_path / "nan.safetensors", models.create_model(config), to_dict(config))
+
+
+def test_resuming_with_another_seed_or_without_the_optimizer(checkpoints, tmp_path):
+    config = tiny.config()
+    state = losses.create_state(config, models.create_model(config))
+    with pytest.raises(UserError, match=r"was trained with seed 42, not 7; use --config\.seed=42"):
+        storage.restore_state(checkpoints[".pth"], state, to_dict(config), 7)
+    checkpoint = storage.read_checkpoint(checkpoints[".pth"])
+    del checkpoint["optimizer"]
+    torch.save(checkpoint, tmp_path / "light.pth")
+    storage.load_ema_weights(tmp_path / "light.pth", state.net, to_dict(config))  # enough to reconstruct with
+    with pytest.raises(UserError, match="lacks the optimizer's state"):
+        storage.restore_state(tmp_path / "light.pth", state, to_dict(config), config.seed)
+
+
+# ------------------------------------------------------------------------------------------- the results folder
+
+SETTINGS = {"config": {"model": {"nf": 32, "ch_mult": (1, 2)}}, "seed": 0, "checkpoint": "ab" * 32}
+
+
+def entry(name="photos", batches=2, **changes):
+    return {"dataset": name, "images": 2 * batches, "batches": batches, **changes}
+
+
+def fill(folder, side="pos", batches=2, value=0.5):
+    for index in range(batches):
+        images = torch.full((2, 3, 4, 4), value + index)
+        folder.write_batch(side, index, images, [images, images], [images + 1, images + 2])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A results folder that says what it holds, with two in-domain batches."""
+    made = ResultsFolder(tmp_path / "first" / "center_reps2")
+    made.claim(SETTINGS, {"pos": entry()}, {"torch": "2"})
+    fill(made)
+    return made
+
+
+def test_a_batch_is_as_published(folder):
+    ours = torch.load(folder.path / "pos" / "batch_1.pth", weights_only=True)
+    theirs = torch.load(GOLDEN / "results_small" / "pos" / "batch_1.pth", weights_only=True)
+    assert ours.keys() == theirs.keys() == {"orig", "masked", "recon"}
+    for name in ours:
+        assert type(ours[name]) is type(theirs[name])
+    orig, recon = folder.read_batch("pos", 1, reps=2)
+    assert torch.equal(orig, torch.full((2, 3, 4, 4), 1.5))
+    assert [r[0, 0, 0, 0].item() for r in recon] == [2.5, 3.5]
+
+
+def test_published_results_folder_is_readable(tmp_path):
+    path = shutil.copytree(GOLDEN / "results_small", tmp_path / "center_reps3")
+    folder = ResultsFolder(Path(path))
+    assert folder.manifest() is None
+    assert (folder.batch_count("pos"), folder.batch_count("neg")) == (3, 3)
+    orig, recon = folder.read_batch("neg", 2, reps=3)
+    assert orig.shape == (1, 3, 16, 16)
+    assert len(recon) == 3
+    with pytest.raises(UserError, match=r"holds batches without a manifest\.json; choose another --workdir"):
+        folder.claim(SETTINGS, {"pos": entry()}, {})
+
+
+def test_fewer_repetitions_than_asked(folder):
+    assert len(folder.read_batch("pos", 0, reps=1)[1]) == 1
+    with pytest.raises(UserError, match=r"batch_0\.pth holds 2 repetitions, 3 were asked for; lower --reps"):
+        folder.read_batch("pos", 0, reps=3)
+
+
+def test_truncated_and_foreign_batches(folder):
+    truncate(folder.batch_path("pos", 0), 0.7)
+    assert not folder.has_batch("pos", 0)
+    with pytest.raises(UserError, match=r"batch .*batch_0\.pth is damaged or truncated"):
+        folder.read_batch("pos", 0)
+    storage.write_tensors(folder.batch_path("pos", 1), {"orig": torch.zeros(1, 3, 4, 4), "recon": [torch.zeros(2)]})
+    with pytest.raises(UserError, match="is no batch of reconstructions"):
+        folder.read_batch("pos", 1)
+    assert not folder.has_batch("neg", 0)
+
+
+def test_gaps_and_missing_batches(folder):
+    assert folder.batch_count("pos") == 2
+    with pytest.raises(UserError, match=r"neg holds no batches \(out-of-domain images\); run recon\.py first"):
+        folder.batch_count("neg")
+    fill(folder, "neg", batches=4)
+    folder.batch_path("neg", 2).unlink()
+    with pytest.raises(UserError, match=r"neg is incomplete: batch_2\.pth is missing \(1 of 4\); run the same recon"):
+        folder.batch_count("neg")
+    folder.batch_path("pos", 1).unlink()  # the last one: the manifest alone knows
+    with pytest.raises(UserError, match=r"pos is incomplete: batch_1\.pth is missing \(1 of 2\)"):
+        folder.batch_count("pos")
+
+
+def test_claiming_again(folder):
+    """The same settings are welcome, a side may be added, an older side stays."""
+    folder.claim(SETTINGS, {"pos": entry()}, {"torch": "3"})
+    folder.claim(SETTINGS, {"pos": entry(), "neg": entry("digits")}, {})
+    folder.claim(SETTINGS, {"pos": entry()}, {})
+    manifest = folder.manifest()
+    assert manifest["sides"] == {"pos": entry(), "neg": entry("digits")}
+    assert manifest["settings"] == json.loads(json.dumps(SETTINGS))
+
+
+OTHER_SETTINGS = {
+    "seed": ({"seed": 1}, {"pos": entry()}, r"\(seed: 0 there, 1 here\)"),
+    "one more": ({"new": 1}, {"pos": entry()}, r"\(new: null there, 1 here\)"),
+    "config": ({"config": {"model": {"nf": 64, "ch_mult": [1, 2]}}}, {}, r"\(config\.model\.nf: 32 there, 64 here\)"),
+    "checkpoint": ({"checkpoint": "cd" * 32}, {}, r'checkpoint: "abab.*\.\.\. there, "cdcd.*\.\.\. here'),
+    "data set": ({}, {"pos": entry("others")}, r'\(pos\.dataset: "photos" there, "others" here\)'),
+    "batch size": ({}, {"pos": entry(batch_size=3), "neg": entry()}, r"\(pos\.batch_size: null there, 3 here\)"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_SETTINGS)
+def test_claiming_with_other_settings_changes_nothing(name, folder):
+    changes, sides, message = OTHER_SETTINGS[name]
+    before = tiny.snapshot(folder.path)
+    with pytest.raises(UserError, match=rf"was made with other settings .*{message}"):
+        folder.claim({**SETTINGS, **changes}, sides, {})
+    assert tiny.snapshot(folder.path) == before
+
+
+def test_a_folder_in_which_nothing_was_made_yet_may_be_claimed_anew(tmp_path):
+    folder = ResultsFolder(tmp_path / "w" / "center_reps2")
+    folder.claim(SETTINGS, {"pos": entry(), "neg": entry()}, {})
+    folder.claim({**SETTINGS, "seed": 1}, {"pos": entry("others")}, {})
+    assert folder.manifest()["settings"]["seed"] == 1
+    assert folder.manifest()["sides"] == {"pos": entry("others")}
+    fill(folder)
+    folder.claim({**SETTINGS, "seed": 1}, {"pos": entry("others"), "neg": entry("a")}, {})
+    folder.claim({**SETTINGS, "seed": 1}, {"pos": entry("others"), "neg": entry("b")}, {})  # no batch of it either
+    assert folder.manifest()["sides"]["neg"] == entry("b")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"settings": 1, "sides": {}}', '{"settings": {}}'])
+def test_damaged_manifest(text, folder):
+    (folder.path / "manifest.json").write_text(text)
+    for use in (lambda: folder.batch_count("pos"), lambda: folder.claim(SETTINGS, {}, {})):
+        with pytest.raises(UserError, match=r"manifest\.json cannot be read; delete the folder"):
+            use()
+
+
+def test_adopting_what_a_neighbour_made(folder, tmp_path):
+    other = ResultsFolder(tmp_path / "second" / "center_reps2")
+    other.claim(SETTINGS, {"neg": entry()}, {})
+    assert other.adopt("neg", SETTINGS, entry()) == 2
+    for index in range(2):  # the other side's, too: noise and masks do not depend on it
+        assert other.batch_path("neg", index).samefile(folder.batch_path("pos", index))
+    assert files(other.path / "neg") == ["batch_0.pth", "batch_1.pth"]
+    assert other.adopt("neg", SETTINGS, entry()) == 0
+    fill(folder, value=9)  # written anew, not in place
+    assert other.read_batch("neg", 0)[0].max() == 0.5
+
+
+def test_adopting_across_file_systems(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage.os, "link", failing(errno.EXDEV))
+    other = ResultsFolder(tmp_path / "second" / "center_reps2")
+    assert other.adopt("pos", SETTINGS, entry()) == 2
+    assert not other.batch_path("pos", 0).samefile(folder.batch_path("pos", 0))
+    assert other.batch_path("pos", 0).read_bytes() == folder.batch_path("pos", 0).read_bytes()
+
+
+def test_adopting_to_a_full_disk(folder, tmp_path, monkeypatch):
+    def half(source, target):
+        target.write_bytes(source.read_bytes()[:100])
+        failing(errno.ENOSPC)()
+
+    monkeypatch.setattr(storage.os, "link", failing(errno.EXDEV))
+    monkeypatch.setattr(storage.shutil, "copyfile", half)
+    other = ResultsFolder(tmp_path / "second" / "center_reps2")
+    with pytest.raises(OSError, match="No space left"):
+        other.adopt("pos", SETTINGS, entry())
+    assert files(other.path / "pos") == []
+
+
+def test_adopting_only_what_is_the_same_and_whole(folder, tmp_path):
+    other = ResultsFolder(tmp_path / "second" / "center_reps2")
+    assert other.adopt("pos", {**SETTINGS, "seed": 1}, entry()) == 0
+    assert other.adopt("pos", SETTINGS, entry("others")) == 0
+    assert ResultsFolder(tmp_path / "second" / "center_reps3").adopt("pos", SETTINGS, entry()) == 0
+    truncate(folder.batch_path("pos", 0), 0.5)
+    fill(other, batches=1, value=7)
+    (tmp_path / "third" / "center_reps2").mkdir(parents=True)
+    (tmp_path / "third" / "center_reps2" / "manifest.json").write_text("{")  # a damaged neighbour is passed over
+    assert other.adopt("pos", SETTINGS, entry()) == 1
+    assert other.read_batch("pos", 0)[0].max() == 7  # its own stays
+    assert other.read_batch("pos", 1)[0].max() == 1.5
+    assert folder.adopt("pos", SETTINGS, entry()) == 0  # the truncated one: other's manifest does not vouch for its own
+
+
+def test_adopting_replaces_a_truncated_batch(folder, tmp_path):
+    other = ResultsFolder(tmp_path / "second" / "center_reps2")
+    fill(other, batches=1)
+    truncate(other.batch_path("pos", 0), 0.5)
+    assert other.adopt("pos", SETTINGS, entry()) == 2
+    assert other.has_batch("pos", 0)
+
+
+def test_neighbours_of_the_current_folder(folder, tmp_path, monkeypatch):
+    (tmp_path / "second").mkdir()
+    monkeypatch.chdir(tmp_path / "second")
+    assert ResultsFolder(Path("center_reps2")).adopt("pos", SETTINGS, entry()) == 2
