@@ -9,14 +9,18 @@ from ml_collections.config_flags import config_flags
 import console
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file("config", None, "The config file; any value: --config.training.batch_size=64.")
-flags.DEFINE_string("workdir", None, "Folder of checkpoints, logs and samples; a run found there is continued.")
-flags.DEFINE_enum("mode", None, ["train", "eval"], "train: train; eval: the test loss of each checkpoint.")
-flags.DEFINE_string("eval_folder", "eval", "Folder below workdir for the results of --mode eval.")
-flags.DEFINE_string("data_root", "./data", "Where data sets lie, or are downloaded to.")
-flags.DEFINE_string("device", None, "auto, cpu, cuda or cuda:i; by default the config's.")
-flags.DEFINE_integer("seed", None, "Key of everything random; by default the config's.")
-flags.mark_flags_as_required(["config", "workdir", "mode"])
+
+
+def define_flags():
+    """The command line; inside a function so that importing this module defines nothing."""
+    config_flags.DEFINE_config_file("config", None, "The config file; any value: --config.training.batch_size=64.")
+    flags.DEFINE_string("workdir", None, "Folder of checkpoints, logs and samples; a run found there is continued.")
+    flags.DEFINE_enum("mode", None, ["train", "eval"], "train: train; eval: the test loss of each checkpoint.")
+    flags.DEFINE_string("eval_folder", "eval", "Folder below workdir for the results of --mode eval.")
+    flags.DEFINE_string("data_root", "./data", "Where data sets lie, or are downloaded to.")
+    flags.DEFINE_string("device", None, "auto, cpu, cuda or cuda:i; by default the config's.")
+    flags.DEFINE_integer("seed", None, "Key of everything random; by default the config's.")
+    flags.mark_flags_as_required(["config", "workdir", "mode"])
 
 
 def main(_):
@@ -26,6 +30,8 @@ def main(_):
     if FLAGS.seed is not None:
         config.seed = FLAGS.seed
     device = console.choose_device(FLAGS.device or config.device)
+    if device.type == "cpu":
+        console.keep_freed_memory()
     if FLAGS.mode == "train":
         training.train(config, FLAGS.workdir, device, FLAGS.data_root)
     else:
@@ -33,4 +39,5 @@ def main(_):
 
 
 if __name__ == "__main__":
+    define_flags()
     console.run(main)

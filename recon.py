@@ -17,37 +17,49 @@ import console
 _SOURCE = "a data set's name, a folder of images, a .txt list of image paths, or a .npz or .npy file of images"
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file("config", None, "The config that the model was trained with; values can be overridden.")
-flags.DEFINE_string("workdir", None, "Folder of the results: {workdir}/{mask}_reps{R}/.")
-flags.DEFINE_string("ckpt_path", None, "The checkpoint (.pth), or EMA weights (.safetensors).")
-flags.DEFINE_integer("reps_per_image", 1, "Reconstructions of each image.", lower_bound=1)
-flags.DEFINE_integer("batch_size", 100, "Images per batch file.", lower_bound=1)
-flags.DEFINE_string("in_domain", None, f"The in-domain images: {_SOURCE}.")
-flags.DEFINE_string("out_of_domain", None, f"The images in question: {_SOURCE}. Without it the in-domain side is made.")
-flags.DEFINE_bool("id_center_crop", True, "Crop in-domain files to their centre square; else squeeze them.")
-flags.DEFINE_bool("ood_center_crop", True, "Crop out-of-domain files to their centre square; else squeeze them.")
-flags.DEFINE_string("mask_type", "center", "center, checkerboard, checkerboard_alt, random or file.")
-flags.DEFINE_bool("save_mask", False, "Write the masks as pictures (white = known); --mask_file_path reads them.")
-flags.DEFINE_integer("mask_num_blocks", 4, "Checkerboards: blocks an edge.")
-flags.DEFINE_integer("mask_patch_size", 4, "Random masks: pixels an edge of a patch.")
-flags.DEFINE_float("mask_ratio", 0.5, "Random masks: share of known patches.")
-flags.DEFINE_string(
-    "mask_file_path", None, "Your own mask: a picture (white = known) or array; implies mask_type file."
-)
-flags.DEFINE_string("mask_save_dir", None, "Where --save_mask writes; by default masks/ in the results folder.")
-flags.DEFINE_string("mask_identifier", None, "A tag in the names of the results folder and the saved masks.")
-flags.DEFINE_integer("max_images", None, "Take the first so many images of each side, for a quick look.", lower_bound=1)
-flags.DEFINE_string("data_root", "./data", "Where data sets lie, or are downloaded to.")
-flags.DEFINE_integer("seed", None, "Key of the noise and the random masks; by default the config's.")
-flags.DEFINE_string("device", None, "auto, cpu, cuda or cuda:i; by default the config's.")
-flags.DEFINE_float(
-    "memory_gb",
-    None,
-    "Memory for the network's activations, which limits how many images it sees at once; by default 1 on a CPU and "
-    "60 % of the free memory on a GPU. The results are the same.",
-    lower_bound=0.0,
-)
-flags.mark_flags_as_required(["config", "workdir", "ckpt_path", "in_domain"])
+
+
+def define_flags():
+    """The command line; inside a function so that importing this module defines nothing."""
+    config_flags.DEFINE_config_file(
+        "config", None, "The config that the model was trained with; values can be overridden."
+    )
+    flags.DEFINE_string("workdir", None, "Folder of the results: {workdir}/{mask}_reps{R}/.")
+    flags.DEFINE_string(
+        "ckpt_path", None, "The checkpoint (.pth), EMA weights (.safetensors), or a folder of diffusers'."
+    )
+    flags.DEFINE_integer("reps_per_image", 1, "Reconstructions of each image.", lower_bound=1)
+    flags.DEFINE_integer("batch_size", 100, "Images per batch file.", lower_bound=1)
+    flags.DEFINE_string("in_domain", None, f"The in-domain images: {_SOURCE}.")
+    flags.DEFINE_string(
+        "out_of_domain", None, f"The images in question: {_SOURCE}. Without it the in-domain side is made."
+    )
+    flags.DEFINE_bool("id_center_crop", True, "Crop in-domain files to their centre square; else squeeze them.")
+    flags.DEFINE_bool("ood_center_crop", True, "Crop out-of-domain files to their centre square; else squeeze them.")
+    flags.DEFINE_string("mask_type", "center", "center, checkerboard, checkerboard_alt, random or file.")
+    flags.DEFINE_bool("save_mask", False, "Write the masks as pictures (white = known); --mask_file_path reads them.")
+    flags.DEFINE_integer("mask_num_blocks", 4, "Checkerboards: blocks an edge.")
+    flags.DEFINE_integer("mask_patch_size", 4, "Random masks: pixels an edge of a patch.")
+    flags.DEFINE_float("mask_ratio", 0.5, "Random masks: share of known patches.")
+    flags.DEFINE_string(
+        "mask_file_path", None, "Your own mask: a picture (white = known) or array; implies mask_type file."
+    )
+    flags.DEFINE_string("mask_save_dir", None, "Where --save_mask writes; by default masks/ in the results folder.")
+    flags.DEFINE_string("mask_identifier", None, "A tag in the names of the results folder and the saved masks.")
+    flags.DEFINE_integer(
+        "max_images", None, "Take the first so many images of each side, for a quick look.", lower_bound=1
+    )
+    flags.DEFINE_string("data_root", "./data", "Where data sets lie, or are downloaded to.")
+    flags.DEFINE_integer("seed", None, "Key of the noise and the random masks; by default the config's.")
+    flags.DEFINE_string("device", None, "auto, cpu, cuda or cuda:i; by default the config's.")
+    flags.DEFINE_float(
+        "memory_gb",
+        None,
+        "Memory for the network's activations, which limits how many images it sees at once; by default 0.5 on a CPU "
+        "and 60 % of the free memory on a GPU. The results are the same.",
+        lower_bound=0.0,
+    )
+    flags.mark_flags_as_required(["config", "workdir", "ckpt_path", "in_domain"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,10 +180,10 @@ class Reconstructor:
 
 
 def load_model(config, ckpt_path, device):
-    """The score model of a checkpoint's EMA weights, in eval mode, and how many steps it was trained.
+    """The score model of a checkpoint's EMA weights, in eval mode, and how many steps it was trained, 0 if unknown.
 
     Raises:
-        UserError: see `storage.load_ema_weights`.
+        UserError: see `storage.load_ema_weights` and `models.diffusers_weights.load`.
     """
     import torch
 
@@ -179,10 +191,14 @@ def load_model(config, ckpt_path, device):
     import sde_lib
     import storage
     from configs.base import to_dict
+    from models import diffusers_weights
     from models.score import ScoreModel
 
-    net = models.create_model(config)
-    step = storage.load_ema_weights(ckpt_path, net, to_dict(config))
+    if Path(ckpt_path).is_dir():
+        net, step = diffusers_weights.load(ckpt_path, config), 0
+    else:
+        net = models.create_model(config)
+        step = storage.load_ema_weights(ckpt_path, net, to_dict(config))
     net = net.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
     return ScoreModel(net, sde_lib.create_sde(config), config.training.continuous), step
 
@@ -190,10 +206,11 @@ def load_model(config, ckpt_path, device):
 def rows_within(memory_gb, config, device):
     """How many images the network may see at once.
 
-    An image's activations are estimated as the skip connections of its U-Net plus some tensors of the widest level.
+    An image's activations are estimated as twice the skip connections of its U-Net plus some tensors of the widest
+    level, which is about what was measured.
 
     Args:
-        memory_gb: the budget, or None for 1 GB on a CPU, 60 % of the free memory on a GPU.
+        memory_gb: the budget, or None for 0.5 GB on a CPU, 60 % of the free memory on a GPU.
         config: the config tree.
         device: torch.device.
 
@@ -203,10 +220,10 @@ def rows_within(memory_gb, config, device):
     import torch
 
     if memory_gb is None:
-        memory_gb = 1.0 if device.type == "cpu" else 0.6 * torch.cuda.mem_get_info(device)[0] / 1e9
+        memory_gb = 0.5 if device.type == "cpu" else 0.6 * torch.cuda.mem_get_info(device)[0] / 1e9
     model, size = config.model, config.data.image_size
     levels = [4 * model.nf * m * (size // 2**i) ** 2 for i, m in enumerate(model.ch_mult)]  # bytes of one tensor each
-    per_image = (model.num_res_blocks + 1) * sum(levels) + 8 * max(levels)
+    per_image = 2 * ((model.num_res_blocks + 1) * sum(levels) + 8 * max(levels))
     rows = int(memory_gb * 1e9 // per_image)
     if rows < 1:
         raise console.UserError(f"--memory_gb {memory_gb:g} is too little: one image needs about {per_image / 1e9:.3f}")
@@ -249,8 +266,10 @@ def describe_settings(config, ckpt_path, mask_options, reps, seed):
     """What determines both sides' reconstructions, as JSON types: the manifest's `settings`."""
     import storage
     from configs.base import to_dict
+    from models import diffusers_weights
 
     tree = to_dict(config)
+    weights = diffusers_weights.weights_path(ckpt_path) if Path(ckpt_path).is_dir() else ckpt_path
     mask = {name: value for name, value in dataclasses.asdict(mask_options).items() if name != "file_path"}
     if mask_options.file_path:
         mask["file_hash"] = storage.file_hash(mask_options.file_path)
@@ -261,7 +280,7 @@ def describe_settings(config, ckpt_path, mask_options, reps, seed):
             "training": {name: tree["training"][name] for name in ("sde", "continuous")},
             "sampling": tree["sampling"],
         },
-        "checkpoint": storage.file_hash(ckpt_path),
+        "checkpoint": storage.file_hash(weights),
         "mask": mask,
         "reps_per_image": reps,
         "seed": seed,
@@ -278,7 +297,7 @@ def describe_side(images, batch_size, center_crop):
         "batch_size": batch_size,
         "batches": batches_of(images, batch_size),
         "skipped": [[str(path), reason] for path, reason in images.skipped],
-        "positions_skipped": sorted(set(range(int(images.positions[-1]) + 1)) - set(images.positions.tolist())),
+        "positions": images.positions.tolist() if images.skipped else None,  # None: 0, 1, 2, ...
     }
 
 
@@ -326,6 +345,9 @@ def main(_):
     sources = {"pos": (FLAGS.in_domain, FLAGS.id_center_crop)}
     if FLAGS.out_of_domain:
         sources["neg"] = (FLAGS.out_of_domain, FLAGS.ood_center_crop)
+    device = console.choose_device(FLAGS.device or config.device)
+    if device.type == "cpu":
+        console.keep_freed_memory()
     run(
         config,
         ckpt_path=FLAGS.ckpt_path,
@@ -335,7 +357,7 @@ def main(_):
         reps=FLAGS.reps_per_image,
         batch_size=FLAGS.batch_size,
         seed=seed,
-        device=console.choose_device(FLAGS.device or config.device),
+        device=device,
         max_images=FLAGS.max_images,
         data_root=FLAGS.data_root,
         memory_gb=FLAGS.memory_gb,
@@ -382,12 +404,14 @@ def run(
     Raises:
         UserError: for bad input of any kind; what was written before stays.
     """
+    import sampling
     import storage
 
     size = config.data.image_size
-    mask_options.stack(size, 1, seed)  # a mask that does not fit is told before anything long
+    mask_options.stack(size, 1, seed)  # a mask that does not fit is told before anything long or written
     folder = storage.ResultsFolder(Path(workdir) / f"{mask_options.name}_reps{reps}")
     model, step = load_model(config, ckpt_path, device)
+    sampling.create_solvers(config, model.sde)  # so is a solver that the SDE does not have
     rows = rows_within(memory_gb, config, device)
     sides = {side: _load_images(config, *source, data_root, max_images) for side, source in sources.items()}
     settings = describe_settings(config, ckpt_path, mask_options, reps, seed)
@@ -439,4 +463,5 @@ def _versions(ckpt_path, step, device):
 
 
 if __name__ == "__main__":
+    define_flags()
     console.run(main)

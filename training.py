@@ -4,7 +4,10 @@ Everything random is keyed by (config.seed, step), so a run that was killed and 
 weights, bit for bit on a CPU, as one that never was.
 """
 
+import contextlib
 import math
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -19,10 +22,13 @@ import sampling
 import sde_lib
 import storage
 from configs.base import to_dict
-from console import UserError, progress, say
+from console import UserError, choose, progress, say
 from models.score import ScoreModel
 
 META_CHECKPOINT = Path("checkpoints-meta") / "checkpoint.pth"
+_DIVERGED = (
+    "training diverged; lower config.optim.lr and start again from the last checkpoint (nothing was overwritten)"
+)
 
 
 class Trainer:
@@ -91,7 +97,13 @@ class Trainer:
         return self.loss(self.model, x, self.draws(x, *words)).item()
 
     def save(self, path):
-        """Writes a checkpoint under the work folder."""
+        """Writes a checkpoint under the work folder.
+
+        Raises:
+            UserError: a weight is not finite; nothing is written.
+        """
+        if not all(parameter.isfinite().all() for parameter in self.state.net.parameters()):
+            raise UserError(f"the weights are NaN or infinite after step {self.state.step - 1}: {_DIVERGED}")
         storage.write_checkpoint(self.workdir / path, self.state, to_dict(self.config), self.config.seed)
 
     def resume(self):
@@ -143,19 +155,44 @@ def train(config, workdir, device, data_root):
     if first > last:
         say(f"already trained: {trainer.workdir / META_CHECKPOINT} is at step {first - 1} of {last}")
         return
+    if config.training.snapshot_sampling:
+        _sampler(config, trainer.sde)  # what cannot be sampled is told before the first step
     train_batches, test_batches = trainer.batches("train"), trainer.batches("test")
     log = Log(trainer.workdir, first)
     log.line(_headline(trainer, len(train_batches.images), first if resumed else None))
     bar = progress(total=last + 1, initial=first, unit="step", desc="training")
     try:
-        for step in range(first, last + 1):
-            value = trainer.train_step(train_batches.batch(step))
-            bar.update()
-            _after_step(trainer, log, test_batches, step, value)
+        with _noted_interrupt() as interrupted:
+            for step in range(first, last + 1):
+                value = trainer.train_step(train_batches.batch(step))
+                bar.update()
+                _after_step(trainer, log, test_batches, step, value)
+                if interrupted:
+                    trainer.save(META_CHECKPOINT)
+                    raise KeyboardInterrupt
     finally:
         bar.close()
         log.close()
     say(f"trained: checkpoints are in {trainer.workdir / 'checkpoints'}, the log in {trainer.workdir / 'stdout.txt'}")
+
+
+@contextlib.contextmanager
+def _noted_interrupt():
+    """Yields a list in which the first Ctrl-C is noted, to be acted on between steps; a second one acts at once."""
+    noted, before = [], signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
+        yield noted
+        return
+
+    def note(number, frame):
+        noted.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _headline(trainer, images, resumed_at):
@@ -177,17 +214,12 @@ def _after_step(trainer, log, test_batches, step, value):
     if step % training.log_freq == 0 or saving or preemption:
         value = value.item()
         if not math.isfinite(value):
-            raise UserError(
-                f"the loss is {value} at step {step}: training diverged; lower config.optim.lr and start again "
-                "from the last checkpoint (nothing was overwritten)"
-            )
+            raise UserError(f"the loss is {value} at step {step}: {_DIVERGED}")
         if step % training.log_freq == 0:
             log.scalar("training_loss", value, step)
     if step % training.eval_freq == 0:
         with trainer.with_ema():
             log.scalar("eval_loss", trainer.loss_on(test_batches.batch(step), "eval", step), step)
-    if preemption:
-        trainer.save(META_CHECKPOINT)
     if saving:
         trainer.save(Path("checkpoints") / f"checkpoint_{step // training.snapshot_freq}.pth")
         if training.snapshot_sampling:
@@ -195,6 +227,8 @@ def _after_step(trainer, log, test_batches, step, value):
                 folder = trainer.workdir / "samples" / f"iter_{step}"
                 write_samples(folder, draw_samples(trainer, training.batch_size, step))
             log.line(f"samples of step {step} are in {folder}")
+    if preemption:  # last: a run killed before it makes the files above again
+        trainer.save(META_CHECKPOINT)
 
 
 class Log:
@@ -235,24 +269,36 @@ class Log:
 def draw_samples(trainer, count, step):
     """`count` samples of the network as it is, keyed by the seed and `step`: (count, C, H, W) in data range."""
     config, sde = trainer.config, trainer.sde
+    sample = _sampler(config, sde)
     shape = (config.data.num_channels, config.data.image_size, config.data.image_size)
     keys = noise.image_keys(noise.key(config.seed, step), "samples", torch.arange(count), reps=[0])
     source = noise.KeyedNoise(keys, shape, trainer.device)
-    if config.sampling.method.lower() == "ode":
-        images, _ = sampling.sample_ode(trainer.model, sde, source(0, "prior") * sde.prior_std)
-    else:
-        predictor, corrector = sampling.create_solvers(config, sde)
+    return datasets.to_data_range(sample(trainer.model, source), config.data.centered)
+
+
+def _sampler(config, sde):
+    """The config's way of sampling: called as sample(model, noise), gives images in the model's range.
+
+    Raises:
+        UserError: an unknown method or solver, or a solver that the SDE does not have.
+    """
+    samplers = {"pc": _predictor_corrector, "ode": _probability_flow}
+    return choose(config.sampling.method.lower(), samplers, "method (config.sampling.method)")(config, sde)
+
+
+def _predictor_corrector(config, sde):
+    predictor, corrector = sampling.create_solvers(config, sde)
+    options = {"predictor": predictor, "corrector": corrector, "denoise": config.sampling.noise_removal}
+
+    def sample(model, noise):
         with progress(total=sde.N, unit="step", desc="sampling", leave=False) as bar:
-            images = sampling.sample(
-                trainer.model,
-                sde,
-                source,
-                predictor=predictor,
-                corrector=corrector,
-                denoise=config.sampling.noise_removal,
-                on_step=bar.update,
-            )
-    return datasets.to_data_range(images, config.data.centered)
+            return sampling.sample(model, sde, noise, on_step=bar.update, **options)
+
+    return sample
+
+
+def _probability_flow(config, sde):
+    return lambda model, noise: sampling.sample_ode(model, sde, noise(0, "prior") * sde.prior_std)[0]
 
 
 def write_samples(folder, images):
@@ -290,9 +336,9 @@ def evaluate(config, workdir, eval_folder, device, data_root):
     Raises:
         UserError: no checkpoint of the range is there, or the config asks for what is not computed here.
     """
-    for field in ("enable_sampling", "enable_bpd"):
-        if config.eval.get(field, False):
-            raise UserError(f"evaluation computes the test loss; set --config.eval.{field}=False")
+    for field, computed in {"enable_loss": True, "enable_sampling": False, "enable_bpd": False}.items():
+        if config.eval.get(field, computed) != computed:
+            raise UserError(f"evaluation computes the test loss alone; set --config.eval.{field}={computed}")
     trainer = Trainer(config, workdir, device, data_root)
     wanted = range(config.eval.begin_ckpt, config.eval.end_ckpt + 1)
     paths = {k: trainer.workdir / "checkpoints" / f"checkpoint_{k}.pth" for k in wanted}

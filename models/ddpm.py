@@ -3,7 +3,11 @@
 import torch
 from torch import nn
 
+from console import choose
 from models import layers
+
+# On the way up: whether attention follows the block of this number, `last` being the level's last block.
+ATTENTION_UP = {"last": lambda block, last: block == last, "all": lambda block, last: True}
 
 
 class DDPM(layers.PublishedNames, nn.Module):
@@ -11,14 +15,17 @@ class DDPM(layers.PublishedNames, nn.Module):
 
     Args:
         config: a config tree; `config.model` and `config.data` are read.
+        attention_up: at an attended level on the way up, attention follows the 'last' residual block (Score-SDE), or
+            'all' of them (the first DDPM, arXiv 2006.11239, and its weights in diffusers).
 
     Shapes: `forward(x, labels)` takes x (B, C, H, W) in the data's range ([-1, 1] if `data.centered`, else [0, 1],
     which is centred here) and labels (B,) or (1,), the time or noise index; returns (B, C, H, W).
     """
 
-    def __init__(self, config):
+    def __init__(self, config, attention_up="last"):
         super().__init__()
         model, data = config.model, config.data
+        attend_after = choose(attention_up, ATTENTION_UP, "attention on the way up")
         act = layers.activation(model.nonlinearity)
         nf, blocks = model.nf, model.num_res_blocks
         channels = [nf * m for m in model.ch_mult]
@@ -47,11 +54,11 @@ class DDPM(layers.PublishedNames, nn.Module):
 
         self.middle = nn.ModuleList([residual(c, c), layers.Attention(c), residual(c, c)])
 
-        # up: one more block per level, each on [h, skip]; attention once after them
+        # up: one more block per level, each on [h, skip]
         self.up = nn.ModuleList()
         for level, (c_out, attend) in reversed(list(enumerate(zip(channels, attended, strict=True)))):
             for block in range(blocks + 1):
-                attention = layers.Attention(c_out) if attend and block == blocks else None
+                attention = layers.Attention(c_out) if attend and attend_after(block, blocks) else None
                 self.up.append(Stage(residual(c + skips.pop(), c_out), attention, takes_skip=True))
                 c = c_out
             if level:
