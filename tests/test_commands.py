@@ -148,18 +148,18 @@ def test_help_imports_nothing_heavy(command):
 
 
 CALLED = """
-import json, sys
+import json, types
 import console, recon
 recon.define_flags()
 recon.run = lambda config, **options: print(json.dumps({"width": config.model.nf, **options}, default=vars))
-console.choose_device = lambda name: name
+console.choose_device = lambda name: types.SimpleNamespace(type=name)
 console.run(recon.main)
 """
 REQUIRED = [f"--config={tiny.CONFIG_FILE}", "--workdir=w", "--ckpt_path=c.pth", "--in_domain=MNIST"]
 DEFAULTS = {
     "width": 32, "ckpt_path": "c.pth", "workdir": "w", "sources": {"pos": ["MNIST", True]}, "reps": 1,
-    "batch_size": 100, "seed": 42, "device": "auto", "max_images": None, "data_root": "./data", "memory_gb": None,
-    "mask_directory": None, "mask_options": {
+    "batch_size": 100, "seed": 42, "device": {"type": "auto"}, "max_images": None, "data_root": "./data",
+    "memory_gb": None, "mask_directory": None, "mask_options": {
         "mask_type": "center", "num_blocks": 4, "patch_size": 4, "ratio": 0.5, "file_path": None, "identifier": None,
     },
 }  # fmt: skip
@@ -183,7 +183,8 @@ def test_recon_flags_have_their_effects():
         "--memory_gb=2.5", "--save_mask", "--mask_save_dir=m", "--mask_type=random", "--mask_num_blocks=8",
         "--mask_patch_size=2", "--mask_ratio=0.3", "--mask_identifier=tag",
     ) == {
-        "width": 64, "ckpt_path": "c.pth", "workdir": "w", "reps": 10, "batch_size": 200, "seed": 7, "device": "cpu",
+        "width": 64, "ckpt_path": "c.pth", "workdir": "w", "reps": 10, "batch_size": 200, "seed": 7,
+        "device": {"type": "cpu"},
         "sources": {"pos": ["MNIST", False], "neg": ["SVHN", False]}, "max_images": 3, "data_root": "d",
         "memory_gb": 2.5, "mask_directory": "m", "mask_options": {
             "mask_type": "random", "num_blocks": 8, "patch_size": 2, "ratio": 0.3, "file_path": None,

@@ -174,7 +174,12 @@ def test_folder_names(shared, checkpoint, sources, tmp_path):
 # -------------------------------------------------------------------------------------- the same whatever the batch
 
 
-@pytest.mark.parametrize(("option", "value"), [("batch_size", 1), ("batch_size", 100), ("memory_gb", 0.0003)])
+def memory(rows):
+    """The GB that hold so many images in the network at once."""
+    return (rows + 0.5) / recon.rows_within(1.0, tiny.config(), CPU)
+
+
+@pytest.mark.parametrize(("option", "value"), [("batch_size", 1), ("batch_size", 100), ("memory_gb", memory(3))])
 def test_batching_changes_nothing(option, value, made, checkpoint, sources, tmp_path):
     """1e-5: convolutions sum in another order for another batch."""
     again = reconstruct(tmp_path / "run", checkpoint, sources, **{option: value})
@@ -184,8 +189,7 @@ def test_batching_changes_nothing(option, value, made, checkpoint, sources, tmp_
 
 
 def test_the_budget_is_kept(monkeypatch, checkpoint, sources, tmp_path):
-    """0.0003 GB hold three images of this network at once."""
-    assert recon.rows_within(0.0003, tiny.config(), CPU) == 3
+    assert recon.rows_within(memory(3), tiny.config(), CPU) == 3
     seen, inpaint = [], sampling.inpaint
 
     def watched(model, sde, data, *args, **options):
@@ -193,7 +197,7 @@ def test_the_budget_is_kept(monkeypatch, checkpoint, sources, tmp_path):
         return inpaint(model, sde, data, *args, **options)
 
     monkeypatch.setattr(sampling, "inpaint", watched)
-    reconstruct(tmp_path / "run", checkpoint, {"pos": sources["pos"]}, memory_gb=0.0003)
+    reconstruct(tmp_path / "run", checkpoint, {"pos": sources["pos"]}, memory_gb=memory(3))
     assert seen == [3, 3, 2, 3, 3]  # 2 repetitions of 4 images, then of 3
 
 
@@ -204,8 +208,8 @@ def langevin():
 def test_langevin_is_the_same_whatever_the_memory(checkpoint, sources, tmp_path):
     """Its step size is a mean over the batch of images: whole repetitions stay together, and no others join them."""
     few, all_ = (
-        reconstruct(tmp_path / str(memory), checkpoint, {"pos": sources["pos"]}, langevin(), memory_gb=memory)
-        for memory in (0.0003, 1.0)
+        reconstruct(tmp_path / str(gb), checkpoint, {"pos": sources["pos"]}, langevin(), memory_gb=gb)
+        for gb in (memory(3), 1.0)
     )
     # 1e-4 of the images' own size, for 30 steps add up their rounding
     mine, theirs = load(few)[2], load(all_)[2]
@@ -226,8 +230,8 @@ def test_langevin_is_that_of_a_batch_of_images(checkpoint, sources, tmp_path):
 
 
 def test_too_little_memory(checkpoint, sources, tmp_path):
-    with pytest.raises(UserError, match=r"^--memory_gb 1e-05 is too little: one image needs about 0\.000"):
-        reconstruct(tmp_path / "run", checkpoint, sources, memory_gb=1e-5)
+    with pytest.raises(UserError, match=r"^--memory_gb 1e-06 is too little: one image needs about 0\.000"):
+        reconstruct(tmp_path / "run", checkpoint, sources, memory_gb=1e-6)
     assert not (tmp_path / "run").exists()
 
 
