@@ -102,6 +102,8 @@ def run(main, argv=None):
             rest = flags.FLAGS(args)
             if "config" in flags.FLAGS and flags.FLAGS["config"].present:
                 flags.FLAGS.config.keys()  # where ml_collections tells that it could not open the file
+        except SystemExit:  # --help has been printed; absl would call that a failure
+            sys.exit(0)
         except OSError as error:
             reason = str(error).splitlines()[-1].strip()
             fail(f"no config can be read ({reason}); give --config a file such as those in configs/")

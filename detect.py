@@ -55,6 +55,15 @@ def define_flags():
 
     flags.DEFINE_string("result_path", None, "Results folder of recon.py, the one with pos/ and neg/.", required=True)
     flags.DEFINE_list("metric", ["LPIPS"], f"Distances, separated by commas: {', '.join(METRICS)}.")
+    flags.DEFINE_enum(
+        "resize_type",
+        "bicubic",
+        ["nearest", "bicubic", "none"],
+        "SIMCLR: how images are resized to 224x224, if at all.",
+    )
+    flags.DEFINE_string(
+        "simclr_path", None, "SIMCLR: weights of a SimCLRv2 ResNet; by default pretrained/r50_1x_sk1.pth."
+    )
     flags.DEFINE_integer("reps", 1, "Repetitions per image to use: the first ones, at most as many as were made.")
     flags.DEFINE_string("device", "auto", "Where distances are computed: auto, cpu, cuda or cuda:i.")
     flags.DEFINE_integer("bootstrap", 1000, "Resamples for the 95% interval of the ROC-AUC; 0 leaves it out.")
@@ -67,7 +76,7 @@ def main(argv):
     from absl import flags
 
     values = flags.FLAGS
-    names = ("reps", "device", "bootstrap", "plots", "grid_images")
+    names = ("reps", "device", "bootstrap", "plots", "grid_images", "resize_type", "simclr_path")
     results = detect(values.result_path, values.metric, **{name: values[name].value for name in names})
     for result in results:
         console.say(f"{result.metric} ROC AUC: {result.roc_auc:.4f}")
@@ -80,7 +89,18 @@ def main(argv):
     console.say("  results.json")
 
 
-def detect(result_path, metric_names=("LPIPS",), *, reps=1, device="auto", bootstrap=1000, plots=True, grid_images=8):
+def detect(
+    result_path,
+    metric_names=("LPIPS",),
+    *,
+    reps=1,
+    device="auto",
+    bootstrap=1000,
+    plots=True,
+    grid_images=8,
+    resize_type="bicubic",
+    simclr_path=None,
+):
     """Scores a results folder by each metric and writes scores, summary and pictures into it.
 
     Args:
@@ -91,6 +111,8 @@ def detect(result_path, metric_names=("LPIPS",), *, reps=1, device="auto", boots
         bootstrap: number of resamples for the interval; 0 for none.
         plots: whether to write the PNG files.
         grid_images: images per group of the picture grid; 0 for no grid.
+        resize_type: SIMCLR: 'nearest', 'bicubic' or 'none'.
+        simclr_path: SIMCLR: the weights' file, or None for pretrained/r50_1x_sk1.pth.
 
     Returns:
         list[Result]: one per metric, in the order asked.
@@ -106,7 +128,8 @@ def detect(result_path, metric_names=("LPIPS",), *, reps=1, device="auto", boots
     folder = open_folder(result_path)
     storage.read_results(folder.path)  # a damaged file is noticed before the work
     device = console.choose_device(device)
-    tools = [metrics.create(name, device) for name in metric_names]
+    options = {"SIMCLR": {"resize_type": resize_type, "path": simclr_path}}
+    tools = [metrics.create(name, device, **options.get(name, {})) for name in metric_names]
     tables = measure(folder, tools, reps, device)
     names = _side_names(folder)
     results = [judge(tool, names, tables[tool.name], bootstrap) for tool in tools]

@@ -230,6 +230,14 @@ def rows_within(memory_gb, config, device):
     return rows
 
 
+def adopt_side(folder, side, settings, entry):
+    """Takes over a side's batches from a neighbouring work folder where they were made already, and says so."""
+    import storage
+
+    if taken := folder.adopt(side, settings, entry):
+        console.say(f"{storage.SIDES[side]}: {taken} batches taken over from an earlier run with the same settings")
+
+
 def reconstruct_side(folder, side, images, reconstruct, batch_size):
     """Reconstructs what is missing of one side.
 
@@ -332,6 +340,8 @@ def main(_):
         if FLAGS["mask_type"].present:
             raise console.UserError(f"--mask_file_path goes with --mask_type file, not {mask_type}; leave one out")
         mask_type = "file"
+    if FLAGS.mask_save_dir and not FLAGS.save_mask:
+        raise console.UserError("--mask_save_dir goes with --save_mask; add it or leave both out")
     mask_options = MaskOptions(
         mask_type,
         FLAGS.mask_num_blocks,
@@ -385,24 +395,17 @@ def run(
 
     Args:
         config: the config tree.
-        ckpt_path: checkpoint or EMA weights.
-        workdir: the work folder.
         sources: side ('pos', 'neg') -> (source of images, whether to crop them).
         mask_options: a `MaskOptions`.
-        reps: repetitions of each image.
-        batch_size: images per batch file.
-        seed: key of everything random.
+        mask_directory: where to write masks; "" for masks/ in the results folder, None for nowhere.
+        ckpt_path, workdir, reps, batch_size, seed, max_images, data_root, memory_gb: as the flags.
         device: torch.device.
-        max_images: the first so many images of each side, or None.
-        data_root: where data sets lie.
-        memory_gb: see `rows_within`.
-        mask_directory: where masks are written; "" for masks/ in the results folder, None for not at all.
 
     Returns:
         Path: the results folder.
 
     Raises:
-        UserError: for bad input of any kind; what was written before stays.
+        UserError: for bad input; what was written before stays.
     """
     import sampling
     import storage
@@ -418,12 +421,10 @@ def run(
     entries = {side: describe_side(images, batch_size, sources[side][1]) for side, images in sides.items()}
     folder.claim(settings, entries, _versions(ckpt_path, step, device))
     if mask_directory is not None:
-        directory = Path(mask_directory) if mask_directory else folder.path / "masks"
-        save_masks(directory, mask_options, size, reps, seed, sides, batch_size)
+        save_masks(Path(mask_directory or folder.path / "masks"), mask_options, size, reps, seed, sides, batch_size)
     reconstruct = Reconstructor(config, model, mask_options, reps, seed, device, rows)
     for side, images in sides.items():
-        if taken := folder.adopt(side, settings, entries[side]):
-            console.say(f"{storage.SIDES[side]}: {taken} batches taken over from an earlier run with the same settings")
+        adopt_side(folder, side, settings, entries[side])
         reconstruct_side(folder, side, images, reconstruct, batch_size)
     console.say(f"reconstructions: {folder.path}")
     if "neg" in sides:

@@ -52,6 +52,7 @@ class ReverseDiffusion(Solver):
         return mean + per_image(g) * noise(), mean, state
 
 
+@dataclasses.dataclass(frozen=True)
 class AncestralSampling(Solver):
     """The reverse of the discrete process: DDPM's ancestral sampling for VP, SMLD's for VE.
 

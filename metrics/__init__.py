@@ -14,6 +14,8 @@ METRICS = {  # name: module and class, imported when asked for
     "MSE": ("metrics.mse", "MSE"),
     "SSIM": ("metrics.ssim", "SSIM"),
     "LPIPS": ("metrics.perceptual", "LPIPS"),
+    "SIMCLR": ("metrics.simclr", "SimCLR"),
+    "STLPIPS": ("metrics.shift_tolerant", "ShiftTolerantLPIPS"),
 }
 
 

@@ -112,7 +112,7 @@ FLAGS = {
         "mask_ratio": "0.5", "mask_file_path": None, "mask_save_dir": None, "mask_identifier": None,
         "max_images": None, "data_root": "./data", "seed": None, "device": None, "memory_gb": None,
     },
-    "detect.py": {"result_path": None, "metric": "LPIPS", "reps": "1", "device": "auto"},
+    "detect.py": {"result_path": None, "metric": "LPIPS", "reps": "1", "device": "auto", "resize_type": "bicubic"},
 }  # fmt: skip
 
 

@@ -153,6 +153,23 @@ def test_unknown_names_are_refused():
         models.create_model(small("subvp/cifar10_ddpm_continuous.py", nonlinearity="tanh"))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"nf": 16}, "no network can be built from this config: num_channels .* must be divisible by num_groups"),
+        ({"ch_mult": ()}, "one positive int per level"),
+        ({"ch_mult": (1, "x")}, "one positive int per level"),
+        ({"ch_mult": (1, 1, 1, 1, 1, 1)}, "16 pixels cannot be halved 5 times"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(change, message):
+    config = small("subvp/cifar10_ddpm_continuous.py")
+    with config.ignore_type():
+        config.model.update(change)
+    with pytest.raises(UserError, match=message):
+        models.create_model(config)
+
+
 # --------------------------------------------------------------------------------------------------------- score
 
 

@@ -260,12 +260,11 @@ def test_inpainting_has_the_exact_moments_of_the_published_loop(sde_name):
 
 @pytest.mark.parametrize("sde_name", SDES)
 def test_inpainting_reaches_the_conditional_gaussian(sde_name):
-    """Correlated pixels: with enough Langevin steps at each time, replacement samples the conditional.
+    """Correlated pixels: with the published Langevin corrector, replacement samples the conditional.
 
-    Replacement alone does not (the published loop's known bias, see the moments above): at each noise level the
-    corrector has to bring the unknown pixels into equilibrium with the known ones.
+    Replacement alone does not (the published loop's bias, see the moments above: its first mean is off by 0.17).
     """
-    sde = SDES[sde_name](100)
+    sde = SDES[sde_name](1000)
     mean, cov = gaussian_data()
     known, unknown = [0, 2], [1, 3]
     observed = torch.tensor([0.9, 0.4])
@@ -278,13 +277,14 @@ def test_inpainting_reaches_the_conditional_gaussian(sde_name):
         torch.tensor([1.0, 0.0, 1.0, 0.0]).view(1, 1, 2, 2),
         keyed(COUNT),
         predictor=sampling.ReverseDiffusion(sde),
-        corrector=sampling.Langevin(sde, snr=0.25, n_steps=20),
+        corrector=sampling.Langevin(sde, snr=0.16),
     ).flatten(1)[:, unknown]
     gain = cov[unknown][:, known] @ torch.linalg.inv(cov[known][:, known])
     expected_mean = mean[unknown] + gain @ (observed - mean[known])
     expected_cov = cov[unknown][:, unknown] - gain @ cov[known][:, unknown]
-    torch.testing.assert_close(result.mean(dim=0), expected_mean, rtol=0, atol=0.05)
-    torch.testing.assert_close(torch.cov(result.T), expected_cov, rtol=0, atol=0.05)
+    # 4 standard errors, plus the bias of finite steps
+    torch.testing.assert_close(result.mean(dim=0), expected_mean, rtol=0, atol=0.03)
+    torch.testing.assert_close(torch.cov(result.T), expected_cov, rtol=0, atol=0.02)
 
 
 # ---------------------------------------------------------------------------------------------- solvers by name

@@ -1,0 +1,68 @@
+"""Weight files of the learned distances: read weights-only, written completely or not at all."""
+
+import contextlib
+import os
+from pathlib import Path
+
+import torch
+
+from console import UserError
+
+
+def read(path, what, remedy):
+    """What `torch.save` wrote to `path`, loaded to the CPU, weights-only.
+
+    Args:
+        path: an existing file.
+        what: what the user would call it, in the plural ("the AlexNet weights").
+        remedy: what to do about a damaged file.
+
+    Raises:
+        UserError: the file cannot be read, is damaged, or holds pickled code.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise UserError(f"{what} {path} may not be read; change the file's permissions") from error
+    except Exception as error:  # a damaged file can fail anywhere inside the reader
+        raise UserError(f"{what} {path} are damaged, or hold more than tensors and are not loaded; {remedy}") from error
+
+
+def write(path, value):
+    """`torch.save` to a temporary file beside `path`, then renamed; makes parent folders.
+
+    Raises:
+        UserError: the folder cannot be written or the disk is full; nothing is left behind.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            torch.save(value, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch's writer tells a full disk as a RuntimeError
+        reason = str(error).splitlines()[0]
+        raise UserError(f"cannot write {path}: {reason}; free some space or choose another place") from error
+    finally:
+        with contextlib.suppress(OSError):  # it is not there after success, nor where its folder is none
+            temporary.unlink()
+
+
+def differences(found, expected):
+    """How shapes `{name: shape}` differ from the expected ones, as one short text; empty where they do not."""
+    missing = [name for name in expected if name not in found]
+    extra = [name for name in found if name not in expected]
+    shapes = [
+        f"{name} is {tuple(found[name])}, not {tuple(expected[name])}"
+        for name in expected
+        if name in found and tuple(found[name]) != tuple(expected[name])
+    ]
+    parts = []
+    for title, names in (("missing", missing), ("unknown", extra), ("of other shape", shapes)):
+        if names:
+            rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            parts.append(f"{title}: {', '.join(names[:3])}{rest}")
+    return "; ".join(parts)
