@@ -19,6 +19,7 @@ import sampling
 import sde_lib
 from benchmarks import machine, plain
 from benchmarks.machine import median
+from console import keep_freed_memory
 from models import create_model
 from models.score import ScoreModel
 
@@ -29,6 +30,7 @@ def main():
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
+    keep_freed_memory()  # as main.py and recon.py do; for both versions
     config = _load(options.config)
     sde = sde_lib.create_sde(config)
     shape = (options.batch_size, config.data.num_channels, config.data.image_size, config.data.image_size)

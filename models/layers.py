@@ -124,9 +124,9 @@ class _NormSwish(torch.autograd.Function):
         mean = x.mean(dim=1) + shift  # (B, C)
         offset = mean - _over_groups(mean, groups) / size  # (B, C): the channels' means after centring
         centred = x + (offset - mean + shift)[:, None]  # (B, H W, C)
-        variance = _over_groups(centred.square().sum(dim=1), groups) / (size * pixels)  # (B, C)
-        rstd = (variance + eps).rsqrt()
-        y = torch.addcmul(bias, centred, (rstd * weight)[:, None])  # (B, H W, C)
+        y = torch.square(centred)  # its memory serves twice: large fresh tensors are what costs
+        rstd = (_over_groups(y.sum(dim=1), groups) / (size * pixels) + eps).rsqrt()  # (B, C)
+        torch.addcmul(bias, centred, (rstd * weight)[:, None], out=y)  # (B, H W, C)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(centred, y, offset, rstd, weight)
             ctx.groups, ctx.size, ctx.one_shift = groups, (height, width), len(shift) == 1
@@ -139,11 +139,12 @@ class _NormSwish(torch.autograd.Function):
         _, pixels, channels = y.shape
         n = channels // ctx.groups * pixels
         d = torch.ops.aten.silu_backward(_rows(grad.contiguous(memory_format=torch.channels_last)), y)  # (B, H W, C)
-        d_sum, dc_sum = d.sum(dim=1), (d * centred).sum(dim=1)  # each (B, C)
+        dx = d * centred  # its memory serves twice
+        d_sum, dc_sum = d.sum(dim=1), dx.sum(dim=1)  # each (B, C)
         slope = _over_groups(dc_sum * weight, ctx.groups) * rstd**3 / -n  # (B, C)
         level = _over_groups(d_sum * weight, ctx.groups) * rstd / -n  # (B, C)
         scale = rstd * weight  # (B, C)
-        dx = torch.addcmul(level[:, None], centred, slope[:, None]).addcmul_(d, scale[:, None])  # (B, H W, C)
+        torch.addcmul(level[:, None], centred, slope[:, None], out=dx).addcmul_(d, scale[:, None])  # (B, H W, C)
         dshift = scale * d_sum + pixels * (slope * offset + level)  # (B, C): the sum of dx over the pixels
         if ctx.one_shift:
             dshift = dshift.sum(dim=0, keepdim=True)

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Lift, Map, Detect on the images and the model that ship with the repository: is this Fashion-MNIST or MNIST?
+#
+#   bash scripts/demo.sh
+#
+# Run again, it uses what is there. The variables below may be set from outside, such as REPS=10 WORKDIR=results/demo10.
+set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
+
+CHECKPOINT=${CHECKPOINT:-pretrained/fashion_mnist_small.safetensors}
+WORKDIR=${WORKDIR:-results/demo}
+REPS=${REPS:-4}    # reconstructions per image
+STEPS=${STEPS:-25} # network evaluations per reconstruction
+
+started=$SECONDS
+bash create_environment.sh
+installed=$SECONDS
+
+"$PYTHON" recon.py --config configs/subvp/fashion_mnist_small.py --config.model.num_scales="$STEPS" \
+  --ckpt_path "$CHECKPOINT" --in_domain demo/fashion_mnist.npz --out_of_domain demo/mnist.npz \
+  --mask_type checkerboard_alt --mask_num_blocks 8 --reps_per_image "$REPS" --workdir "$WORKDIR"
+reconstructed=$SECONDS
+
+folder=$WORKDIR/checkerboard_alt_blocks8_reps$REPS
+"$PYTHON" detect.py --result_path "$folder" --reps "$REPS" --metric MSE,SSIM
+scored=$SECONDS
+
+echo "environment $((installed - started)) s, reconstruction $((reconstructed - installed)) s," \
+  "scoring $((scored - reconstructed)) s"
+echo "pictures: $folder/*.png"
