@@ -3,12 +3,14 @@
     python -m benchmarks.network_speed --config configs/subvp/cifar10_ddpm_continuous.py --batch_size 32
     python -m benchmarks.network_speed --config configs/subvp/fashion_mnist_small.py --batch_size 64
 
-Operations are those of the plain network by torch's counter, so a rearrangement that saves some shows as a higher rate.
-The share is of the machine's own float32 matrix rate, measured in the same run.  Also: what keyed noise costs.
+Each version has a process of its own, set up as it would be run, and the two take turns.  Operations are those of the
+plain network by torch's counter, so a rearrangement that saves some shows as a higher rate.  The share is of the
+machine's own float32 matrix rate, measured in the same run.  Also: what keyed noise costs.
 """
 
 import argparse
 import importlib.util
+import multiprocessing
 from pathlib import Path
 
 import torch
@@ -23,6 +25,8 @@ from console import keep_freed_memory
 from models import create_model
 from models.score import ScoreModel
 
+STEPS = 2  # of reconstruction, timed together
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -30,18 +34,91 @@ def main():
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    keep_freed_memory()  # as main.py and recon.py do; for both versions
     config = _load(options.config)
-    sde = sde_lib.create_sde(config)
-    shape = (options.batch_size, config.data.num_channels, config.data.image_size, config.data.image_size)
-    x = torch.rand(shape, generator=noise.generator("benchmark")) * 2 - 1
+    sde, x = sde_lib.create_sde(config), images(config, options.batch_size)
     print(f"{options.config}, batch {options.batch_size}; {machine.describe()}")
     rate = machine.matrix_rate()
     print(f"float32 matrix rate: {rate / 1e9:.0f} GFLOP/s")
     print(f"{'step':16} {'version':8} {'ms':>8} {'spread':>13} {'GFLOP/s':>8} {'share':>6} {'rate':>6}")
-    training(config, sde, x, rate, options.rounds)
-    reconstruction(config, sde, x, rate, options.rounds)
+    counted = plain_calls(config, sde, x)
+    seconds = in_turns(options)
+    for step, count in (("training", 1), ("reconstruction", STEPS)):
+        own = {version: [s / count for s in seconds[version, step]] for version in VERSIONS}
+        _report(step, own, machine.flops(counted[step]) / count, rate)
     keyed_noise(config, sde, x)
+
+
+def images(config, batch_size):
+    """A batch in the model's range: (B, C, H, W)."""
+    shape = (batch_size, config.data.num_channels, config.data.image_size, config.data.image_size)
+    return torch.rand(shape, generator=noise.generator("benchmark")) * 2 - 1
+
+
+def in_turns(options):
+    """(version, step) -> seconds of each round, the versions taking turns in processes of their own."""
+    context, pipes, seconds = multiprocessing.get_context("spawn"), {}, {}
+    for version in VERSIONS:
+        pipes[version], theirs = context.Pipe()
+        arguments = (theirs, version, options.config, options.batch_size)
+        context.Process(target=_serve, args=arguments, daemon=True).start()
+    for step in ("training", "reconstruction"):
+        for turn in range(options.rounds + 1):
+            for version, pipe in pipes.items():
+                pipe.send(step)
+                value = pipe.recv()
+                if turn:  # the first one warms up
+                    seconds.setdefault((version, step), []).append(value)
+    for pipe in pipes.values():
+        pipe.send(None)
+    return seconds
+
+
+def _serve(pipe, version, path, batch_size):
+    config = _load(path)
+    calls = VERSIONS[version](config, sde_lib.create_sde(config), images(config, batch_size))
+    while (step := pipe.recv()) is not None:
+        pipe.send(machine.timed(calls[step]))
+
+
+def plain_calls(config, sde, x):
+    """The plain version's steps."""
+    training = plain.PlainTraining(plain.plain_network(config).train(), sde, config)
+    net, mask = plain.plain_network(config).eval(), _mask(x)
+    return {
+        "training": lambda: training.step(x),
+        "reconstruction": lambda: plain.plain_inpaint(net, sde, x, mask, STEPS),
+    }
+
+
+def our_calls(config, sde, x):
+    """Our steps, in a process prepared as main.py and recon.py prepare theirs."""
+    keep_freed_memory()
+    net = create_model(config).train().to(memory_format=torch.channels_last)
+    state, loss = losses.create_state(config, net), losses.create_loss(config, sde)
+    model = ScoreModel(net, sde)
+
+    def train():
+        draws = losses.Draws.keyed(x.shape, sde.N, config.seed, "train", state.step)
+        return losses.train_step(state, loss, model, x, draws, config).item()
+
+    frozen = create_model(config).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    predictor, _ = sampling.create_solvers(config, sde)
+    times = sampling.time_grid(sde, sde.N, sde.eps)[:STEPS]
+    source = noise.KeyedNoise(noise.image_keys(0, "benchmark", torch.arange(len(x)), [0]), x.shape[1:])
+    constrain = sampling.replacement(sde, x, _mask(x))
+
+    def reconstruct():
+        start = source(0, "prior")
+        return sampling.integrate(ScoreModel(frozen, sde), start, times, predictor, source, constrain=constrain)
+
+    return {"training": train, "reconstruction": reconstruct}
+
+
+VERSIONS = {"plain": plain_calls, "ours": our_calls}
+
+
+def _mask(x):
+    return (torch.arange(x.shape[-1]) % 2).float().expand(1, 1, *x.shape[2:])
 
 
 def _load(path):
@@ -49,42 +126,6 @@ def _load(path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config()
-
-
-def training(config, sde, x, rate, rounds):
-    """A training step of both versions."""
-    plain_step = plain.PlainTraining(plain.plain_network(config).train(), sde, config).step
-    net = create_model(config).train().to(memory_format=torch.channels_last)
-    state, loss = losses.create_state(config, net), losses.create_loss(config, sde)
-    model = ScoreModel(net, sde)
-
-    def step():
-        draws = losses.Draws.keyed(x.shape, sde.N, config.seed, "train", state.step)
-        return losses.train_step(state, loss, model, x, draws, config).item()
-
-    work = machine.flops(lambda: plain_step(x))
-    _report("training", machine.alternate({"plain": lambda: plain_step(x), "ours": step}, rounds), work, rate)
-
-
-def reconstruction(config, sde, x, rate, rounds, steps=2):
-    """Steps of the published inpainting loop of both versions."""
-    plain_net, net = plain.plain_network(config).eval(), create_model(config).eval()
-    model = ScoreModel(net.requires_grad_(False).to(memory_format=torch.channels_last), sde)
-    mask = (torch.arange(x.shape[-1]) % 2).float().expand(1, 1, *x.shape[2:])
-    predictor, _ = sampling.create_solvers(config, sde)
-    keys = noise.image_keys(0, "benchmark", torch.arange(len(x)), [0])
-    times = sampling.time_grid(sde, sde.N, sde.eps)[:steps]
-
-    def ours():
-        source = noise.KeyedNoise(keys, x.shape[1:])
-        constrain = sampling.replacement(sde, x, mask)
-        sampling.integrate(model, source(0, "prior"), times, predictor, source, constrain=constrain)
-
-    with torch.no_grad():
-        work = steps * machine.flops(lambda: plain_net(x, torch.ones(len(x))))
-    calls = {"plain": lambda: plain.plain_inpaint(plain_net, sde, x, mask, steps), "ours": ours}
-    seconds = machine.alternate(calls, rounds)
-    _report("reconstruction", {k: [s / steps for s in v] for k, v in seconds.items()}, work / steps, rate)
 
 
 def keyed_noise(config, sde, x):
