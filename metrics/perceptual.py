@@ -14,47 +14,27 @@ from pathlib import Path
 import torch
 
 from console import UserError, warn
-from metrics import Metric
+from metrics.features import FeatureDistance
 
 BACKBONE = "alexnet-owt-7be5be79.pth"  # the last part is the start of the file's SHA-256
 URL = f"https://download.pytorch.org/models/{BACKBONE}"
-SMALLEST = 31  # of smaller images the pooling layers leave nothing
 _TIMEOUT = 30  # seconds without an answer before the download is given up
 
 
-class LPIPS(Metric):
-    """Squared differences of unit-length features, weighted by the heads, averaged over space, summed over layers."""
+class LPIPS(FeatureDistance):
+    """The learned perceptual distance with AlexNet, version 0.1."""
 
     name = "LPIPS"
+    smallest = 31  # of smaller images the pooling layers leave nothing
 
     def __init__(self, device):
         self.device = device
         self.network = _network(_backbone()).to(device)
+        self.heads = self.network.lins
 
-    @torch.no_grad()
-    def prepare(self, images):
-        """Images (B, 1 or 3, H, W) to five feature maps (B, C_k, H_k, W_k), each position of unit length.
-
-        Raises:
-            UserError: the images are too small or have neither one nor three channels.
-        """
-        import lpips
-
-        channels, height, width = images.shape[1:]
-        if min(height, width) < SMALLEST or channels not in (1, 3):
-            raise UserError(
-                f"LPIPS needs grey or RGB images of at least {SMALLEST}x{SMALLEST} pixels, these are "
-                f"{height}x{width} with {channels} channels; use --metric MSE,SSIM"
-            )
-        images = images.to(self.device).float().expand(-1, 3, -1, -1)
-        features = self.network.net(self.network.scaling_layer(2 * images - 1))
-        return [lpips.normalize_tensor(feature) for feature in features]
-
-    @torch.no_grad()
-    def compare(self, orig, recon):
-        """Two results of `prepare` to (B,); Zhang et al., equation 1."""
-        layers = zip(self.network.lins, orig, recon, strict=True)
-        return sum(head((x - y).square_()).mean(dim=(1, 2, 3)) for head, x, y in layers)
+    def features(self, images):
+        """Images (B, 3, H, W) in [-1, 1] to the outputs of AlexNet's five ReLUs."""
+        return self.network.net(self.network.scaling_layer(images))
 
 
 def _backbone():

@@ -16,46 +16,29 @@ import torch.nn.functional as F
 from torch import nn
 
 from console import UserError
-from metrics import Metric, weights
+from metrics import weights
+from metrics.features import FeatureDistance
 
 PACKAGE, VERSION = "stlpips-pytorch", "0.0.2"
 INSTALL = f"pip install --no-deps {PACKAGE}=={VERSION}"
 _FILE = Path("weights") / "vST0.0" / "alex_shift_tolerant.pth"
-SMALLEST = 21  # of smaller images the last blur has too little to reflect
 LAYERS = (2, 6, 10, 12, 14)  # of the trunk, whose outputs are compared
-_EPSILON = 1e-10  # keeps the length of an all-zero feature apart from zero, as in LPIPS
 
 
-class ShiftTolerantLPIPS(Metric):
-    """Squared differences of unit-length features, weighted by the heads, averaged over space, summed over layers."""
+class ShiftTolerantLPIPS(FeatureDistance):
+    """The distance of LPIPS on features of a network that shifts of the images change little."""
 
     name = "STLPIPS"
+    smallest = 21  # of smaller images the last blur has too little to reflect
 
     def __init__(self, device):
         self.device = device
         self.network = read_network(find_weights()).to(device)
+        self.heads = self.network.heads
 
-    @torch.no_grad()
-    def prepare(self, images):
-        """Images (B, 1 or 3, H, W) to five feature maps (B, C_k, H_k, W_k), each position of unit length.
-
-        Raises:
-            UserError: the images are too small or have neither one nor three channels.
-        """
-        channels, height, width = images.shape[1:]
-        if min(height, width) < SMALLEST or channels not in (1, 3):
-            raise UserError(
-                f"STLPIPS needs grey or RGB images of at least {SMALLEST}x{SMALLEST} pixels, these are "
-                f"{height}x{width} with {channels} channels; use --metric MSE,SSIM"
-            )
-        features = self.network(2 * images.to(self.device).float().expand(-1, 3, -1, -1) - 1)
-        return [x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + _EPSILON) for x in features]
-
-    @torch.no_grad()
-    def compare(self, orig, recon):
-        """Two results of `prepare` to (B,); the distance of LPIPS (Zhang et al., CVPR 2018, equation 1)."""
-        layers = zip(self.network.heads, orig, recon, strict=True)
-        return sum(head((x - y).square_()).mean(dim=(1, 2, 3)) for head, x, y in layers)
+    def features(self, images):
+        """Images (B, 3, H, W) in [-1, 1] to the outputs of `LAYERS`."""
+        return self.network(images)
 
 
 class Network(nn.Module):

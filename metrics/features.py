@@ -1,0 +1,48 @@
+"""What the learned perceptual distances share: comparing a network's feature maps (Zhang et al., CVPR 2018)."""
+
+import abc
+
+import torch
+
+from console import UserError
+from metrics import Metric
+
+_EPSILON = 1e-10  # keeps the length of an all-zero feature apart from zero
+
+
+class FeatureDistance(Metric):
+    """Squared differences of unit-length features, weighted by heads, averaged over space, summed over layers.
+
+    Attributes:
+        smallest: pixels an edge below which the network has nothing left to compare.
+        device: where it runs.
+        heads: one a layer, (B, C_k, H_k, W_k) -> (B, 1, H_k, W_k).
+    """
+
+    smallest = None
+
+    @abc.abstractmethod
+    def features(self, images):
+        """Images (B, 3, H, W) in [-1, 1] to feature maps (B, C_k, H_k, W_k), one a layer."""
+
+    @torch.no_grad()
+    def prepare(self, images):
+        """Images (B, 1 or 3, H, W) to feature maps (B, C_k, H_k, W_k), each position of unit length.
+
+        Raises:
+            UserError: the images are too small or have neither one nor three channels.
+        """
+        channels, height, width = images.shape[1:]
+        if min(height, width) < self.smallest or channels not in (1, 3):
+            raise UserError(
+                f"{self.name} needs grey or RGB images of at least {self.smallest}x{self.smallest} pixels, these are "
+                f"{height}x{width} with {channels} channels; use --metric MSE,SSIM"
+            )
+        features = self.features(2 * images.to(self.device).float().expand(-1, 3, -1, -1) - 1)
+        return [x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + _EPSILON) for x in features]
+
+    @torch.no_grad()
+    def compare(self, orig, recon):
+        """Two results of `prepare` to (B,); Zhang et al., equation 1."""
+        layers = zip(self.heads, orig, recon, strict=True)
+        return sum(head((x - y).square_()).mean(dim=(1, 2, 3)) for head, x, y in layers)
