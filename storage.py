@@ -223,7 +223,7 @@ def load_ema_weights(path, net, config):
     checkpoint = read_checkpoint(path)
     _check_config(path, checkpoint.get("config"), config)
     model = _without_prefix(checkpoint["model"])
-    compare_buffers = config["model"]["scale_by_sigma"]  # else the table of sigmas is never read
+    compare_buffers = reads_sigma_table(config)
     _check_weights(path, {name: value.shape for name, value in model.items()}, net, compare_buffers)
     _check_ema(path, checkpoint["ema"], net)
     averages = checkpoint["ema"]["shadow_params"]
@@ -293,11 +293,18 @@ def _check_config(path, theirs, mine):
         raise UserError(f"{path} was trained with another config ({'; '.join(differing[:4])}); use its own --config")
 
 
+def reads_sigma_table(config):
+    """Whether a config's network (nested dicts) reads its table of noise levels; one with Fourier features does not."""
+    model = config["model"]
+    fourier = model["name"] == "ncsnpp" and model["embedding_type"].lower() == "fourier"
+    return model["scale_by_sigma"] and not fourier
+
+
 def what_weights_depend_on(config):
     """The part of a config (nested dicts) that must be the same where weights are used as where they were trained."""
-    free = {"dropout", "ema_rate", *([] if config["model"]["scale_by_sigma"] else ["num_scales"])}
-    if not config["training"]["continuous"]:
-        free.discard("num_scales")
+    free = {"dropout", "ema_rate"}
+    if config["training"]["continuous"] and not reads_sigma_table(config):
+        free.add("num_scales")  # merely the number of sampling steps
     return {
         "model": {name: value for name, value in config["model"].items() if name not in free},
         "training": {name: config["training"][name] for name in ("sde", "continuous")},

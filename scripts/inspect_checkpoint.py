@@ -157,7 +157,7 @@ def differences(checkpoint, config):
     if rows:
         return rows
     expected, trainable = _network(json.dumps({"model": tree["model"], "data": tree["data"]}))
-    compare_buffers = checkpoint.averages is not None and tree["model"]["scale_by_sigma"]
+    compare_buffers = checkpoint.averages is not None and storage.reads_sigma_table(tree)
     ignored = set() if compare_buffers else BUFFERS
     rows = _shape_differences(
         {name: tuple(value.shape) for name, value in checkpoint.weights.items() if name not in ignored},

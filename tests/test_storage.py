@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from helpers import GOLDEN, close, fill_, golden, small, tensor, wave
+from helpers import GOLDEN, close, fill_, golden, load_config, small, tensor, wave
 
 import losses
 import models
@@ -640,3 +640,20 @@ def test_neighbours_of_the_current_folder(folder, tmp_path, monkeypatch):
     (tmp_path / "second").mkdir()
     monkeypatch.chdir(tmp_path / "second")
     assert ResultsFolder(Path("center_reps2")).adopt("pos", SETTINGS, entry()) == 2
+
+
+@pytest.mark.parametrize(
+    ("path", "reads"),
+    [
+        ("subvp/cifar10_ddpm_continuous.py", False),  # does not scale by sigma
+        ("ve/cifar10_ncsnpp_continuous.py", False),  # divides by its labels
+        ("ve/cifar10_ncsnpp.py", True),
+        ("ve/cifar10_ddpm.py", True),
+    ],
+)
+def test_fewer_steps_are_refused_only_where_the_network_reads_its_table(path, reads):
+    trained, fewer = load_config(path), load_config(path)
+    fewer.model.num_scales = 50
+    there, here = (storage.what_weights_depend_on(to_dict(config)) for config in (trained, fewer))
+    assert storage.reads_sigma_table(to_dict(trained)) == reads
+    assert bool(storage.differences(there, here)) == reads
