@@ -24,8 +24,6 @@ def define_flags():
 
 
 def main(_):
-    import training
-
     config = FLAGS.config
     if FLAGS.seed is not None:
         config.seed = FLAGS.seed
@@ -33,9 +31,13 @@ def main(_):
     if device.type == "cpu":
         console.keep_freed_memory()
     if FLAGS.mode == "train":
+        import training
+
         training.train(config, FLAGS.workdir, device, FLAGS.data_root)
     else:
-        training.evaluate(config, FLAGS.workdir, FLAGS.eval_folder, device, FLAGS.data_root)
+        import evaluation
+
+        evaluation.evaluate(config, FLAGS.workdir, FLAGS.eval_folder, device, FLAGS.data_root)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ REQUIREMENTS = "requirements.txt", "requirements-test.txt"
 COMMANDS = "main", "recon", "detect"
 LAYERS = [  # from the top; a module imports those below its own layer
     COMMANDS,
+    ("evaluation",),
     ("training",),
     ("storage",),
     ("losses",),
