@@ -292,15 +292,45 @@ def sample_ode(model, sde, prior, *, eps=None, rtol=1e-5, atol=1e-5):
     Returns:
         (B, C, H, W) in the model's range, and the number of function evaluations.
     """
+    span = (sde.T, sde.eps if eps is None else eps)
+    return solve_ode(lambda x, t: probability_flow(model, sde, x, t), prior, span, rtol=rtol, atol=atol)
+
+
+def probability_flow(model, sde, x, t):
+    """dx/dt of the ODE with the marginals of the SDE: (B, C, H, W), for x (B, C, H, W) and t (1,) or (B,)."""
+    return sde.reverse_sde(model(x, t), x, t, probability_flow=True)[0]
+
+
+def solve_ode(velocity, start, span, *, rtol, atol):
+    """Solves dy/dt = velocity(y, t) by SciPy's adaptive Runge-Kutta 4(5), whose state is float64 on the CPU.
+
+    The step size is one for all of y, from the mean square of its errors: rows of a batch are tied together within
+    the tolerances.
+
+    Args:
+        velocity: takes y, of the start's shape, type and device, and t (1,).
+        start: a tensor, y at the first time.
+        span: the first and the last time.
+        rtol, atol: error tolerances.
+
+    Returns:
+        y at the last time, and the number of function evaluations.
+
+    Raises:
+        UserError: the velocity is not finite, or changes too fast to be followed.
+    """
     from scipy.integrate import solve_ivp
 
-    def velocity(t, flat):
-        x = torch.as_tensor(flat, dtype=prior.dtype, device=prior.device).view_as(prior)
-        time = torch.full((1,), t, dtype=prior.dtype, device=prior.device)
-        drift, _ = sde.reverse_sde(model(x, time), x, time, probability_flow=True)
-        return drift.flatten().cpu().numpy()
+    def flat_velocity(t, flat):
+        y = torch.as_tensor(flat, dtype=start.dtype, device=start.device).view_as(start)
+        time = torch.full((1,), t, dtype=start.dtype, device=start.device)
+        return velocity(y, time).flatten().cpu().numpy()
 
-    span = (sde.T, sde.eps if eps is None else eps)
-    start = prior.flatten().cpu().numpy()
-    solution = solve_ivp(velocity, span, start, method="RK45", rtol=rtol, atol=atol)
-    return torch.as_tensor(solution.y[:, -1], dtype=prior.dtype, device=prior.device).view_as(prior), solution.nfev
+    solution = solve_ivp(flat_velocity, span, start.flatten().cpu().numpy(), method="RK45", rtol=rtol, atol=atol)
+    if not solution.success:
+        raise UserError(
+            f"the probability flow cannot be followed beyond t = {solution.t[-1]:.3g}: the network's output is NaN, "
+            "infinite or too steep; check the checkpoint and its config"
+        )
+    end = torch.as_tensor(solution.y[:, -1], dtype=start.dtype, device=start.device).view_as(start)
+    return end, solution.nfev

@@ -28,7 +28,7 @@ LAYERS = [  # from the top; a module imports those below its own layer
     ("evaluation",),
     ("training",),
     ("storage",),
-    ("losses",),
+    ("losses", "likelihood"),
     ("sampling",),
     ("datasets",),
     ("models",),
