@@ -1,20 +1,65 @@
-"""The evaluation of main.py: `evaluate` goes through the numbered checkpoints of a training run."""
+"""The evaluation of main.py: losses, likelihoods, samples and their scores, for the numbered checkpoints of a run.
+
+Every file carries what it was made from.  A file that is there is not made again, so an evaluation that was stopped
+continues; one that was made from something else is refused.  Random numbers are keyed by the seed and the image, the
+same for all checkpoints, so that differences between checkpoints are not those of the draws.
+"""
 
 import math
+from pathlib import Path
 
 import numpy as np
+import torch
 
 import datasets
+import likelihood
+import noise
 import storage
+import training
 from configs.base import to_dict
-from console import UserError, progress, say
-from training import Trainer
+from console import UserError, choose, progress, say
+from metrics import fidelity
+
+BPD_REPEATS = {"train": 1, "test": 5}  # dequantisations of each image, as published
+
+
+class Evaluation:
+    """What the parts of an evaluation share.
+
+    Args:
+        trainer: a `training.Trainer`, whose network gets the weights of each checkpoint.
+        folder: where the results go.
+    """
+
+    def __init__(self, trainer, folder):
+        self.trainer, self.config, self.folder = trainer, trainer.config, Path(folder)
+        self.batch_size = self.config.eval.batch_size
+        self._images = {}
+
+    def images(self, split):
+        """The config's 'train' or 'test' images, loaded once."""
+        if split not in self._images:
+            self._images[split] = self.trainer.images(split)
+        return self._images[split]
+
+    def load(self, path):
+        """Gives the network the EMA weights of a checkpoint; returns what all results of it depend on (JSON types)."""
+        tree, net = to_dict(self.config), self.trainer.state.net
+        storage.load_ema_weights(path, net, tree)
+        net.eval()
+        return {
+            "checkpoint": storage.file_hash(path),
+            "config": storage.what_weights_depend_on(tree),
+            "seed": self.config.seed,
+            "batch_size": self.batch_size,
+        }
 
 
 def evaluate(config, workdir, eval_folder, device, data_root):
-    """The mean test loss of every numbered checkpoint from eval.begin_ckpt to eval.end_ckpt, with the EMA weights.
+    """Evaluates every numbered checkpoint from eval.begin_ckpt to eval.end_ckpt with its EMA weights.
 
-    Writes `{workdir}/{eval_folder}/ckpt_{k}_loss.npz` with `all_losses` (one a batch) and `mean_loss` (over images).
+    What is computed is what `PARTS` lists and the config enables.  Samples are scored at the very end, when all are
+    there.
 
     Args:
         config: the config tree.
@@ -24,41 +69,251 @@ def evaluate(config, workdir, eval_folder, device, data_root):
         data_root: where data sets lie.
 
     Raises:
-        UserError: no checkpoint of the range is there, or the config asks for what is not computed here.
+        UserError: no checkpoint of the range is there, the config asks for what cannot be done, results of something
+            else are there, or what scoring the samples needs cannot be had.
     """
-    for field, computed in {"enable_loss": True, "enable_sampling": False, "enable_bpd": False}.items():
-        if config.eval.get(field, computed) != computed:
-            raise UserError(f"evaluation computes the test loss alone; set --config.eval.{field}={computed}")
-    trainer = Trainer(config, workdir, device, data_root)
+    parts = _enabled(config)
+    trainer = training.Trainer(config, workdir, device, data_root)
+    run = Evaluation(trainer, trainer.workdir / eval_folder)
+    origins = {}
+    try:
+        for k, path in _checkpoints(config, trainer.workdir / "checkpoints").items():
+            origins[k] = run.load(path)
+            for part in parts:
+                part(run, k, origins[k])
+        if write_samples in parts:
+            write_reports(run, origins)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{device} has too little memory for {config.eval.batch_size} images at once; lower "
+            "--config.eval.batch_size and choose another --eval_folder"
+        ) from error
+
+
+def _enabled(config):
+    """The functions of `PARTS` that the config asks for; what they cannot do is told before any work."""
+    options = config.eval  # the largest published configs have no switches
+    parts = [part for field, (default, part) in PARTS.items() if options.get(field, default)]
+    if not parts:
+        raise UserError(f"nothing is to be evaluated; set one of {', '.join(PARTS)} (config.eval) to True")
+    if options.batch_size < 1:
+        raise UserError(f"a batch of {options.batch_size} images cannot be evaluated; raise --config.eval.batch_size")
+    if write_bpd in parts:
+        choose(options.bpd_dataset, BPD_REPEATS, "split (config.eval.bpd_dataset)")
+    if write_samples in parts:
+        fidelity.require_package()
+        if options.num_samples < fidelity.SPLITS:
+            raise UserError(
+                f"scores need at least {fidelity.SPLITS} samples, not {options.num_samples}; raise "
+                "--config.eval.num_samples"
+            )
+    return parts
+
+
+def _checkpoints(config, folder):
+    """{number: path} of the checkpoints in the config's range that are there; the others are named."""
     wanted = range(config.eval.begin_ckpt, config.eval.end_ckpt + 1)
-    paths = {k: trainer.workdir / "checkpoints" / f"checkpoint_{k}.pth" for k in wanted}
-    present = [k for k in wanted if paths[k].is_file()]
-    missing = [str(k) for k in wanted if k not in present]
+    paths = {k: folder / f"checkpoint_{k}.pth" for k in wanted}
+    present = {k: path for k, path in paths.items() if path.is_file()}
     if not present:
         raise UserError(
-            f"{trainer.workdir / 'checkpoints'} holds none of checkpoint_{wanted.start}.pth to "
-            f"checkpoint_{wanted[-1] if wanted else '?'}.pth; set --config.eval.begin_ckpt and end_ckpt"
+            f"{folder} holds none of checkpoint_{wanted.start}.pth to checkpoint_{config.eval.end_ckpt}.pth; set "
+            "--config.eval.begin_ckpt and end_ckpt"
         )
-    if missing:
+    if missing := [str(k) for k in wanted if k not in present]:
         say(f"missing checkpoints, left out: {', '.join(missing)}")
-    images = trainer.images("test")
-    for k in present:
-        storage.load_ema_weights(paths[k], trainer.state.net, to_dict(config))
-        trainer.state.net.eval()
-        _evaluate_one(trainer, images, k, trainer.workdir / eval_folder / f"ckpt_{k}_loss.npz")
+    return present
 
 
-def _evaluate_one(trainer, images, k, path):
-    import io
+# ---------------------------------------------------------------------------------------------------------- loss
 
-    config, values, counts = trainer.config, [], []
-    batches = datasets.in_order(images, config.eval.batch_size, trainer.device, config.data.centered)
-    total = math.ceil(len(images) / config.eval.batch_size)
-    for i, x in enumerate(progress(batches, total=total, unit="batch", desc=f"checkpoint {k}")):
-        values.append(trainer.loss_on(x, "evaluate", i))
-        counts.append(len(x))
-    mean = float(np.average(values, weights=counts))
-    array = io.BytesIO()
-    np.savez_compressed(array, all_losses=np.array(values), mean_loss=mean)
-    storage.write_bytes(path, array.getvalue())
-    say(f"checkpoint {k}: mean test loss {mean:.5f} over {len(images)} images; written to {path}")
+
+def write_loss(run, k, origin):
+    """The mean test loss: `ckpt_{k}_loss.npz` with `all_losses` (one a batch) and `mean_loss` (over images).
+
+    Args:
+        run: an `Evaluation` whose network has the weights of checkpoint k.
+        k: the checkpoint's number.
+        origin: what `Evaluation.load` returned.
+    """
+    images, options = run.images("test"), run.config.training
+    weighting = {name: options[name] for name in ("reduce_mean", "likelihood_weighting")}
+    settings = {**origin, "images": images.fingerprint, "loss": weighting}
+    path = run.folder / f"ckpt_{k}_loss.npz"
+    arrays = storage.read_arrays(path, settings)
+    if arrays is None:
+        values, counts = [], []
+        batches = datasets.in_order(images, run.batch_size, run.trainer.device, run.config.data.centered)
+        total = _rounds(len(images), run.batch_size)
+        for i, x in enumerate(progress(batches, total=total, unit="batch", desc=f"checkpoint {k}, loss")):
+            values.append(run.trainer.loss_on(x, "evaluate", i))
+            counts.append(len(x))
+        arrays = {"all_losses": np.array(values), "mean_loss": np.average(values, weights=counts)}
+        storage.write_arrays(path, settings, **arrays)
+    say(f"checkpoint {k}: mean test loss {arrays['mean_loss']:.5f} over {len(images)} images; written to {path}")
+
+
+def _rounds(count, batch_size):
+    """The number of batches."""
+    return math.ceil(count / batch_size)
+
+
+# --------------------------------------------------------------------------------------------- bits per dimension
+
+
+def write_bpd(run, k, origin):
+    """Bits per dimension of the images of eval.bpd_dataset, each dequantised `BPD_REPEATS` times.
+
+    Writes `{split}_ckpt_{k}_bpd_{i}.npz`, i counting the batches of all repeats, with `bpd` (one an image) and
+    `evaluations` (of the network, by the batch's ODE solver).  Arguments as `write_loss`.
+    """
+    split = run.config.eval.bpd_dataset
+    images, repeats = run.images(split), BPD_REPEATS[split]
+    settings, rounds = {**origin, "images": images.fingerprint}, _rounds(len(images), run.batch_size)
+    values, evaluations = [], []
+    with progress(total=repeats * rounds, unit="batch", desc=f"checkpoint {k}, bits per dimension") as bar:
+        for i in range(repeats * rounds):
+            path, (repeat, batch) = run.folder / f"{split}_ckpt_{k}_bpd_{i}.npz", divmod(i, rounds)
+            arrays = storage.read_arrays(path, settings)
+            if arrays is None:
+                arrays = _bpd_of_batch(run, images, batch, repeat)
+                storage.write_arrays(path, settings, **arrays)
+            values.append(arrays["bpd"])
+            evaluations.append(int(arrays["evaluations"]))
+            bar.set_postfix(bpd=f"{np.concatenate(values).mean():.4f}", refresh=False)
+            bar.update()
+    bpd = np.concatenate(values).reshape(repeats, -1).mean(axis=0)  # (N,)
+    say(
+        f"checkpoint {k}: {bpd.mean():.4f} bits per dimension (standard error {_standard_error(bpd):.4f}) over "
+        f"{len(images)} {split} images, {repeats} times each; {np.mean(evaluations):.0f} network evaluations a batch; "
+        f"written to {run.folder}"
+    )
+
+
+def _bpd_of_batch(run, images, batch, repeat):
+    rows = slice(batch * run.batch_size, (batch + 1) * run.batch_size)
+    pixels, positions = images.read(rows.start, rows.stop), images.positions[rows].tolist()
+    dequantized, probes = [], []
+    for image, position in zip(pixels.split(1), positions, strict=True):  # on the CPU: the same for every device
+        generator = noise.generator(run.config.seed, "bpd", images.name, position, repeat)
+        dequantized.append(datasets.dequantize(datasets.to_model_range(image, centered=False), generator))
+        probes.append(likelihood.rademacher(image.shape, generator))
+    centered, model, device = run.config.data.centered, run.trainer.model, run.trainer.device
+    x = datasets.to_model_range(torch.cat(dequantized).to(device), centered)  # (B, C, H, W)
+    density, _, evaluations = likelihood.log_likelihood(model, run.trainer.sde, x, torch.cat(probes).to(device))
+    bpd = likelihood.bits_per_dimension(density, x[0].numel(), centered)
+    return {"bpd": bpd.cpu().numpy(), "evaluations": np.array(evaluations)}
+
+
+def _standard_error(values):
+    return values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+# -------------------------------------------------------------------------------------------- samples, their scores
+
+
+def write_samples(run, k, origin):
+    """Draws eval.num_samples samples: `ckpt_{k}/samples_{r}.npz` with `samples` (B, H, W, C) uint8.
+
+    Arguments as `write_loss`.
+    """
+    rounds = range(_rounds(run.config.eval.num_samples, run.batch_size))
+    for r in progress(rounds, unit="batch", desc=f"checkpoint {k}, samples"):
+        path, settings = _samples_file(run, k, r), _samples_settings(run, origin, r)
+        if storage.read_arrays(path, settings) is None:
+            first = r * run.batch_size
+            images = training.draw_samples(run.trainer, settings["count"], "evaluation", first)
+            storage.write_arrays(path, settings, samples=training.to_pixels(images))
+    say(f"checkpoint {k}: {run.config.eval.num_samples} samples are in {run.folder / f'ckpt_{k}'}")
+
+
+def _samples_file(run, k, r):
+    return run.folder / f"ckpt_{k}" / f"samples_{r}.npz"
+
+
+def _samples_settings(run, origin, r):
+    """What batch r of the samples depends on."""
+    tree = to_dict(run.config)
+    return {
+        **origin,
+        "sampling": {**tree["sampling"], "steps": tree["model"]["num_scales"]},
+        "image_size": tree["data"]["image_size"],
+        "count": min(run.batch_size, tree["eval"]["num_samples"] - r * run.batch_size),
+    }
+
+
+def write_reports(run, origins):
+    """Scores the samples of every checkpoint: `report_{k}.npz` with `IS`, `fid` and `kid`, see `metrics.fidelity`.
+
+    They are compared with the training images.  The features of the samples are kept in `ckpt_{k}/statistics_{r}.npz`
+    (`pool_3`, `logits`), those of the training images in `reference/statistics_{i}.npz` (`pool_3`).
+
+    Args:
+        run: an `Evaluation`.
+        origins: {k: what `Evaluation.load` returned}.
+    """
+    images, count = run.images("train"), run.config.eval.num_samples
+    extract, reference = _FeatureFiles(run.trainer.device), None
+    for k, origin in origins.items():
+        path, settings = run.folder / f"report_{k}.npz", _samples_settings(run, origin, 0)
+        settings |= {"count": count, "reference": images.fingerprint, "network": fidelity.WEIGHTS}
+        scores = storage.read_arrays(path, settings)
+        if scores is None:
+            if reference is None:
+                reference = extract.of_images(run, images)
+            scores = fidelity.scores(extract.of_samples(run, k, origin), reference)
+            storage.write_arrays(path, settings, **scores)
+        values = ", ".join(f"{name} {value:.5g}" for name, value in scores.items())
+        say(f"checkpoint {k}: {values} of {count} samples against {len(images)} images; written to {path}")
+
+
+class _FeatureFiles:
+    """Features of images, kept in files a batch each; the network is fetched when a file is missing."""
+
+    def __init__(self, device):
+        self.device, self.network = device, None
+
+    def of_images(self, run, images):
+        """The `pool` features of an image set: (N, 2048)."""
+        settings = {"images": images.fingerprint, "batch_size": run.batch_size, "network": fidelity.WEIGHTS}
+        pools = []
+        for i in progress(range(_rounds(len(images), run.batch_size)), unit="batch", desc="training images"):
+            path = run.folder / "reference" / f"statistics_{i}.npz"
+            read = lambda i=i: images.read(i * run.batch_size, (i + 1) * run.batch_size)
+            pools.append(self._of_batch(path, settings, read, ("pool_3",))["pool_3"])
+        return torch.from_numpy(np.concatenate(pools))
+
+    def of_samples(self, run, k, origin):
+        """The `Features` of a checkpoint's samples."""
+        parts = []
+        rounds = range(_rounds(run.config.eval.num_samples, run.batch_size))
+        for r in progress(rounds, unit="batch", desc=f"checkpoint {k}, scores"):
+            settings = _samples_settings(run, origin, r)
+
+            def read(r=r, settings=settings):
+                pixels = storage.read_arrays(_samples_file(run, k, r), settings)["samples"]  # (B, H, W, C)
+                return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+            path = run.folder / f"ckpt_{k}" / f"statistics_{r}.npz"
+            settings = {**settings, "network": fidelity.WEIGHTS}
+            parts.append(self._of_batch(path, settings, read, ("pool_3", "logits")))
+        pool, logits = (np.concatenate([part[name] for part in parts]) for name in ("pool_3", "logits"))
+        return fidelity.Features(torch.from_numpy(pool), torch.from_numpy(logits))
+
+    def _of_batch(self, path, settings, read, names):
+        arrays = storage.read_arrays(path, settings)
+        if arrays is None:
+            if self.network is None:
+                self.network = fidelity.Inception(self.device)
+            features = self.network(read())  # of (B, C, H, W) uint8
+            arrays = {"pool_3": features.pool.numpy(), "logits": features.logits.numpy()}
+            arrays = {name: arrays[name] for name in names}
+            storage.write_arrays(path, settings, **arrays)
+        return arrays
+
+
+PARTS = {  # the switch in config.eval: whether it is on where a config has none, and what it switches
+    "enable_loss": (True, write_loss),
+    "enable_bpd": (False, write_bpd),
+    "enable_sampling": (False, write_samples),
+}

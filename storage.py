@@ -87,6 +87,50 @@ def write_tensors(path, value):
     write_bytes(path, buffer.getbuffer())
 
 
+def write_arrays(path, settings, **arrays):
+    """Writes NumPy arrays and what they were made from as an .npz file, atomically.
+
+    Args:
+        path: the file.
+        settings: a dict of JSON types, which `read_arrays` compares; stored as text under `settings`.
+        arrays: by name.
+    """
+    buffer = io.BytesIO()
+    np.savez(buffer, settings=json.dumps(settings), **arrays)
+    write_bytes(path, buffer.getbuffer())
+
+
+def read_arrays(path, settings):
+    """The arrays that an earlier run wrote, or None where there is no file.
+
+    Args:
+        path: the file.
+        settings: as in `write_arrays`.
+
+    Returns:
+        dict: name -> array, without `settings`; or None.
+
+    Raises:
+        UserError: the file is damaged, or was made from something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        differing = differences(json.loads(str(arrays.pop("settings", "{}"))), settings)
+    except PermissionError as error:
+        raise UserError(f"{path} may not be read; change its permissions") from error
+    except Exception as error:  # a damaged file can fail anywhere inside the reader
+        raise UserError(f"{path} is damaged or truncated; delete it, then run the same command again") from error
+    if differing:
+        raise UserError(
+            f"{path} was made from something else ({'; '.join(differing[:3])}); delete it or choose another folder"
+        )
+    return arrays
+
+
 def _umask():
     mask = os.umask(0)
     os.umask(mask)

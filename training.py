@@ -266,12 +266,16 @@ class Log:
 # -------------------------------------------------------------------------------------------------------- samples
 
 
-def draw_samples(trainer, count, step):
-    """`count` samples of the network as it is, keyed by the seed and `step`: (count, C, H, W) in data range."""
+def draw_samples(trainer, count, word, first=0):
+    """Samples number `first` and on of the network as it is: (count, C, H, W) in data range.
+
+    Each is keyed by the seed, `word` (a step, or what the samples are for) and its number.
+    """
     config, sde = trainer.config, trainer.sde
     sample = _sampler(config, sde)
     shape = (config.data.num_channels, config.data.image_size, config.data.image_size)
-    keys = noise.image_keys(noise.key(config.seed, step), "samples", torch.arange(count), reps=[0])
+    numbers = torch.arange(first, first + count)
+    keys = noise.image_keys(noise.key(config.seed, word), "samples", numbers, reps=[0])
     source = noise.KeyedNoise(keys, shape, trainer.device)
     return datasets.to_data_range(sample(trainer.model, source), config.data.centered)
 
@@ -301,6 +305,11 @@ def _probability_flow(config, sde):
     return lambda model, noise: sampling.sample_ode(model, sde, noise(0, "prior") * sde.prior_std)[0]
 
 
+def to_pixels(images):
+    """Images (N, C, H, W) in [0, 1], clipped, as an array (N, H, W, C) uint8; cut off, not rounded, as published."""
+    return (images.permute(0, 2, 3, 1).cpu() * 255).clamp(0, 255).to(torch.uint8).numpy()
+
+
 def write_samples(folder, images):
     """Writes `sample.np` (N, H, W, C) uint8, as published, and `sample.png`, a grid; images (N, C, H, W) in [0, 1]."""
     import io
@@ -308,9 +317,8 @@ def write_samples(folder, images):
     from PIL import Image
     from torchvision.utils import make_grid
 
-    pixels = (images.permute(0, 2, 3, 1).cpu() * 255).clamp(0, 255).to(torch.uint8).numpy()  # (N, H, W, C)
     array = io.BytesIO()
-    np.save(array, pixels)
+    np.save(array, to_pixels(images))
     storage.write_bytes(folder / "sample.np", array.getvalue())
     grid = make_grid(images.cpu().clamp(0, 1), nrow=max(1, math.isqrt(len(images))), padding=2)  # (3, H', W')
     picture = io.BytesIO()

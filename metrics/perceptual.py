@@ -4,21 +4,17 @@ The `lpips` package brings the network and the linear heads (version 0.1); the A
 trained on ImageNet, are downloaded to torch's hub folder, or put there by hand.
 """
 
-import contextlib
-import http.client
-import socket
-import sys
 import warnings
 from pathlib import Path
 
 import torch
 
-from console import UserError, warn
+from console import UserError
+from metrics import weights
 from metrics.features import FeatureDistance
 
 BACKBONE = "alexnet-owt-7be5be79.pth"  # the last part is the start of the file's SHA-256
 URL = f"https://download.pytorch.org/models/{BACKBONE}"
-_TIMEOUT = 30  # seconds without an answer before the download is given up
 
 
 class LPIPS(FeatureDistance):
@@ -38,26 +34,10 @@ class LPIPS(FeatureDistance):
 
 
 def _backbone():
-    """The path of the AlexNet weights, downloaded if they are not there.
-
-    Raises:
-        UserError: they cannot be downloaded; nothing is left behind.
-    """
-    path = Path(torch.hub.get_dir()) / "checkpoints" / BACKBONE
-    if path.is_file():
-        return path
-    warn(f"downloading the AlexNet weights of LPIPS (233 MB) to {path}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _socket_timeout(_TIMEOUT):  # the hash is of the file's name; a partial download is removed
-            prefix = path.stem.rsplit("-", 1)[-1]
-            torch.hub.download_url_to_file(URL, str(path), hash_prefix=prefix, progress=sys.stderr.isatty())
-    except (OSError, RuntimeError, http.client.HTTPException) as error:  # no network, no space; a wrong hash
-        raise UserError(
-            f"LPIPS needs the AlexNet weights, and they could not be downloaded ({error}); fetch {URL} elsewhere and "
-            f"put it at {path}, or use what works offline: --metric MSE,SSIM"
-        ) from error
-    return path
+    """The path of the AlexNet weights, downloaded if they are not there; raises as `weights.hub_file`."""
+    return weights.hub_file(
+        URL, BACKBONE, what="the AlexNet weights", user="LPIPS", megabytes=233, instead="--metric MSE,SSIM"
+    )
 
 
 def _read_weights(path):
@@ -89,13 +69,3 @@ def _network(path):
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"the weights at {path} are not AlexNet's; delete the file and fetch {URL}") from error
     return network.eval().requires_grad_(False)
-
-
-@contextlib.contextmanager
-def _socket_timeout(seconds):
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)

@@ -1,12 +1,58 @@
-"""Weight files of the learned distances: read weights-only, written completely or not at all."""
+"""Weight files of the learned distances: fetched, read weights-only, written completely or not at all."""
 
 import contextlib
+import http.client
 import os
+import socket
+import sys
 from pathlib import Path
 
 import torch
 
-from console import UserError
+from console import UserError, warn
+
+_TIMEOUT = 30  # seconds without an answer before a download is given up
+
+
+def hub_file(url, name, *, what, user, megabytes, instead):
+    """The path of a file in torch's hub folder, downloaded if it is not there.
+
+    Args:
+        url: where it is to be had.
+        name: of the file; it ends in `-{start of its SHA-256}.pth`, which is checked.
+        what: what it is, in the plural ("the AlexNet weights").
+        user: what needs it, as the user calls it.
+        megabytes: its size.
+        instead: what works offline, for the message.
+
+    Raises:
+        UserError: it cannot be downloaded; nothing is left behind.
+    """
+    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    if path.is_file():
+        return path
+    warn(f"downloading {what} of {user} ({megabytes} MB) to {path}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _socket_timeout(_TIMEOUT):  # a partial download is removed
+            prefix = path.stem.rsplit("-", 1)[-1]
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=prefix, progress=sys.stderr.isatty())
+    except (OSError, RuntimeError, http.client.HTTPException) as error:  # no network, no space; a wrong hash
+        raise UserError(
+            f"{user} needs {what}, and they could not be downloaded ({error}); fetch {url} elsewhere and "
+            f"put it at {path}, or use what works offline: {instead}"
+        ) from error
+    return path
+
+
+@contextlib.contextmanager
+def _socket_timeout(seconds):
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def read(path, what, remedy):

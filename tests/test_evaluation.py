@@ -1,6 +1,7 @@
 """Evaluation of the numbered checkpoints of a training run."""
 
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -8,9 +9,13 @@ import tiny
 import torch
 
 import evaluation
+import likelihood
+import noise
 import storage
 import training
+from configs.base import to_dict
 from console import UserError
+from metrics import fidelity
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +63,26 @@ def test_evaluation(tree, whole, tmp_path, capsys):
     assert saved[2]["all_losses"][2] == pytest.approx(trainer.loss_on(x, "evaluate", 2), rel=1e-5)
 
 
+def evaluate(tree, workdir, folder="eval"):
+    evaluation.evaluate(tree, workdir, folder, tiny.CPU, "./data")
+
+
+def arrays(path):
+    with np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"eval__begin_ckpt": 7, "eval__end_ckpt": 9}, r"holds none of checkpoint_7\.pth to checkpoint_9\.pth; set "),
         ({"eval__begin_ckpt": 2, "eval__end_ckpt": 1}, "holds none of"),
-        ({"eval__enable_bpd": True}, r"the test loss alone; set --config\.eval\.enable_bpd=False"),
-        ({"eval__enable_sampling": True}, r"set --config\.eval\.enable_sampling=False"),
-        ({"eval__enable_loss": False}, r"set --config\.eval\.enable_loss=True"),
+        ({"eval__enable_loss": False}, "nothing is to be evaluated; set one of enable_loss, enable_bpd, enable_samp"),
+        ({"eval__batch_size": 0}, "a batch of 0 images cannot be evaluated; raise --config.eval.batch_size"),
+        (
+            {"eval__enable_bpd": True, "eval__bpd_dataset": "valid"},
+            r"unknown split \(config\.eval\.bpd_dataset\) 'valid'; choose one of: train, test",
+        ),
         ({"data__dataset": "CIFAR11"}, "unknown data set"),
         ({"model__nf": 64}, "was trained with another config"),
     ],
@@ -74,5 +91,234 @@ def test_evaluation(tree, whole, tmp_path, capsys):
 def test_evaluation_of_what_is_not_there(changes, message, data, whole):
     before = tiny.snapshot(whole)
     with pytest.raises(UserError, match=message):
-        evaluation.evaluate(tiny.config(**{"data__dataset": str(data), **changes}), whole, "eval", tiny.CPU, "./data")
+        evaluate(tiny.config(**{"data__dataset": str(data), **changes}), whole)
+    assert tiny.snapshot(whole) == before
+
+
+def test_memory_that_does_not_suffice(tree, whole, monkeypatch):
+    def refuse(self, x, *words):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(training.Trainer, "loss_on", refuse)
+    with pytest.raises(UserError, match=r"too little memory for 4 images at once; lower --config\.eval\.batch_size"):
+        evaluate(tree, whole, "memory")
+
+
+# ----------------------------------------------------------------------------------------------- what is there
+
+
+def test_what_is_there_is_not_made_again(tree, whole, tmp_path, capsys, monkeypatch):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    evaluate(tree, workdir)
+    said, files = capsys.readouterr().out, tiny.snapshot(workdir)
+    monkeypatch.setattr(training.Trainer, "loss_on", None)
+    evaluate(tree, workdir)
+    assert capsys.readouterr().out == said
+    assert tiny.snapshot(workdir) == files
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "loss.reduce_mean", "seed", "batch_size", "images"])
+def test_results_of_something_else_are_not_taken_for_these(what, tree, whole, data, tmp_path):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    evaluate(tree, workdir)
+    if what == "checkpoint":
+        tiny.write_checkpoint(workdir / "checkpoints" / "checkpoint_1.pth", tree)
+    elif what == "images":
+        tree.data.dataset = str(tiny.write_pictures(tmp_path / "others.npz", 10, seed=9))
+    else:
+        values = {"loss.reduce_mean": "training.reduce_mean", "batch_size": "eval.batch_size"}
+        tree.update_from_flattened_dict({values.get(what, what): 3 if what != "loss.reduce_mean" else False})
+    before = tiny.snapshot(workdir)
+    with pytest.raises(UserError, match=rf"ckpt_1_loss\.npz was made from something else \({what}: .* there, .* here"):
+        evaluate(tree, workdir)
+    assert tiny.snapshot(workdir) == before
+
+
+def test_a_damaged_result_is_named(tree, whole, tmp_path):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    evaluate(tree, workdir)
+    path = workdir / "eval" / "ckpt_1_loss.npz"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"ckpt_1_loss\.npz is damaged or truncated; delete it"):
+        evaluate(tree, workdir)
+
+
+# --------------------------------------------------------------------------------------------- bits per dimension
+
+
+BPD = {"eval.enable_loss": False, "eval.enable_bpd": True, "eval.begin_ckpt": 2, "eval.batch_size": 8}
+
+
+@pytest.fixture
+def bpd_tree(tree):
+    """Bits per dimension of the second checkpoint alone, in batches of 8 and 2."""
+    tree.update_from_flattened_dict(BPD)
+    return tree
+
+
+@pytest.fixture(scope="module")
+def likelihoods(data, whole, tmp_path_factory):
+    """A work folder with the bits per dimension of both splits."""
+    workdir = shutil.copytree(whole, tmp_path_factory.mktemp("bpd") / "run")
+    for split in ("test", "train"):
+        tree = tiny.config(data__dataset=str(data), eval__bpd_dataset=split)
+        tree.update_from_flattened_dict(BPD)
+        evaluate(tree, workdir)
+    return workdir
+
+
+def test_bpd_files(likelihoods, bpd_tree, capsys):
+    """Two batches of 10 images, five times for the test set; then the mean of all."""
+    folder = likelihoods / "eval"
+    names = {f"test_ckpt_2_bpd_{i}.npz" for i in range(10)} | {f"train_ckpt_2_bpd_{i}.npz" for i in range(2)}
+    assert {path.name for path in folder.iterdir()} == names
+    found = [arrays(folder / f"test_ckpt_2_bpd_{i}.npz") for i in range(10)]
+    assert [len(batch["bpd"]) for batch in found] == [8, 2] * 5
+    assert all(batch["evaluations"] > 20 for batch in found)
+    bpd = np.concatenate([batch["bpd"] for batch in found]).reshape(5, 10)
+    assert np.ptp(bpd, axis=0).min() > 1e-3  # each repeat draws anew
+    evaluate(bpd_tree, likelihoods)
+    error = bpd.mean(axis=0).std(ddof=1) / 10**0.5
+    assert f"checkpoint 2: {bpd.mean():.4f} bits per dimension (standard error {error:.4f}) over 10 test images" in (
+        capsys.readouterr().out
+    )
+
+
+def test_bpd_by_hand(likelihoods, tree):
+    """The second batch of the second repeat, from the definitions."""
+    trainer = training.Trainer(tree, likelihoods, tiny.CPU, "./data")
+    storage.load_ema_weights(likelihoods / "checkpoints" / "checkpoint_2.pth", trainer.state.net, to_dict(tree))
+    trainer.state.net.eval()
+    images, x, probes = trainer.images("test"), [], []
+    for position in (8, 9):
+        generator = noise.generator(tree.seed, "bpd", "squares", position, 1)
+        u = torch.rand(1, 1, 8, 8, generator=generator)
+        x.append(2 * (images.read(position, position + 1) + u) / 256 - 1)
+        probes.append(likelihood.rademacher((1, 1, 8, 8), generator))
+    logp, _, _ = likelihood.log_likelihood(trainer.model, trainer.sde, torch.cat(x), torch.cat(probes))
+    expected = (-logp / 64 / np.log(2) + 7).numpy()
+    # rounding enters the choice of the solver's steps
+    np.testing.assert_allclose(arrays(likelihoods / "eval" / "test_ckpt_2_bpd_3.npz")["bpd"], expected, atol=1e-3)
+
+
+def test_an_interrupted_bpd_continues(likelihoods, bpd_tree, tmp_path, monkeypatch):
+    workdir = shutil.copytree(likelihoods, tmp_path / "run")
+    for i in (4, 9):
+        (workdir / "eval" / f"test_ckpt_2_bpd_{i}.npz").unlink()
+    made, compute = [], likelihood.log_likelihood
+    monkeypatch.setattr(likelihood, "log_likelihood", lambda *args: made.append(len(args[2])) or compute(*args))
+    evaluate(bpd_tree, workdir)
+    assert made == [8, 2]
+    assert tiny.snapshot(workdir) == tiny.snapshot(likelihoods)
+
+
+# ----------------------------------------------------------------------------------------------- samples, scores
+
+
+class Stub:
+    """In place of Inception: the four quarters' means as features, the first two of them as logits."""
+
+    def __init__(self, device):
+        self.calls = []
+
+    def __call__(self, images):
+        assert images.dtype == torch.uint8
+        self.calls.append(len(images))
+        pool = torch.nn.functional.avg_pool2d(images.float() / 64, 4).flatten(1)  # (B, 4)
+        return fidelity.Features(pool, pool[:, :2])
+
+
+@pytest.fixture
+def sampling_tree(tree):
+    """14 samples of each checkpoint, in batches of 4, 4, 4 and 2."""
+    tree.eval.enable_loss, tree.eval.enable_sampling, tree.eval.num_samples = False, True, 14
+    return tree
+
+
+@pytest.fixture
+def package(monkeypatch):
+    """As if torch-fidelity were there, for what comes before the scores."""
+    monkeypatch.setattr(fidelity, "require_package", lambda: None)
+
+
+def no_weights(device):
+    raise UserError("no weights")
+
+
+def test_samples_come_before_the_weights_are_missed(sampling_tree, whole, package, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fidelity, "Inception", no_weights)
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    for _ in range(2):
+        with pytest.raises(UserError, match="no weights"):
+            evaluate(sampling_tree, workdir)
+        monkeypatch.setattr(training, "draw_samples", None)  # the second time all samples are there
+    assert "checkpoint 2: 14 samples are in " in capsys.readouterr().out
+    assert sorted(path.name for path in (workdir / "eval").iterdir()) == ["ckpt_1", "ckpt_2"]
+    for k in (1, 2):
+        batches = [arrays(workdir / "eval" / f"ckpt_{k}" / f"samples_{r}.npz")["samples"] for r in range(4)]
+        assert [batch.shape for batch in batches] == [(4, 8, 8, 1)] * 3 + [(2, 8, 8, 1)]
+        assert all(batch.dtype == np.uint8 for batch in batches)
+        assert len(np.unique(np.concatenate(batches), axis=0)) == 14
+
+
+def test_samples_are_keyed_by_their_number(sampling_tree, whole, package, tmp_path, monkeypatch):
+    """Not by the batch they are drawn in; up to rounding, which may move a pixel by one level."""
+    monkeypatch.setattr(fidelity, "Inception", no_weights)
+    samples = {}
+    for size in (4, 7):
+        workdir = shutil.copytree(whole, tmp_path / str(size))
+        sampling_tree.eval.batch_size = size
+        with pytest.raises(UserError, match="no weights"):
+            evaluate(sampling_tree, workdir)
+        folder = workdir / "eval" / "ckpt_2"
+        paths = [folder / f"samples_{r}.npz" for r in range(len(list(folder.iterdir())))]
+        samples[size] = np.concatenate([arrays(path)["samples"] for path in paths]).astype(int)
+    assert np.abs(samples[4] - samples[7]).max() <= 1
+
+
+def test_reports(sampling_tree, whole, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("torch_fidelity")
+    stubs = []
+    monkeypatch.setattr(fidelity, "Inception", lambda device: stubs.append(Stub(device)) or stubs[-1])
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    evaluate(sampling_tree, workdir)
+    said, folder = capsys.readouterr().out, workdir / "eval"
+    assert [stub.calls for stub in stubs] == [[4, 4, 2, 4, 4, 4, 2, 4, 4, 4, 2]]  # the reference once
+    reference = Stub(None)(training.Trainer(sampling_tree, workdir, tiny.CPU, "./data").images("train").read(0, 10))
+    for k in (1, 2):
+        pixels = np.concatenate([arrays(folder / f"ckpt_{k}" / f"samples_{r}.npz")["samples"] for r in range(4)])
+        features = Stub(None)(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+        expected, report = fidelity.scores(features, reference.pool), arrays(folder / f"report_{k}.npz")
+        assert {name: report[name] for name in ("IS", "fid", "kid")} == pytest.approx(expected, rel=1e-6)
+        assert f"checkpoint {k}: IS {report['IS']:.5g}, fid {report['fid']:.5g}, kid {report['kid']:.5g} of 14" in said
+
+    files = tiny.snapshot(workdir)  # without a report: from the features; without features: from the samples
+    (folder / "report_2.npz").unlink()
+    evaluate(sampling_tree, workdir)
+    (folder / "report_2.npz").unlink()
+    (folder / "ckpt_2" / "statistics_3.npz").unlink()
+    evaluate(sampling_tree, workdir)
+    assert [stub.calls for stub in stubs[1:]] == [[2]]
+    assert tiny.snapshot(workdir) == files
+
+
+def test_other_samples_are_not_scored_as_these(sampling_tree, whole, package, tmp_path, monkeypatch):
+    monkeypatch.setattr(fidelity, "Inception", no_weights)
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    with pytest.raises(UserError, match="no weights"):
+        evaluate(sampling_tree, workdir)
+    sampling_tree.sampling.corrector = "ald"
+    with pytest.raises(UserError, match=r"samples_0\.npz was made from something else \(sampling\.corrector: \"none\""):
+        evaluate(sampling_tree, workdir)
+
+
+def test_what_scores_need_is_told_before_any_work(sampling_tree, whole, monkeypatch):
+    before = tiny.snapshot(whole)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(UserError, match=r"package torch-fidelity; install it by 'pip install torch-fidelity==0\.4\.0'"):
+        evaluate(sampling_tree, whole)
+    monkeypatch.setattr(fidelity, "require_package", lambda: None)
+    sampling_tree.eval.num_samples = 9
+    with pytest.raises(UserError, match=r"at least 10 samples, not 9; raise --config\.eval\.num_samples"):
+        evaluate(sampling_tree, whole)
     assert tiny.snapshot(whole) == before
