@@ -195,6 +195,36 @@ def test_hash(tmp_path):
         assert storage._hash(file) == expected  # what Python 3.10 uses
 
 
+MADE_FROM = {"seed": 1, "config": {"sizes": [1, 2]}}
+
+
+def test_arrays_come_back_with_what_they_were_made_from(tmp_path):
+    path = tmp_path / "a" / "b.npz"
+    assert storage.read_arrays(path, MADE_FROM) is None
+    storage.write_arrays(path, MADE_FROM, x=np.arange(3), y=np.array(0.5))
+    found = storage.read_arrays(path, MADE_FROM)
+    assert found.keys() == {"x", "y"}
+    assert found["x"].tolist() == [0, 1, 2]
+    assert found["y"] == 0.5
+    message = r"b\.npz was made from something else \(config\.sizes: \[1, 2\] there, \[3\] here\); delete it or choose"
+    with pytest.raises(UserError, match=message):
+        storage.read_arrays(path, {"seed": 1, "config": {"sizes": [3]}})
+
+
+def test_arrays_that_cannot_be_used(tmp_path):
+    """Of a program that notes no settings; damaged; with settings that are none; pickled, which is not unpickled."""
+    np.savez(tmp_path / "foreign.npz", bpd=np.zeros(3))
+    with pytest.raises(UserError, match=r"foreign\.npz was made from something else \(config: null there"):
+        storage.read_arrays(tmp_path / "foreign.npz", MADE_FROM)
+    storage.write_arrays(tmp_path / "half.npz", MADE_FROM, x=np.arange(100))
+    (tmp_path / "half.npz").write_bytes((tmp_path / "half.npz").read_bytes()[:-60])
+    storage.write_arrays(tmp_path / "list.npz", [1, 2])
+    np.savez(tmp_path / "pickled.npz", settings="{}", x=np.array([{}], dtype=object))
+    for name in ("half", "list", "pickled"):
+        with pytest.raises(UserError, match=rf"{name}\.npz is damaged or truncated; delete it"):
+            storage.read_arrays(tmp_path / f"{name}.npz", MADE_FROM)
+
+
 # -------------------------------------------------------------------------------------------- published checkpoint
 
 
