@@ -1,8 +1,9 @@
 """The evaluation of main.py: losses, likelihoods, samples and their scores, for the numbered checkpoints of a run.
 
 Every file carries what it was made from.  A file that is there is not made again, so an evaluation that was stopped
-continues; one that was made from something else is refused.  Random numbers are keyed by the seed and the image, the
-same for all checkpoints, so that differences between checkpoints are not those of the draws.
+continues; one that was made from something else is refused.  Random numbers are the same for all checkpoints, so that
+differences between checkpoints are not those of the draws: the losses' are keyed by the seed and the batch, all others
+by the seed and the image or the sample, so they do not depend on where an evaluation was stopped.
 """
 
 import math

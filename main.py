@@ -15,7 +15,9 @@ def define_flags():
     """The command line; inside a function so that importing this module defines nothing."""
     config_flags.DEFINE_config_file("config", None, "The config file; any value: --config.training.batch_size=64.")
     flags.DEFINE_string("workdir", None, "Folder of checkpoints, logs and samples; a run found there is continued.")
-    flags.DEFINE_enum("mode", None, ["train", "eval"], "train: train; eval: evaluate the checkpoints.")
+    flags.DEFINE_enum(
+        "mode", None, ["train", "eval"], "train: train; eval: evaluate the checkpoints as config.eval says."
+    )
     flags.DEFINE_string("eval_folder", "eval", "Folder below workdir for the results of --mode eval.")
     flags.DEFINE_string("data_root", "./data", "Where data sets lie, or are downloaded to.")
     flags.DEFINE_string("device", None, "auto, cpu, cuda or cuda:i; by default the config's.")

@@ -95,10 +95,10 @@ TREE = {
         "end_ckpt": 26,  # last one
         "batch_size": 1024,
         "enable_loss": True,  # compute the loss on the test set
-        "enable_sampling": False,  # draw num_samples samples per checkpoint
+        "enable_sampling": False,  # draw num_samples samples per checkpoint and score them (FID, KID, Inception score)
         "num_samples": 50000,
         "enable_bpd": False,  # compute likelihoods in bits per dimension
-        "bpd_dataset": "test",  # of the train or the test set
+        "bpd_dataset": "test",  # of the test set (every image dequantised 5 times) or of the train set (once)
         "n_samples": 50,  # kept as published; not read (recon.py's flags say what to reconstruct)
         "recon_ckpt": 25,  # kept as published; not read (recon.py's --ckpt_path says which)
     },

@@ -55,6 +55,19 @@ def filled_model(config):
     return ScoreModel(net, sde_lib.create_sde(config), config.training.continuous)
 
 
+class GaussianScore:
+    """The exact score of data N(mean, cov), mean (D,), under an SDE: -(alpha^2 cov + std^2 I)^-1 (x - alpha mean)."""
+
+    def __init__(self, sde, mean, cov):
+        self.sde, self.mean = sde, mean
+        self.variances, self.axes = torch.linalg.eigh(cov)
+
+    def __call__(self, x, t):
+        alpha, std = self.sde.marginal(t[:1])
+        along = (x.flatten(1) - alpha * self.mean) @ self.axes  # (B, D)
+        return -((along / (alpha**2 * self.variances + std**2)) @ self.axes.T).view_as(x)
+
+
 def close(value, expected, rtol=1e-5, atol=1e-6):
     """Asserts agreement relative to the largest magnitude: float32 sums taken in another order."""
     value, expected = torch.as_tensor(value).double(), torch.as_tensor(np.asarray(expected)).double()

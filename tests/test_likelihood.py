@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import filled_model, small, wave
+from helpers import GaussianScore, filled_model, small, wave
 
 import likelihood
 import noise
@@ -16,19 +16,6 @@ SDES = {"vp": sde_lib.VPSDE(), "subvp": sde_lib.SubVPSDE(), "ve": sde_lib.VESDE(
 SHAPE = (1, 2, 3)
 MEAN = torch.tensor([0.3, -0.2, 0.1, 0.0, 0.4, -0.5], dtype=torch.float64)
 VARIANCE = torch.tensor([0.09, 0.2, 0.04, 0.5, 0.15, 0.3], dtype=torch.float64)
-
-
-class GaussianScore:
-    """The exact score of data N(mean, cov), mean (D,), under an SDE: -(alpha^2 cov + std^2 I)^-1 (x - alpha mean)."""
-
-    def __init__(self, sde, mean, cov):
-        self.sde, self.mean = sde, mean
-        self.variances, self.axes = torch.linalg.eigh(cov)
-
-    def __call__(self, x, t):
-        alpha, std = self.sde.marginal(t)
-        along = (x.flatten(1) - alpha * self.mean) @ self.axes  # (B, D)
-        return -((along / (alpha**2 * self.variances + std**2)) @ self.axes.T).view_as(x)
 
 
 def gaussian_images(mean, cov, count, seed=0):
@@ -87,7 +74,7 @@ def test_probes_are_without_bias(name):
     assert found.mean() == pytest.approx(expected, abs=error + 0.03)  # 0.03 nats: as above, 0.01 bits a dimension
 
 
-def test_float32_images_of_any_device_type_keep_the_precision_of_the_solver():
+def test_float32_images_keep_the_precision_of_the_solver():
     sde, cov = SDES["subvp"], VARIANCE.diag()
     x = gaussian_images(MEAN, cov, 8)
     double, _, _ = likelihood.log_likelihood(GaussianScore(sde, MEAN, cov), sde, x, probes(8))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import close, filled_model, golden, small, tensor, wave
+from helpers import GaussianScore, close, filled_model, golden, small, tensor, wave
 
 import sampling
 import sde_lib
@@ -88,19 +88,6 @@ def test_inpainting_golden(name, path, purposes):
 
 
 # ------------------------------------------------------------------------------------------ exact Gaussian answers
-
-
-class GaussianScore:
-    """The exact score of data N(mean, cov), mean (D,), under an SDE: -(alpha^2 cov + std^2 I)^-1 (x - alpha mean)."""
-
-    def __init__(self, sde, mean, cov):
-        self.sde, self.mean = sde, mean
-        self.variances, self.axes = torch.linalg.eigh(cov)
-
-    def __call__(self, x, t):
-        alpha, std = self.sde.marginal(t[:1])
-        along = (x.flatten(1) - alpha * self.mean) @ self.axes  # (B, D)
-        return -((along / (alpha**2 * self.variances + std**2)) @ self.axes.T).view_as(x)
 
 
 def gaussian_data():
