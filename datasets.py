@@ -186,7 +186,7 @@ def _load_source(source, split, data_root, category, form):
     if named := _named(source, category):
         key, name = named
         if isinstance(DATASETS[key], _Torchvision):
-            return _in_memory(name, _planes(_torchvision_pixels(name, split, data_root)[: form.max_images]), form)
+            return _small_images(name, _planes(_torchvision_pixels(name, split, data_root)[: form.max_images]), form)
         return _load_files(name, *_find(name, split, data_root), dataclasses.replace(form, cut=DATASETS[key].cut))
     if (array := _ARRAY_SOURCE.fullmatch(source)) and Path(array["path"]).is_file():
         return _load_array(Path(array["path"]), array["name"], form)
@@ -363,15 +363,24 @@ def _planes(stored):
     return stored
 
 
-def _in_memory(name, pixels, form):
-    """A set of which all images are there, (N, 1 | 3, H, H) uint8."""
+def _small_images(name, pixels, form):
+    """A set of which all images are there in their own size, (N, 1 | 3, H, H) uint8."""
     native = pixels.shape[-1]
     if form.through is not None:
         pixels = _crop_all(pixels, form.through)
-    pixels = resize_bilinear(pixels, form.image_size)  # (N, 1 | 3, image_size, image_size)
-    if pixels.shape[1] > form.num_channels:
-        pixels = to_grey(pixels)
-    return ImageSet(name, torch.arange(len(pixels)), [], form.shape, _Memory(pixels), native, form.through)
+
+    def finish(pixels):  # (B, 1 | 3, H, H) to (B, 1 | C, image_size, image_size)
+        pixels = resize_bilinear(pixels, form.image_size)
+        return to_grey(pixels) if pixels.shape[1] > form.num_channels else pixels
+
+    def identity():
+        return repr((form.treatment, hashlib.blake2b(pixels.contiguous().numpy(), digest_size=8).hexdigest()))
+
+    if form.fits_in_memory(len(pixels)):
+        store = _Memory(finish(pixels))
+    else:
+        store = _OnDemand(lambda row: finish(pixels[row : row + 1])[0], identity, form.pool())
+    return ImageSet(name, torch.arange(len(pixels)), [], form.shape, store, native, form.through)
 
 
 def _crop_all(pixels, size):
@@ -693,7 +702,7 @@ def _load_array(path, array_name, form):
     name = f"{_stem(path)}_{array_name}" if array_name else _stem(path)
     like_mnist = values.shape[1:] in ((28, 28), (28, 28, 1))
     if like_mnist or (values.shape[1:3] == form.shape[1:] and form.fits_in_memory(len(values))):
-        return _in_memory(name, _planes(torch.tensor(values)), form)
+        return _small_images(name, _planes(torch.tensor(values)), form)
     store = _array_on_demand(values, path, form)
     if form.fits_in_memory(len(values)):
         store = _Memory(_gather(store, len(values), form))

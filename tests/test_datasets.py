@@ -372,6 +372,25 @@ def write_cifar(root, name, monkeypatch):
     return {"train": train_pixels, "test": test_pixels}
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("through", [None, 20])
+def test_named_sets_too_large_for_memory_are_enlarged_when_read(channels, through, tmp_path, monkeypatch):
+    """As CIFAR-10 is at 256x256; resizing one image or all at once may round apart by one level."""
+    write_mnist(tmp_path, "MNIST")
+    write_cifar(tmp_path, "CIFAR10", monkeypatch)
+    options = {"data_root": tmp_path, "image_size": 50, "num_channels": channels, "through": through}
+    for source in ("MNIST", "CIFAR10"):
+        monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 2 << 30)
+        kept = load(source, **options)
+        monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 0)
+        made = load(source, **options)
+        assert made.store.decode(0).nbytes <= channels * 50 * 50  # one image at a time
+        assert (read_all(made).int() - read_all(kept).int()).abs().max() <= 1
+        assert (made.native, made.through, made.shape) == (kept.native, kept.through, kept.shape)
+        assert made.fingerprint == load(source, **options).fingerprint
+        assert made.fingerprint != load(source, **{**options, "split": "train", "max_images": len(made)}).fingerprint
+
+
 @pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100"])
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_cifar(name, split, tmp_path, monkeypatch):
