@@ -104,6 +104,7 @@ PUBLISHED = {
 @pytest.fixture(params=[0, 2 << 30], ids=["on demand", "in memory"])
 def memory(request, monkeypatch):
     monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", request.param)
+    return request.param
 
 
 def tiny_tree(path):
@@ -123,7 +124,9 @@ def test_training_by_a_published_config(path, memory, tmp_path, capsys):
         (folder / "2a.jpg").write_bytes(b"damaged")
     tree = tiny_tree(path)
     training.train(tree, tmp_path / "run", tiny.CPU, tmp_path)
-    assert "2a.jpg is left out" in capsys.readouterr().err
+    warnings = capsys.readouterr().err
+    assert "2a.jpg is left out" in warnings
+    assert ("the next image stands in for it" in warnings) == (memory == 0)  # nobody decoded them all beforehand
     assert "images left out because they could not be used: 1\n" in (tmp_path / "run" / "stdout.txt").read_text()
     training.evaluate(tree, tmp_path / "run", "eval", tiny.CPU, tmp_path)
     assert "over 4 images; written to" in capsys.readouterr().out  # no image stands in for another in a mean
