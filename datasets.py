@@ -2,8 +2,8 @@
 
 A source is the name of a known data set, a folder of images, a txt list of image paths, or a NumPy file of images.
 `load` turns any of them into an `ImageSet`: uint8 images of one size, kept in memory while they are few and decoded
-on demand by threads otherwise (Pillow releases the interpreter's lock while it decodes).  `TrainingBatches` and
-`in_order` feed a network from it.
+on demand by worker threads otherwise (Pillow releases the interpreter's lock while it decodes and resizes).
+`TrainingBatches` and `in_order` feed a network from it.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 import re
+import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif
 _PREFETCHED_STEPS = 3  # training batches that threads decode ahead of the step that asks for them
 _DOWNLOAD_TIMEOUT = 60  # seconds without an answer after which a download counts as failed
 _NAMED_FAILURES = 20  # unusable files named in warnings; ImageSet.skipped has them all
+_FAILURES_IN_A_ROW = 100  # files after which training takes the disk to be the trouble, not the files
 
 
 # ----------------------------------------------------------------------------------------------- the image set
@@ -41,9 +43,12 @@ class ImageSet:
         name: stable identity, the key of the noise: the table's name, or the stem of the file or folder.
         positions: (N,) int64, each usable image's index in its whole source, so that a file which cannot be used
             changes nothing about the others.
-        skipped: (path, reason) of the files that cannot be used.
+        skipped: (path, reason) of the files that cannot be used; grows while a set that was not checked is read.
         shape: (C, H, W).
         store: holds the pixels, see `_Memory` and `_OnDemand`.
+        native: the smallest height or width of any of the images before they got their size (but after a named
+            set's own cut); None where the files were not checked.
+        through: pixels an edge that all images were reduced to before they got their size, or None.
     """
 
     name: str
@@ -51,6 +56,8 @@ class ImageSet:
     skipped: list
     shape: tuple
     store: object
+    native: int | None = None
+    through: int | None = None
 
     def __len__(self):
         return len(self.positions)
@@ -127,25 +134,34 @@ def load(
     center_crop=True,
     max_images=None,
     workers=None,
+    category=None,
+    through=None,
+    check=True,
 ):
     """Loads any source of images.
 
-    Named sets and arrays of 28x28 grey images are resized with `resize_bilinear`; all other images become RGB and go
-    through `crop` (which leaves images of the right size as they are).  Grey images get equal channels.
+    torchvision's sets and arrays of 28x28 grey images are resized with `resize_bilinear`; all other images become RGB
+    and go through `crop` (which leaves images of the right size as they are).  Grey images get equal channels.
 
     Args:
-        source: a name in DATASETS (case and underscores do not matter), else a path: a folder (searched recursively,
-            in sorted order), a `.txt` list (one path a line, relative to the list's folder or else the current one;
-            blank lines and those starting with # are ignored), or uint8 images (N, H, W) or (N, H, W, 1 | 3 | 4) in
-            `file.npy`, `file.npz` or, of several arrays, `file.npz:name`.
+        source: a name in DATASETS (case and underscores do not matter; `LSUN:bedroom` names a category), else a path:
+            a folder (searched recursively, in sorted order), a `.txt` list (one path a line, relative to the list's
+            folder or else the current one; blank lines and those starting with # are ignored), or uint8 images
+            (N, H, W) or (N, H, W, 1 | 3 | 4) in `file.npy`, `file.npz` or, of several arrays, `file.npz:name`.
         split: 'train' or 'test'; matters for named sets only.
         image_size: H = W of the result, in pixels.
         num_channels: 3, or 1 for grey (ITU-R 601-2 luma, as Pillow's mode L).
-        data_root: where named sets lie; they are downloaded to it on demand.
+        data_root: where named sets lie; torchvision's are downloaded to it on demand, for the others see `_find`.
         center_crop: False resizes files and arrays bicubically to image_size x image_size, whatever their proportions,
-            instead of the crop; as published.
+            instead of the crop (and of a named set's own cut); as published.
         max_images: take only the first so many usable images.
-        workers: decoding threads; by default one a processor.
+        workers: decoding threads, by default one a processor up to 32; the images do not depend on it.
+        category: of a set that has categories, where `source` names none.
+        through: pixels an edge that every image is reduced to first, in the way described above; it then gets its
+            size by `resize_bilinear`, whatever the source.  So the images of two sources come out equally sharp, if
+            no image is smaller than that in either (see `ImageSet.native`).
+        check: False does not decode the files of a set too large for memory once beforehand: one that turns out to be
+            unusable is named when it is met, and the next usable one stands in for it.
 
     Returns:
         ImageSet: images (N, C, H, W) uint8.
@@ -159,11 +175,19 @@ def load(
         raise UserError(f"images have 3 channels or 1 (grey), not {num_channels}; change config.data.num_channels")
     if image_size < 1 or (max_images is not None and max_images < 1):
         raise UserError(f"image size {image_size} and --max_images {max_images} must be at least 1")
-    source = str(source)
-    name = _canonical_name(source)
-    if name is not None:
-        return _load_named(name, split, image_size, num_channels, data_root, max_images)
-    form = _Form(image_size, num_channels, center_crop, workers or _processors(), max_images)
+    form = _Form(image_size, num_channels, center_crop, workers or _processors(), max_images, through, check)
+    images = _load_source(str(source), split, Path(data_root), category, form)
+    if through is None:  # else it was loaded before, to learn its resolution
+        _name_skipped(images)
+    return images
+
+
+def _load_source(source, split, data_root, category, form):
+    if named := _named(source, category):
+        key, name = named
+        if isinstance(DATASETS[key], _Torchvision):
+            return _small_images(name, _planes(_torchvision_pixels(name, split, data_root)[: form.max_images]), form)
+        return _load_files(name, *_find(name, split, data_root), dataclasses.replace(form, cut=DATASETS[key].cut))
     if (array := _ARRAY_SOURCE.fullmatch(source)) and Path(array["path"]).is_file():
         return _load_array(Path(array["path"]), array["name"], form)
     if source and Path(source).is_dir():  # Path("") would be the current folder
@@ -176,19 +200,35 @@ def load(
     )
 
 
+def _name_skipped(images):
+    for label, reason in images.skipped[:_NAMED_FAILURES]:
+        warn(f"'{images.name}': {label} is left out: {reason}")
+    if len(images.skipped) > _NAMED_FAILURES:
+        more = len(images.skipped) - _NAMED_FAILURES
+        warn(f"'{images.name}': {more} more images are left out; {len(images)} are used")
+
+
 @dataclasses.dataclass(frozen=True)
 class _Form:
-    """What images from files are to become, and how much work to spend on it; the arguments of `load`."""
+    """What images are to become, and how much work to spend on it: arguments of `load`, and a named set's own cut."""
 
     image_size: int
     num_channels: int
     center_crop: bool
     workers: int
     max_images: int | None
+    through: int | None
+    check: bool
+    cut: int | None = None
 
     @property
     def shape(self):
         return (self.num_channels, self.image_size, self.image_size)
+
+    @property
+    def treatment(self):
+        """What besides its shape tells how an image is treated, for fingerprints."""
+        return self.center_crop, self.cut, self.through
 
     def fits_in_memory(self, count):
         return count * self.num_channels * self.image_size**2 <= IN_MEMORY_BYTES
@@ -196,18 +236,23 @@ class _Form:
     def pool(self):
         return ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
 
+    def prepare(self, picture):
+        """A PIL image cut to the part that is used of it."""
+        return cut_centre(picture, self.cut) if self.cut and self.center_crop else picture
+
     def pixels(self, picture):
-        """A PIL image as (C, H, W) uint8."""
+        """A prepared PIL image as (C, H, W) uint8."""
         import numpy as np
 
-        if not self.center_crop:
-            picture = picture.convert("RGB").resize((self.image_size, self.image_size), _filters().BICUBIC)
+        size = self.through or self.image_size
+        if self.center_crop:
+            picture = crop(picture, size)
         else:
-            picture = crop(picture, self.image_size)
+            picture = picture.convert("RGB").resize((size, size), _filters().BICUBIC)
         if self.num_channels == 1:
             picture = picture.convert("L")
-        values = torch.from_numpy(np.array(picture))  # (H, W) or (H, W, 3)
-        return values.view(self.image_size, self.image_size, -1).permute(2, 0, 1).contiguous()
+        values = torch.from_numpy(np.array(picture)).view(1, size, size, -1).permute(0, 3, 1, 2)  # (1, C, size, size)
+        return resize_bilinear(values, self.image_size)[0].contiguous()
 
 
 def _stem(source):
@@ -224,7 +269,7 @@ def _processors():
 
 
 @dataclasses.dataclass(frozen=True)
-class _Named:
+class _Torchvision:
     """A data set of torchvision's: what to fetch by hand, and where below the data root that goes."""
 
     url: str
@@ -232,27 +277,45 @@ class _Named:
     split_flag: str = "train"  # torchvision's keyword: train=True or split="train"
 
 
+@dataclasses.dataclass(frozen=True)
+class _Files:
+    """A data set of image files that the user puts below the data root; `_find` says where."""
+
+    cut: int | None = None  # pixels an edge of the central square that alone is used of each picture
+    has_categories: bool = False
+
+
 DATASETS = {
-    "CIFAR10": _Named("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"),
-    "CIFAR100": _Named("https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"),
-    "SVHN": _Named("http://ufldl.stanford.edu/housenumbers/{split}_32x32.mat", split_flag="split"),
-    "MNIST": _Named("the .gz files of https://ossci-datasets.s3.amazonaws.com/mnist/", "MNIST/raw"),
-    "KMNIST": _Named("the .gz files of http://codh.rois.ac.jp/kmnist/dataset/kmnist/", "KMNIST/raw"),
-    "FashionMNIST": _Named(
+    "CIFAR10": _Torchvision("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"),
+    "CIFAR100": _Torchvision("https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"),
+    "SVHN": _Torchvision("http://ufldl.stanford.edu/housenumbers/{split}_32x32.mat", split_flag="split"),
+    "MNIST": _Torchvision("the .gz files of https://ossci-datasets.s3.amazonaws.com/mnist/", "MNIST/raw"),
+    "KMNIST": _Torchvision("the .gz files of http://codh.rois.ac.jp/kmnist/dataset/kmnist/", "KMNIST/raw"),
+    "FashionMNIST": _Torchvision(
         "the .gz files of http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", "FashionMNIST/raw"
     ),
+    "CelebA": _Files(cut=140),
+    "CelebAHQ": _Files(),
+    "FFHQ": _Files(),
+    "ImageNet": _Files(),
+    "LSUN": _Files(has_categories=True),
 }
 
 
-def _canonical_name(source):
-    """The key of DATASETS that `source` spells, such as FashionMNIST for FASHION_MNIST, or None."""
-    plain = source.replace("_", "").lower()
-    return next((name for name in DATASETS if name.lower() == plain), None)
+def _named(source, category):
+    """The key of DATASETS that `source` spells and the set's name, or None.
 
-
-def _load_named(name, split, image_size, num_channels, data_root, max_images):
-    stored = _torchvision_pixels(name, split, data_root)[:max_images]
-    return _in_memory(name, _planes(stored), image_size, num_channels)
+    (FashionMNIST, FashionMNIST) for FASHION_MNIST; (LSUN, LSUN_bedroom) for lsun:bedroom, or LSUN and that category.
+    """
+    spelled, colon, own_category = source.partition(":")
+    plain = spelled.replace("_", "").lower()
+    key = next((name for name in DATASETS if name.lower() == plain), None)
+    if key is None or not getattr(DATASETS[key], "has_categories", False):
+        return (key, key) if key and not colon else None
+    category = own_category or category
+    if not category or not re.fullmatch(r"\w+", category):
+        raise UserError(f"'{source}' names no category of {key}; write {key}:bedroom, or set config.data.category")
+    return key, f"{key}_{category}"
 
 
 def _torchvision_pixels(name, split, data_root):
@@ -300,12 +363,39 @@ def _planes(stored):
     return stored
 
 
-def _in_memory(name, pixels, image_size, num_channels):
-    """A set of which all images are there, (N, 1 | 3, H, H) uint8."""
-    pixels = resize_bilinear(pixels, image_size)  # (N, 1 | 3, image_size, image_size)
-    if pixels.shape[1] > num_channels:
-        pixels = to_grey(pixels)
-    return ImageSet(name, torch.arange(len(pixels)), [], (num_channels, image_size, image_size), _Memory(pixels))
+def _small_images(name, pixels, form):
+    """A set of which all images are there in their own size, (N, 1 | 3, H, H) uint8."""
+    native = pixels.shape[-1]
+    if form.through is not None:
+        pixels = _crop_all(pixels, form.through)
+
+    def finish(pixels):  # (B, 1 | 3, H, H) to (B, 1 | C, image_size, image_size)
+        pixels = resize_bilinear(pixels, form.image_size)
+        return to_grey(pixels) if pixels.shape[1] > form.num_channels else pixels
+
+    def identity():
+        return repr((form.treatment, hashlib.blake2b(pixels.contiguous().numpy(), digest_size=8).hexdigest()))
+
+    if form.fits_in_memory(len(pixels)):
+        store = _Memory(finish(pixels))
+    else:
+        store = _OnDemand(lambda row: finish(pixels[row : row + 1])[0], identity, form.pool())
+    return ImageSet(name, torch.arange(len(pixels)), [], form.shape, store, native, form.through)
+
+
+def _crop_all(pixels, size):
+    """`crop` of each of (N, 1 | 3, H, H) uint8: (N, 1 | 3, size, size) uint8."""
+    import numpy as np
+    from PIL import Image
+
+    if pixels.shape[-1] == size:
+        return pixels
+    made = torch.empty(*pixels.shape[:2], size, size, dtype=torch.uint8)
+    for image, out in zip(pixels, made, strict=True):
+        rows = image.permute(1, 2, 0).expand(-1, -1, 3).numpy()  # (H, H, 3)
+        cropped = crop(Image.fromarray(np.ascontiguousarray(rows)), size)
+        out.copy_(torch.from_numpy(np.array(cropped)).permute(2, 0, 1)[: len(out)])
+    return made
 
 
 def resize_bilinear(pixels, size):
@@ -338,6 +428,57 @@ def to_grey(pixels):
 # ------------------------------------------------------------------------------------------------------- files
 
 
+def _find(name, split, data_root):
+    """Labels and paths of the images of a set of files, from the first of these places below the data root.
+
+    `{name}_{split}.txt`, a list; `{name}/{split}/`, for the test split also `{name}/val/`; of CelebA the files as they
+    are published, in `celeba/`; and `{name}/` for both splits alike, if there is nothing for a single split.
+
+    Raises:
+        UserError: none is there; the message says what to put where.
+    """
+    found = {each: _find_split(name, each, data_root) for each in _SPLIT_FOLDERS}
+    if found[split]:
+        reader, *arguments = found[split]
+        return reader(*arguments)
+    whole = data_root / name
+    if whole.is_dir() and not any(found.values()):
+        warn(f"{name} is not split: all images of {whole} serve for training and for testing")
+        return _folder_files(whole)
+    published = f"or the published img_align_celeba/ and {_CELEBA_PARTITION} into {data_root / 'celeba'}, "
+    raise UserError(
+        f"the {split} split of {name} is not in {data_root}: put a .txt list of image paths at "
+        f"{data_root / f'{name}_{split}.txt'}, or images into the folder {whole / split}, or into {whole} if it is not "
+        f"split, {published if name == 'CelebA' else ''}or give another folder with --data_root"
+    )
+
+
+_SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val")}
+_CELEBA_PARTITION = "list_eval_partition.txt"
+
+
+def _find_split(name, split, data_root):
+    """What reads a split's labels and paths, and its arguments; None if the split is not there by itself."""
+    places = [(_listed_files, data_root / f"{name}_{split}.txt")]
+    places += [(_folder_files, data_root / name / folder) for folder in _SPLIT_FOLDERS[split]]
+    for reader, path in places:
+        if path.exists():
+            return reader, path
+    if name == "CelebA" and (data_root / "celeba" / _CELEBA_PARTITION).is_file():
+        return _celeba_files, data_root / "celeba", split
+    return None
+
+
+def _celeba_files(folder, split):
+    """The images of a split of CelebA as published: `000001.jpg 0` a line, 0 train, 1 validation, 2 test."""
+    number = {"train": "0", "test": "2"}[split]
+    rows = [line.split() for line in _lines(folder / _CELEBA_PARTITION)]
+    labels = [row[0] for row in rows if row[1:] == [number]]
+    if not labels:
+        raise UserError(f"{folder / _CELEBA_PARTITION} names no image of the {split} split; copy it again")
+    return labels, [folder / "img_align_celeba" / label for label in labels]
+
+
 def _folder_files(folder):
     """Labels (paths below the folder) and full paths of its images, sorted; links to folders are followed once."""
 
@@ -360,11 +501,7 @@ def _folder_files(folder):
 
 def _listed_files(path):
     """Labels (the lines) and full paths of a txt list."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (UnicodeDecodeError, OSError) as error:
-        raise UserError(f"list {path} cannot be read as text ({_first_line(error)})") from error
-    labels = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    labels = _lines(path)
     if not labels:
         raise UserError(f"list {path} names no images; write one image path a line")
     beside = [Path(path.parent, label) for label in labels]
@@ -374,63 +511,110 @@ def _listed_files(path):
     ]
 
 
+def _lines(path):
+    """The lines of a text file, stripped, without blank ones and those starting with #."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"list {path} cannot be read as text ({_first_line(error)})") from error
+    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
 def _load_files(name, labels, paths, form):
     """Decodes every file once, to learn which are usable and, where they are few, to keep their pixels."""
-    rows, skipped, pixels = _scan(labels, paths, form)
+    limit = min(len(paths), form.max_images or len(paths))
+    if not form.check and not form.fits_in_memory(limit):
+        skipped = []
+        store = _OnDemand(_standing_in(name, labels, paths[:limit], form, skipped), None, form.pool())
+        return ImageSet(name, torch.arange(limit), skipped, form.shape, store, through=form.through)
+    rows, skipped, sizes, pixels = _scan(labels, paths, limit, form)
     if not rows:
         label, reason = skipped[0]
         raise UserError(f"none of the {len(skipped)} images of '{name}' is usable; the first, {label}: {reason}")
-    for label, reason in skipped[:_NAMED_FAILURES]:
-        warn(f"'{name}': {label} is left out: {reason}")
-    if len(skipped) > _NAMED_FAILURES:
-        warn(f"'{name}': {len(skipped) - _NAMED_FAILURES} more images are left out; {len(rows)} are used")
     store = _Memory(pixels) if pixels is not None else _files_on_demand(rows, labels, paths, form)
-    return ImageSet(name, torch.tensor(rows), skipped, form.shape, store)
+    return ImageSet(name, torch.tensor(rows), skipped, form.shape, store, min(sizes), form.through)
 
 
-def _scan(labels, paths, form):
-    """Rows of the usable files, (label, reason) of the others, and the usable ones' pixels or None if too many.
+def _scan(labels, paths, limit, form):
+    """Decodes the files until `limit` usable ones are found, in pieces: so many images at most wait in memory.
 
-    Works in pieces, so that no more than a piece of decoded images waits in memory.
+    Returns:
+        rows of the usable files, (label, reason) of the others, the usable ones' short sides, and their pixels
+        (N, C, H, W) uint8 or None if those are too many.
     """
-    limit = min(len(paths), form.max_images or len(paths))
     pixels = torch.empty(limit, *form.shape, dtype=torch.uint8) if form.fits_in_memory(limit) else None
 
     def attempt(row):
         try:
-            image = form.pixels(decode_file(paths[row]))
-            return (image if pixels is not None else None), None
+            picture = form.prepare(decode_file(paths[row]))
+            image = form.pixels(picture)
+            return min(picture.size), (image if pixels is not None else None), None
         except Exception as error:  # a damaged file can fail anywhere inside its decoder
-            return None, _reason(error)
+            return None, None, _reason(error)
 
-    rows, skipped, start = [], [], 0
+    rows, skipped, sizes, start = [], [], [], 0
     with form.pool() as pool, progress(total=limit, desc="checking images", unit="image", leave=False) as bar:
         while start < len(paths) and len(rows) < limit:
             piece = range(start, min(start + min(16 * form.workers, limit - len(rows)), len(paths)))
-            for row, (image, reason) in zip(piece, pool.map(attempt, piece), strict=True):
+            for row, (size, image, reason) in zip(piece, pool.map(attempt, piece), strict=True):
                 if reason is not None:
                     skipped.append((labels[row], reason))
                     continue
                 if pixels is not None:
                     pixels[len(rows)] = image
                 rows.append(row)
+                sizes.append(size)
             start = piece.stop
             bar.update(len(rows) - bar.n)
-    return rows, skipped, None if pixels is None else pixels[: len(rows)]
+    return rows, skipped, sizes, None if pixels is None else pixels[: len(rows)]
 
 
 def _files_on_demand(rows, labels, paths, form):
     def decode(index):
         path = paths[rows[index]]
         try:
-            return form.pixels(decode_file(path))
+            return form.pixels(form.prepare(decode_file(path)))
         except Exception as error:  # as in _scan: it was usable when the set was loaded
             raise UserError(f"image {path} can no longer be read ({_reason(error)}); put it back") from error
 
     def identity():
-        return repr((form.center_crop, [(labels[row], paths[row].stat().st_size) for row in rows]))
+        return repr((form.treatment, [(labels[row], paths[row].stat().st_size) for row in rows]))
 
     return _OnDemand(decode, identity, form.pool())
+
+
+def _standing_in(name, labels, paths, form, skipped):
+    """Decodes files that nobody has checked; the next usable file stands in for one that is not.
+
+    So the images depend on the files alone, not on the order in which they are read.  Unusable files are added to
+    `skipped` when they are first met.
+    """
+    met, lock = set(), threading.Lock()
+
+    def note(row, reason):
+        with lock:
+            if row in met:
+                return
+            met.add(row)
+            skipped.append((labels[row], reason))
+            if len(skipped) <= _NAMED_FAILURES:
+                more = "; more are counted, not named" if len(skipped) == _NAMED_FAILURES else ""
+                warn(f"'{name}': {labels[row]} is left out, the next image stands in for it: {reason}{more}")
+
+    def decode(index):
+        for further in range(min(_FAILURES_IN_A_ROW, len(paths))):
+            row = (index + further) % len(paths)
+            try:
+                return form.pixels(form.prepare(decode_file(paths[row])))
+            except Exception as error:  # as in _scan
+                note(row, _reason(error))
+                last = error
+        raise UserError(
+            f"{further + 1} images of '{name}' in a row cannot be read, the last {paths[row]} ({_reason(last)}); "
+            "check the disk they are on"
+        ) from last
+
+    return decode
 
 
 def decode_file(path):
@@ -477,8 +661,14 @@ def crop(picture, size):
         picture = picture.resize((picture.width // 2, picture.height // 2), filters.BOX)
     scale = size / min(picture.size)
     picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), filters.BICUBIC)
-    left, top = (picture.width - size) // 2, (picture.height - size) // 2
-    return picture.crop((left, top, left + size, top + size))
+    return cut_centre(picture, size)
+
+
+def cut_centre(picture, edge):
+    """The central square of a PIL image, `edge` pixels an edge or as many as it has."""
+    edge = min(edge, *picture.size)
+    left, top = (picture.width - edge) // 2, (picture.height - edge) // 2
+    return picture.crop((left, top, left + edge, top + edge))
 
 
 def _filters():
@@ -512,11 +702,12 @@ def _load_array(path, array_name, form):
     name = f"{_stem(path)}_{array_name}" if array_name else _stem(path)
     like_mnist = values.shape[1:] in ((28, 28), (28, 28, 1))
     if like_mnist or (values.shape[1:3] == form.shape[1:] and form.fits_in_memory(len(values))):
-        return _in_memory(name, _planes(torch.tensor(values)), form.image_size, form.num_channels)
+        return _small_images(name, _planes(torch.tensor(values)), form)
     store = _array_on_demand(values, path, form)
     if form.fits_in_memory(len(values)):
         store = _Memory(_gather(store, len(values), form))
-    return ImageSet(name, torch.arange(len(values)), [], form.shape, store)
+    native = min(values.shape[1:3])
+    return ImageSet(name, torch.arange(len(values)), [], form.shape, store, native, form.through)
 
 
 def _read_array(path, array_name):
@@ -556,7 +747,7 @@ def _array_on_demand(values, path, form):
         row = np.asarray(values[index])
         return form.pixels(Image.fromarray(row[..., 0] if row.shape[2:] == (1,) else row))
 
-    return _OnDemand(decode, lambda: repr((form.center_crop, values.shape, path.stat().st_size)), form.pool())
+    return _OnDemand(decode, lambda: repr((form.treatment, values.shape, path.stat().st_size)), form.pool())
 
 
 def _gather(store, count, form):

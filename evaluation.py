@@ -56,7 +56,7 @@ class Evaluation:
         }
 
 
-def evaluate(config, workdir, eval_folder, device, data_root):
+def evaluate(config, workdir, eval_folder, device, data_root, workers=None):
     """Evaluates every numbered checkpoint from eval.begin_ckpt to eval.end_ckpt with its EMA weights.
 
     What is computed is what `PARTS` lists and the config enables.  Samples are scored at the very end, when all are
@@ -68,13 +68,14 @@ def evaluate(config, workdir, eval_folder, device, data_root):
         eval_folder: name of the folder for the results.
         device: torch.device.
         data_root: where data sets lie.
+        workers: threads that decode images, see `datasets.load`.
 
     Raises:
         UserError: no checkpoint of the range is there, the config asks for what cannot be done, results of something
             else are there, or what scoring the samples needs cannot be had.
     """
     parts = _enabled(config)
-    trainer = training.Trainer(config, workdir, device, data_root)
+    trainer = training.Trainer(config, workdir, device, data_root, workers)
     run = Evaluation(trainer, trainer.workdir / eval_folder)
     origins = {}
     try:

@@ -20,6 +20,9 @@ def define_flags():
     )
     flags.DEFINE_string("eval_folder", "eval", "Folder below workdir for the results of --mode eval.")
     flags.DEFINE_string("data_root", "./data", "Where data sets lie, or are downloaded to.")
+    flags.DEFINE_integer(
+        "workers", None, "Threads that decode images; by default one a processor, up to 32.", lower_bound=1
+    )
     flags.DEFINE_string("device", None, "auto, cpu, cuda or cuda:i; by default the config's.")
     flags.DEFINE_integer("seed", None, "Key of everything random; by default the config's.")
     flags.mark_flags_as_required(["config", "workdir", "mode"])
@@ -35,11 +38,11 @@ def main(_):
     if FLAGS.mode == "train":
         import training
 
-        training.train(config, FLAGS.workdir, device, FLAGS.data_root)
+        training.train(config, FLAGS.workdir, device, FLAGS.data_root, FLAGS.workers)
     else:
         import evaluation
 
-        evaluation.evaluate(config, FLAGS.workdir, FLAGS.eval_folder, device, FLAGS.data_root)
+        evaluation.evaluate(config, FLAGS.workdir, FLAGS.eval_folder, device, FLAGS.data_root, FLAGS.workers)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,15 @@ def define_flags():
     flags.DEFINE_integer(
         "max_images", None, "Take the first so many images of each side, for a quick look.", lower_bound=1
     )
+    flags.DEFINE_bool(
+        "match_resolution",
+        False,
+        "Reduce both sides to the smallest native resolution of either first, so that blur cannot separate them.",
+    )
     flags.DEFINE_string("data_root", "./data", "Where data sets lie, or are downloaded to.")
+    flags.DEFINE_integer(
+        "workers", None, "Threads that decode images; by default one a processor, up to 32.", lower_bound=1
+    )
     flags.DEFINE_integer("seed", None, "Key of the noise and the random masks; by default the config's.")
     flags.DEFINE_string("device", None, "auto, cpu, cuda or cuda:i; by default the config's.")
     flags.DEFINE_float(
@@ -302,6 +310,7 @@ def describe_side(images, batch_size, center_crop):
         "fingerprint": images.fingerprint,
         "center_crop": center_crop,
         "images": len(images),
+        "match_resolution": images.through,
         "batch_size": batch_size,
         "batches": batches_of(images, batch_size),
         "skipped": [[str(path), reason] for path, reason in images.skipped],
@@ -370,6 +379,8 @@ def main(_):
         device=device,
         max_images=FLAGS.max_images,
         data_root=FLAGS.data_root,
+        workers=FLAGS.workers,
+        match_resolution=FLAGS.match_resolution,
         memory_gb=FLAGS.memory_gb,
         mask_directory=(FLAGS.mask_save_dir or "") if FLAGS.save_mask else None,
     )
@@ -388,6 +399,8 @@ def run(
     device,
     max_images=None,
     data_root="./data",
+    workers=None,
+    match_resolution=False,
     memory_gb=None,
     mask_directory=None,
 ):
@@ -398,7 +411,8 @@ def run(
         sources: side ('pos', 'neg') -> (source of images, whether to crop them).
         mask_options: a `MaskOptions`.
         mask_directory: where to write masks; "" for masks/ in the results folder, None for nowhere.
-        ckpt_path, workdir, reps, batch_size, seed, max_images, data_root, memory_gb: as the flags.
+        ckpt_path, workdir, reps, batch_size, seed, max_images, data_root, workers, match_resolution, memory_gb: as
+            the flags.
         device: torch.device.
 
     Returns:
@@ -416,7 +430,8 @@ def run(
     model, step = load_model(config, ckpt_path, device)
     sampling.create_solvers(config, model.sde)  # so is a solver that the SDE does not have
     rows = rows_within(memory_gb, config, device)
-    sides = {side: _load_images(config, *source, data_root, max_images) for side, source in sources.items()}
+    options = {"data_root": data_root, "max_images": max_images, "workers": workers}
+    sides = load_sides(config, sources, match_resolution, **options)
     settings = describe_settings(config, ckpt_path, mask_options, reps, seed)
     entries = {side: describe_side(images, batch_size, sources[side][1]) for side, images in sides.items()}
     folder.claim(settings, entries, _versions(ckpt_path, step, device))
@@ -432,7 +447,45 @@ def run(
     return folder.path
 
 
-def _load_images(config, source, center_crop, data_root, max_images):
+def load_sides(config, sources, match_resolution, **options):
+    """The images of both sides.
+
+    With `match_resolution` every image of either side is first reduced to R x R pixels and then enlarged to the model's
+    size in the same way, R being the smallest native height or width of any image of either side, if that is less than
+    the model's size.  So no image is enlarged on its way to R, and none is sharper than another for its source's
+    resolution alone (arXiv 2405.11881, section 5.3).
+
+    Args:
+        config: the config tree.
+        sources: side ('pos', 'neg') -> (source of images, whether to crop them).
+        match_resolution: whether to do so.
+        options: further arguments of `datasets.load`.
+
+    Returns:
+        dict: side -> `datasets.ImageSet`.
+
+    Raises:
+        UserError: there is one side alone to match, or as `datasets.load`.
+    """
+    import storage
+
+    if match_resolution and len(sources) < 2:
+        raise console.UserError("--match_resolution needs two sides; add --out_of_domain or leave it out")
+    sides = {side: _load_images(config, *source, **options) for side, source in sources.items()}
+    if not match_resolution:
+        return sides
+    natives = {side: images.native for side, images in sides.items()}
+    through = min(natives.values())
+    smallest = ", ".join(f"{storage.SIDES[side]} {native}" for side, native in natives.items())
+    if through >= config.data.image_size:
+        console.say(f"--match_resolution: no image is enlarged (smallest: {smallest} pixels), so nothing is reduced")
+        return sides
+    console.say(f"--match_resolution: all images are reduced to {through} pixels first (smallest: {smallest})")
+    del sides  # their memory is needed for the same images once more
+    return {side: _load_images(config, *source, **options, through=through) for side, source in sources.items()}
+
+
+def _load_images(config, source, center_crop, **options):
     import datasets
 
     data = config.data
@@ -441,9 +494,9 @@ def _load_images(config, source, center_crop, data_root, max_images):
         split="test",
         image_size=data.image_size,
         num_channels=data.num_channels,
-        data_root=data_root,
+        category=data.get("category"),
         center_crop=center_crop,
-        max_images=max_images,
+        **options,
     )
 
 

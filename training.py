@@ -39,10 +39,12 @@ class Trainer:
         workdir: folder of checkpoints, logs and samples.
         device: torch.device.
         data_root: where data sets lie.
+        workers: threads that decode images, see `datasets.load`.
     """
 
-    def __init__(self, config, workdir, device, data_root):
-        self.config, self.workdir, self.device, self.data_root = config, Path(workdir), device, data_root
+    def __init__(self, config, workdir, device, data_root, workers=None):
+        self.config, self.workdir, self.device = config, Path(workdir), device
+        self.data_root, self.workers = data_root, workers
         torch.manual_seed(noise.key(config.seed, "initialisation") & (2**63 - 1))
         net = models.create_model(config).to(device, memory_format=torch.channels_last)
         self.sde = sde_lib.create_sde(config)
@@ -50,8 +52,8 @@ class Trainer:
         self.loss = losses.create_loss(config, self.sde)
         self.state = losses.create_state(config, net)
 
-    def images(self, split):
-        """The config's data set: the 'train' or the 'test' split."""
+    def images(self, split, check=True):
+        """The config's data set: the 'train' or the 'test' split; `check` as in `datasets.load`."""
         data = self.config.data
         return datasets.load(
             data.dataset,
@@ -59,12 +61,15 @@ class Trainer:
             image_size=data.image_size,
             num_channels=data.num_channels,
             data_root=self.data_root,
+            workers=self.workers,
+            category=data.get("category"),
+            check=check,
         )
 
     def batches(self, split):
         """Shuffled batches of a split; flips and dequantisation in training alone."""
         data, training = self.config.data, split == "train"
-        images = self.images(split)
+        images = self.images(split, check=False)
         return datasets.TrainingBatches(
             images,
             self.config.training.batch_size if training else min(self.config.training.batch_size, len(images)),
@@ -134,7 +139,7 @@ class _EMAWeights:
 # ------------------------------------------------------------------------------------------------------- training
 
 
-def train(config, workdir, device, data_root):
+def train(config, workdir, device, data_root, workers=None):
     """Trains a score model; continues where an earlier run in the same work folder stopped.
 
     Writes `stdout.txt`, `tensorboard/`, `checkpoints/checkpoint_{k}.pth`, `checkpoints-meta/checkpoint.pth` and
@@ -145,11 +150,12 @@ def train(config, workdir, device, data_root):
         workdir: the work folder.
         device: torch.device.
         data_root: where data sets lie, or are downloaded to.
+        workers: threads that decode images, see `datasets.load`.
 
     Raises:
         UserError: bad config or data, a checkpoint that does not fit, or a loss that is not finite.
     """
-    trainer = Trainer(config, workdir, device, data_root)
+    trainer = Trainer(config, workdir, device, data_root, workers)
     resumed = trainer.resume()
     first, last = trainer.state.step, config.training.n_iters
     if first > last:
@@ -172,6 +178,8 @@ def train(config, workdir, device, data_root):
                     raise KeyboardInterrupt
     finally:
         bar.close()
+        if count := len(train_batches.images.skipped):
+            log.line(f"images left out because they could not be used: {count}")
         log.close()
     say(f"trained: checkpoints are in {trainer.workdir / 'checkpoints'}, the log in {trainer.workdir / 'stdout.txt'}")
 

@@ -15,7 +15,7 @@ TREE = {
     "seed": 42,  # of initialisation, data order, training noise and samples
     "device": "auto",  # auto (the GPU if there is one), cpu, cuda or cuda:i
     "data": {
-        "dataset": ABSENT,  # a name in the table of datasets.py
+        "dataset": ABSENT,  # a name in the table of datasets.py, or the path of your own images
         "category": ABSENT,  # LSUN: which of its categories
         "tfrecords_path": ABSENT,  # the publishers' own TFRecords; kept as published, not read
         "image_size": 32,  # height and width in pixels

@@ -103,14 +103,15 @@ def test_evaluation_of_the_checkpoints(commands, data):
 FLAGS = {
     "main.py": {
         "workdir": None, "config": None, "mode": None, "eval_folder": "eval",
-        "data_root": "./data", "device": None, "seed": None,
+        "data_root": "./data", "workers": None, "device": None, "seed": None,
     },
     "recon.py": {
         "workdir": None, "config": None, "ckpt_path": None, "reps_per_image": "1", "batch_size": "100",
         "in_domain": None, "out_of_domain": None, "id_center_crop": "true", "ood_center_crop": "true",
         "mask_type": "center", "save_mask": "false", "mask_num_blocks": "4", "mask_patch_size": "4",
         "mask_ratio": "0.5", "mask_file_path": None, "mask_save_dir": None, "mask_identifier": None,
-        "max_images": None, "data_root": "./data", "seed": None, "device": None, "memory_gb": None,
+        "max_images": None, "match_resolution": "false", "data_root": "./data", "workers": None,
+        "seed": None, "device": None, "memory_gb": None,
     },
     "detect.py": {"result_path": None, "metric": "LPIPS", "reps": "1", "device": "auto", "resize_type": "bicubic"},
 }  # fmt: skip
@@ -159,7 +160,7 @@ REQUIRED = [f"--config={tiny.CONFIG_FILE}", "--workdir=w", "--ckpt_path=c.pth", 
 DEFAULTS = {
     "width": 32, "ckpt_path": "c.pth", "workdir": "w", "sources": {"pos": ["MNIST", True]}, "reps": 1,
     "batch_size": 100, "seed": 42, "device": {"type": "auto"}, "max_images": None, "data_root": "./data",
-    "memory_gb": None, "mask_directory": None, "mask_options": {
+    "workers": None, "match_resolution": False, "memory_gb": None, "mask_directory": None, "mask_options": {
         "mask_type": "center", "num_blocks": 4, "patch_size": 4, "ratio": 0.5, "file_path": None, "identifier": None,
     },
 }  # fmt: skip
@@ -180,13 +181,14 @@ def test_recon_flags_have_their_effects():
     assert called(
         "--config.model.nf=64", "--out_of_domain=SVHN", "--noid_center_crop", "--ood_center_crop=false",
         "--reps_per_image=10", "--batch_size=200", "--seed=7", "--device=cpu", "--max_images=3", "--data_root=d",
-        "--memory_gb=2.5", "--save_mask", "--mask_save_dir=m", "--mask_type=random", "--mask_num_blocks=8",
-        "--mask_patch_size=2", "--mask_ratio=0.3", "--mask_identifier=tag",
+        "--workers=2", "--match_resolution", "--memory_gb=2.5", "--save_mask", "--mask_save_dir=m",
+        "--mask_type=random", "--mask_num_blocks=8", "--mask_patch_size=2", "--mask_ratio=0.3",
+        "--mask_identifier=tag",
     ) == {
         "width": 64, "ckpt_path": "c.pth", "workdir": "w", "reps": 10, "batch_size": 200, "seed": 7,
         "device": {"type": "cpu"},
         "sources": {"pos": ["MNIST", False], "neg": ["SVHN", False]}, "max_images": 3, "data_root": "d",
-        "memory_gb": 2.5, "mask_directory": "m", "mask_options": {
+        "workers": 2, "match_resolution": True, "memory_gb": 2.5, "mask_directory": "m", "mask_options": {
             "mask_type": "random", "num_blocks": 8, "patch_size": 2, "ratio": 0.3, "file_path": None,
             "identifier": "tag",
         },
@@ -220,6 +222,7 @@ MISTAKES = {  # noticed before torch is imported
     "no checkpoint": ([*RECON[:2], RECON[3], CONFIG], "Flag --ckpt_path must have a value"),
     "no in-domain": ([*RECON[:3], CONFIG], "Flag --in_domain must have a value"),
     "no repetitions": ([*RECON, CONFIG, "--reps_per_image=0"], "--reps_per_image=0: 0 is not a positive integer"),
+    "no workers": ([*RECON, CONFIG, "--workers=0"], "--workers=0: 0 is not a positive integer"),
     "no images": ([*RECON, CONFIG, "--max_images=0"], "--max_images=0: 0 is not a positive integer"),
     "two kinds of mask": (
         [*RECON, CONFIG, "--mask_file_path=own.png", "--mask_type=center"],

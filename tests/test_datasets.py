@@ -276,8 +276,9 @@ def test_fingerprints_tell_contents_apart(limit, folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
-        ("CIFAR11", {}, "unknown data set 'CIFAR11'; choose one of: CIFAR10, .*FashionMNIST; or give the path"),
+        ("CIFAR11", {}, "unknown data set 'CIFAR11'; choose one of: CIFAR10, .*LSUN; or give the path"),
         ("gone/pictures.npz", {}, "unknown data set"),
+        ("MNIST:digits", {}, "unknown data set"),
         ("gone.txt", {}, "unknown data set"),
         ("", {}, "unknown data set"),
         ("here", {"split": "validation"}, "choose one of: train, test"),
@@ -371,6 +372,25 @@ def write_cifar(root, name, monkeypatch):
     return {"train": train_pixels, "test": test_pixels}
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("through", [None, 20])
+def test_named_sets_too_large_for_memory_are_enlarged_when_read(channels, through, tmp_path, monkeypatch):
+    """As CIFAR-10 is at 256x256; resizing one image or all at once may round apart by one level."""
+    write_mnist(tmp_path, "MNIST")
+    write_cifar(tmp_path, "CIFAR10", monkeypatch)
+    options = {"data_root": tmp_path, "image_size": 50, "num_channels": channels, "through": through}
+    for source in ("MNIST", "CIFAR10"):
+        monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 2 << 30)
+        kept = load(source, **options)
+        monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 0)
+        made = load(source, **options)
+        assert made.store.decode(0).nbytes <= channels * 50 * 50  # one image at a time
+        assert (read_all(made).int() - read_all(kept).int()).abs().max() <= 1
+        assert (made.native, made.through, made.shape) == (kept.native, kept.through, kept.shape)
+        assert made.fingerprint == load(source, **options).fingerprint
+        assert made.fingerprint != load(source, **{**options, "split": "train", "max_images": len(made)}).fingerprint
+
+
 @pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100"])
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_cifar(name, split, tmp_path, monkeypatch):
@@ -409,7 +429,7 @@ def no_network(monkeypatch):
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
 
 
-@pytest.mark.parametrize("name", datasets.DATASETS)
+@pytest.mark.parametrize("name", [n for n, e in datasets.DATASETS.items() if isinstance(e, datasets._Torchvision)])
 def test_a_failed_download_says_what_to_fetch_and_where_to(name, tmp_path, no_network):
     with pytest.raises(UserError, match="no route to host") as caught:
         load(name, data_root=tmp_path / "root")
@@ -442,6 +462,237 @@ def test_the_files_fetched_by_hand_are_found_where_the_message_says(tmp_path, no
         resources.append((packed.name, hashlib.md5(packed.read_bytes()).hexdigest()))
     monkeypatch.setattr(KMNIST, "resources", resources)
     assert len(load("KMNIST", data_root=tmp_path)) == len(made["test"])
+
+
+# ------------------------------------------------------------------------------------------- named sets of files
+
+FILE_SETS = {"CELEBA": "CelebA", "celebahq": "CelebAHQ", "FFHQ": "FFHQ", "ImageNet": "ImageNet", "LSUN": "LSUN_tower"}
+
+
+def save_noise(folder, seeds, size=(180, 220), suffix="png"):
+    """Pictures `{seed}.png` of noise; returns their names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed in seeds:
+        noise_picture(seed, size).save(folder / f"{seed}.{suffix}")
+    return [f"{seed}.{suffix}" for seed in seeds]
+
+
+def as_used(seed, name, size=(180, 220)):
+    """What a named set makes of a picture of noise."""
+    picture = noise_picture(seed, size)
+    if name == "CelebA":  # its central 140x140 pixels
+        left, top = (size[0] - 140) // 2, (size[1] - 140) // 2
+        picture = picture.crop((left, top, left + 140, top + 140))
+    return chw(datasets.crop(picture, 32))
+
+
+def lists(root, name):
+    for split, seeds in {"train": [3, 1], "test": [2]}.items():
+        names = save_noise(root / name / "all", seeds)
+        (root / f"{name}_{split}.txt").write_text("\n".join(f"{name}/all/{each}" for each in names))
+
+
+def folders(root, name):
+    save_noise(root / name / "train" / "below", [1])
+    save_noise(root / name / "train", [3])
+    save_noise(root / name / "test", [2])
+
+
+def torchvision_folders(root, name):
+    folders(root, name)
+    (root / name / "test").rename(root / name / "val")
+
+
+@pytest.mark.parametrize("layout", [lists, folders, torchvision_folders])
+@pytest.mark.parametrize("source", FILE_SETS)
+def test_named_sets_of_files(source, layout, tmp_path):
+    name = FILE_SETS[source]
+    layout(tmp_path, name)
+    for split, seeds in {"train": [3, 1], "test": [2]}.items():
+        images = load(source, split=split, data_root=tmp_path, category="tower")
+        assert (images.name, len(images)) == (name, len(seeds))
+        assert torch.equal(read_all(images), torch.stack([as_used(seed, name) for seed in seeds]))
+
+
+@pytest.mark.parametrize("source", FILE_SETS)
+def test_a_set_without_splits_serves_both_and_says_so(source, tmp_path, capsys):
+    name = FILE_SETS[source]
+    save_noise(tmp_path / name / "faces", [2])
+    for split in ("train", "test"):
+        assert torch.equal(
+            load(source, split=split, data_root=tmp_path, category="tower").read(0, 1)[0], as_used(2, name)
+        )
+        assert f"{name} is not split: all images of {tmp_path / name} serve" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("source", FILE_SETS)
+def test_an_absent_set_says_what_to_put_where(source, tmp_path):
+    name = FILE_SETS[source]
+    options = {"data_root": tmp_path, "category": "tower"}
+    with pytest.raises(UserError, match=rf"the test split of {name} is not in {tmp_path}: put ") as caught:
+        load(source, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.endswith("or give another folder with --data_root")
+    assert ("img_align_celeba/ and list_eval_partition.txt" in message) == (name == "CelebA")
+    places = [tmp_path / f"{name}_test.txt", tmp_path / name / "test", tmp_path / name]
+    for place in places:
+        assert f"{place}," in message or f"{place} " in message
+    save_noise(places[1], [2])  # as told
+    assert len(load(source, **options)) == 1
+    with pytest.raises(UserError, match="the train split of"):
+        load(source, split="train", **options)  # the test images must not be trained on
+
+
+def test_training_images_are_never_taken_for_test_images(tmp_path):
+    lists(tmp_path, "FFHQ")  # the list is of a folder that would do for a set without splits
+    (tmp_path / "FFHQ_test.txt").unlink()
+    with pytest.raises(UserError, match="the test split of FFHQ"):
+        load("FFHQ", data_root=tmp_path)
+    assert len(load("FFHQ", split="train", data_root=tmp_path)) == 2
+
+
+def test_a_set_known_by_name_differs_from_its_folder(tmp_path, on_demand):
+    """By the cut that CelebA's name brings, also in its fingerprint; without the crop there is no cut either."""
+    save_noise(tmp_path / "CelebA", [2])
+    named, folder = load("CelebA", data_root=tmp_path), load(tmp_path / "CelebA")
+    assert named.name == folder.name
+    assert not torch.equal(read_all(named), read_all(folder))
+    assert named.fingerprint != folder.fingerprint
+    whole, squeezed = (
+        load(tmp_path / "CelebA", center_crop=False),
+        load("celeba", data_root=tmp_path, center_crop=False),
+    )
+    assert torch.equal(read_all(whole), read_all(squeezed))
+
+
+def test_pictures_smaller_than_the_cut(tmp_path):
+    save_noise(tmp_path / "CelebA", [2], size=(64, 80))
+    expected = chw(datasets.crop(noise_picture(2, (64, 80)), 32))
+    assert torch.equal(load("CelebA", data_root=tmp_path).read(0, 1)[0], expected)
+
+
+def write_celeba(root):
+    """CelebA as published and as torchvision reads it: pictures 1 to 6, in the splits 0, 1, 2, 0, 1, 2."""
+    folder = root / "celeba"
+    names = save_noise(folder / "img_align_celeba", range(1, 7), (178, 218))
+    (folder / "list_eval_partition.txt").write_text("".join(f"{n} {i % 3}\n" for i, n in enumerate(names)))
+    for file in ("identity_CelebA.txt", "list_bbox_celeba.txt", "list_landmarks_align_celeba.txt"):
+        header = "" if file.startswith("identity") else "6\nvalue\n"
+        (folder / file).write_text(header + "".join(f"{n} 1\n" for n in names))
+    (folder / "list_attr_celeba.txt").write_text("6\nvalue\n" + "".join(f"{n} 1\n" for n in names))
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_celeba_as_published_is_torchvisions(split, tmp_path, monkeypatch):
+    from torchvision.datasets import CelebA
+    from torchvision.transforms import CenterCrop
+
+    write_celeba(tmp_path)
+    monkeypatch.setattr(CelebA, "_check_integrity", lambda self: True)  # of the real files
+    theirs = CelebA(str(tmp_path), split, transform=CenterCrop(140))
+    images = load("CELEBA", split=split, data_root=tmp_path)
+    assert images.name == "CelebA"
+    assert torch.equal(read_all(images), torch.stack([chw(datasets.crop(picture, 32)) for picture, _ in theirs]))
+
+
+def test_a_damaged_partition_of_celeba(tmp_path):
+    write_celeba(tmp_path)
+    (tmp_path / "celeba" / "list_eval_partition.txt").write_text("1.png\n2.png one\n")
+    with pytest.raises(UserError, match=r"list_eval_partition\.txt names no image of the test split; copy it again"):
+        load("CelebA", data_root=tmp_path)
+
+
+def test_categories_of_lsun(tmp_path):
+    save_noise(tmp_path / "LSUN_church_outdoor" / "test", [1, 2])
+    for source, category in [("LSUN", "church_outdoor"), ("lsun:church_outdoor", None), ("LSUN:church_outdoor", "x")]:
+        images = load(source, category=category, data_root=tmp_path)
+        assert (images.name, len(images)) == ("LSUN_church_outdoor", 2)
+    for source in ("LSUN", "LSUN:", "LSUN:../x"):
+        with pytest.raises(UserError, match=f"'{source}' names no category of LSUN; write LSUN:bedroom, or set config"):
+            load(source, data_root=tmp_path)
+
+
+# --------------------------------------------------------------------------------- worker threads, unchecked files
+
+
+def test_workers_change_nothing(folder, on_demand):
+    (folder / "c.PNG").write_bytes(b"damaged")
+    alone, many = load(folder, workers=1), load(folder, workers=5)
+    assert alone.skipped == many.skipped
+    assert torch.equal(read_all(alone), read_all(many))
+    assert alone.fingerprint == many.fingerprint
+    for check in (True, False):
+        first, second = (
+            feed(load(folder, workers=workers, check=check), 3, random_flip=True, uniform_dequantization=True)
+            for workers in (1, 5)
+        )
+        for step in range(5):
+            assert torch.equal(first.batch(step), second.batch(step))
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The files that were decoded, in the order in which that began."""
+    names, decode = [], datasets.decode_file
+    monkeypatch.setattr(datasets, "decode_file", lambda path: names.append(path.name) or decode(path))
+    return names
+
+
+def test_reading_decodes_what_is_asked_for_alone(folder, on_demand, opened):
+    images = load(folder)
+    assert len(opened) == 7  # the check
+    opened.clear()
+    images.read(2, 4)
+    assert sorted(opened) == ["b.png", "c.PNG"]
+
+
+def test_training_starts_without_decoding_a_large_set(folder, on_demand, opened):
+    images = load(folder, check=False)
+    assert opened == []
+    assert (len(images), images.skipped) == (7, [])
+    assert torch.equal(read_all(images), read_all(load(folder)))
+
+
+def test_unusable_files_met_in_training(folder, on_demand, capsys):
+    """The next usable image stands in, so that a batch stays a function of seed, step and files."""
+    for name in ("a/x.png", "b.png", "f.png"):  # rows 1, 2 and 6 of 7
+        (folder / name).write_bytes(b"damaged")
+    images = load(folder, check=False)
+    whole = read_all(images)
+    usable = read_all(load(folder))  # rows 0, 3, 4, 5
+    assert torch.equal(whole, usable[[0, 1, 1, 1, 2, 3, 0]])
+    assert sorted(images.skipped) == [(name, "not an image, or damaged") for name in ("a/x.png", "b.png", "f.png")]
+    read_all(images)
+    assert len(images.skipped) == 3
+    warnings = capsys.readouterr().err
+    assert warnings.count("b.png is left out, the next image stands in for it: not an image, or damaged\n") == 1
+    batches, jumping = feed(load(folder, check=False), 3), feed(load(folder, check=False), 3)
+    expected = [batches.batch(step) for step in range(6)]
+    for step in [4, 1, 5, 0]:
+        assert torch.equal(jumping.batch(step), expected[step])
+
+
+def test_many_unusable_files_met_in_training(folder, on_demand, capsys):
+    for index in range(60):
+        (folder / f"more{index}.png").write_bytes(b"damaged")
+    images = load(folder, check=False, workers=1)
+    assert read_all(images).shape == (67, 3, 32, 32)
+    assert len(images.skipped) == 60
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 20
+    assert warnings[-1].endswith("; more are counted, not named")
+
+
+@pytest.mark.parametrize("count", [7, 150])
+def test_a_disk_that_fails_ends_training(count, folder, on_demand):
+    for index in range(count - 7):
+        (folder / f"more{index}.png").write_bytes(b"")
+    images = load(folder, check=False, workers=1)
+    for path in folder.rglob("*.*"):
+        path.unlink()
+    with pytest.raises(UserError, match=rf"{min(count, 100)} images of 'pictures' in a row cannot be read.*no such fi"):
+        images.read(0, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------- arrays
@@ -515,6 +766,112 @@ def test_damaged_arrays(tmp_path):
     for name in ["cut.npz", "text.npy", "none.npz"]:
         with pytest.raises(UserError, match=name):
             load(tmp_path / name)
+
+
+# --------------------------------------------------------------------------------------------- matched resolutions
+
+
+def smooth(count, size, seed=0):
+    """Images (N, size, size, 3) uint8 whose detail grows with the size: noise at every scale from 4 pixels on."""
+    rng = np.random.default_rng(seed)
+    images = np.zeros((count, size, size, 3))
+    for cells in (4, 8, 16, 32, 64):
+        images += np.kron(rng.normal(0, 16, (count, cells, cells, 3)), np.ones((1, size // cells, size // cells, 1)))
+    return (images + 128).clip(0, 255).astype(np.uint8)
+
+
+def mean_of_blocks(images, edge):
+    """Images (N, H, W, C) uint8 at a lower resolution, as a sensor of larger pixels sees them."""
+    count, size, _, channels = images.shape
+    blocks = images.reshape(count, edge, size // edge, edge, size // edge, channels)
+    return blocks.mean((2, 4)).round().astype(np.uint8)
+
+
+def sharpness(images):
+    """(N,) mean squared difference of neighbouring pixels of (N, C, H, W)."""
+    images = images.float()
+    return (images.diff(dim=2).square().mean((1, 2, 3)) + images.diff(dim=3).square().mean((1, 2, 3))).numpy()
+
+
+def write_array(path, images):
+    np.save(path.with_suffix(".npy"), images)
+    return path.with_suffix(".npy")
+
+
+def write_files(path, images):
+    path.mkdir()
+    for index, image in enumerate(images):
+        Image.fromarray(image).save(path / f"{index:02}.png")
+    return path
+
+
+@pytest.mark.parametrize("limit", [0, 2 << 30])
+@pytest.mark.parametrize("write", [write_array, write_files])
+def test_matched_images_are_equally_sharp(write, limit, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", limit)
+    scenes = smooth(40, 64)
+    low = write(tmp_path / "low", mean_of_blocks(scenes, 16))
+    high = write(tmp_path / "high", mean_of_blocks(scenes, 32))
+    assert (load(low).native, load(high).native) == (16, 32)
+    ratio = sharpness(read_all(load(low))) / sharpness(read_all(load(high)))
+    assert ratio.max() < 0.5  # resizing one side alone tells every pair apart
+    matched = [load(source, through=16) for source in (low, high)]
+    ratio = sharpness(read_all(matched[0])) / sharpness(read_all(matched[1]))
+    assert abs(ratio - 1).max() < 0.02  # 0.005 seen: block means are not quite Pillow's filters
+    assert [images.through for images in matched] == [16, 16]
+
+
+def test_images_go_the_same_way_from_every_kind_of_source(tmp_path):
+    pictures = write_mnist(tmp_path, "MNIST", count=8)["test"]
+    np.save(tmp_path / "array.npy", pictures)
+    write_files(tmp_path / "files", pictures)
+    (tmp_path / "list.txt").write_text("\n".join(f"files/{i:02}.png" for i in range(len(pictures))))
+    for through in (28, 20, 14):
+        expected = read_all(load("MNIST", data_root=tmp_path, through=through))
+        small = torch.stack([chw(datasets.crop(Image.fromarray(picture), through)) for picture in pictures])
+        assert torch.equal(expected, datasets.resize_bilinear(small, 32))
+        for source in ("array.npy", "files", "list.txt"):
+            made = read_all(load(tmp_path / source, through=through))
+            assert (made.int() - expected.int()).abs().max() <= 1  # resizing one image or all at once may round apart
+        assert torch.equal(
+            read_all(load("MNIST", data_root=tmp_path, through=through, num_channels=1)), expected[:, :1]
+        )
+
+
+def test_colour_sets_are_matched_too(tmp_path, monkeypatch):
+    pixels = write_cifar(tmp_path, "CIFAR10", monkeypatch)["test"]
+    images = load("CIFAR10", data_root=tmp_path, through=28)
+    cropped = torch.stack([chw(datasets.crop(Image.fromarray(image.transpose(1, 2, 0)), 28)) for image in pixels])
+    assert torch.equal(read_all(images), datasets.resize_bilinear(cropped, 32))
+    assert (images.native, images.through) == (32, 28)
+
+
+def test_squeezed_images_are_matched_squeezed(tmp_path):
+    picture = noise_picture(0, (70, 50))
+    write_files(tmp_path / "p", [np.array(picture)])
+    small = chw(picture.resize((20, 20), Image.Resampling.BICUBIC))
+    expected = datasets.resize_bilinear(small[None], 32)
+    assert torch.equal(read_all(load(tmp_path / "p", center_crop=False, through=20)), expected)
+
+
+@pytest.mark.parametrize("limit", [0, 2 << 30])
+def test_native_resolution_is_the_smallest_edge_of_a_used_image(limit, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", limit)
+    for index, size in enumerate([(60, 90), (50, 41), (300, 45), (9, 9)]):
+        noise_picture(index, size).save(tmp_path / f"{index}.png")
+    Image.fromarray(RAMP[:4, :4].astype(np.float32)).save(tmp_path / "1a.tiff")  # unusable
+    assert load(tmp_path, max_images=3).native == 41
+    assert load(tmp_path).native == 9
+    (tmp_path / "CelebA").mkdir()
+    noise_picture(0, (178, 218)).save(tmp_path / "CelebA" / "0.png")
+    assert load("CelebA", data_root=tmp_path).native == 140  # its cut
+    assert load("CelebA", data_root=tmp_path, center_crop=False).native == 178
+
+
+@pytest.mark.parametrize("limit", [0, 2 << 30])
+def test_what_images_went_through_is_in_their_fingerprint(limit, folder, monkeypatch):
+    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", limit)
+    assert len({load(folder, through=through).fingerprint for through in (None, 20, 21)}) == 3
 
 
 # ---------------------------------------------------------------------------------------------- resizing and ranges

@@ -346,6 +346,85 @@ def test_a_run_that_failed_before_its_first_batch_stands_in_nobodys_way(checkpoi
     assert len(tensors(reconstruct(tmp_path / "run", checkpoint, sources))) == 4
 
 
+# ----------------------------------------------------------------------------------------------- matched resolutions
+
+
+@pytest.fixture
+def coarse(tmp_path):
+    """Three images of 5x5 pixels, which the model's 8x8 enlarges."""
+    return tiny.write_pictures(tmp_path / "coarse.npz", 3, seed=6, size=5)
+
+
+def test_matched_sides(coarse, checkpoint, sources, tmp_path, capsys):
+    """Both go through the smaller resolution, whichever side it is of, and the manifest says so."""
+    expected = {
+        path: datasets.load(path, split="test", image_size=SIZE, num_channels=1, through=5).read(0, 99) / 255
+        for path in (coarse, sources["pos"])
+    }
+    for sides in ({"pos": sources["pos"], "neg": coarse}, {"pos": coarse, "neg": sources["pos"]}):
+        workdir = tmp_path / sides["pos"].stem / "run"
+        folder = reconstruct(workdir, checkpoint, sides, match_resolution=True)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        for side, path in sides.items():
+            assert torch.equal(load(folder, side)[0], expected[path])
+            assert manifest["sides"][side]["match_resolution"] == 5
+        names = {sources["pos"]: "8", coarse: "5"}
+        assert (
+            f"--match_resolution: all images are reduced to 5 pixels first (smallest: in-domain {names[sides['pos']]}, "
+            f"out-of-domain {names[sides['neg']]})" in capsys.readouterr().out
+        )
+
+
+def test_matched_results_are_shared_with_those_alone_that_were_matched_alike(
+    results, coarse, checkpoint, sources, tmp_path, counted
+):
+    matched = {"pos": sources["pos"], "neg": coarse}
+    reconstruct(tmp_path / "plain", checkpoint, matched)
+    assert counted == [("coarse", [0, 1, 2])]  # in-domain ones were taken from `results`
+    counted.clear()
+    with pytest.raises(UserError, match=r"neg\.match_resolution: null .*pos\.match_resolution: null there, 5 here"):
+        reconstruct(tmp_path / "plain", checkpoint, matched, match_resolution=True)
+    reconstruct(tmp_path / "matched", checkpoint, matched, match_resolution=True)
+    assert [positions for _, positions in counted] == [[0, 1, 2, 3], [4, 5, 6], [0, 1, 2]]  # nothing is shared
+    counted.clear()
+    reconstruct(tmp_path / "again", checkpoint, matched, match_resolution=True)
+    assert counted == []
+    coarser = tiny.write_pictures(tmp_path / "coarser.npz", 3, seed=6, size=4)
+    reconstruct(tmp_path / "other", checkpoint, {"pos": sources["pos"], "neg": coarser}, match_resolution=True)
+    assert len(counted) == 3
+
+
+def test_sides_that_nothing_enlarges_are_left_as_they_are(made, checkpoint, sources, tmp_path, capsys):
+    folder = reconstruct(tmp_path / "run", checkpoint, sources, match_resolution=True)
+    assert "no image is enlarged (smallest: in-domain 8, out-of-domain 8 pixels)" in capsys.readouterr().out
+    assert tiny.same(tensors(folder), tensors(made))
+
+
+def test_unusable_files_are_named_once_and_counted(checkpoint, sources, tmp_path, capsys):
+    for index, image in enumerate(tiny.pictures(3, size=6)):
+        Image.fromarray(image).save(tmp_path / f"{index}.png")
+    (tmp_path / "list.txt").write_text("0.png\ndamaged.png\n1.png\n2.png\n")
+    (tmp_path / "damaged.png").write_bytes(b"")
+    sides = {"pos": sources["pos"], "neg": tmp_path / "list.txt"}
+    for name, match in [("plain", False), ("matched", True)]:
+        folder = reconstruct(tmp_path / name, checkpoint, sides, match_resolution=match)
+        entry = json.loads((folder / "manifest.json").read_text())["sides"]["neg"]
+        assert (entry["images"], entry["positions"]) == (3, [0, 2, 3])
+        assert entry["skipped"] == [["damaged.png", "not an image, or damaged"]]
+        assert capsys.readouterr().err.count("damaged.png is left out") == 1
+
+
+def test_workers_change_nothing(checkpoint, sources, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 0)
+    for index, image in enumerate(tiny.pictures(9, size=13)):
+        Image.fromarray(image).save(tmp_path / f"{index}.png")
+    made = [
+        reconstruct(tmp_path / f"run{workers}" / "x", checkpoint, {"pos": tmp_path}, workers=workers)
+        for workers in (1, 4)
+    ]
+    assert tiny.same(*map(tensors, made))
+
+
 # -------------------------------------------------------------------------------------------------- shared results
 
 
@@ -571,6 +650,15 @@ BAD = {
     "predictor": ({"tree": {"sampling__predictor": "heun"}}, "unknown predictor"),
     "corrector": ({"tree": {"sampling__corrector": "heun"}}, "unknown corrector"),
     "max_images": ({"options": {"max_images": 0}}, "--max_images 0 must be at least 1"),
+    "one side to match": (
+        {"options": {"match_resolution": True}, "one_side": True},
+        "--match_resolution needs two sides; add --out_of_domain or leave it out",
+    ),
+    "absent files": (
+        {"neg": "FFHQ"},
+        r"the test split of FFHQ is not in data: put a \.txt list of image paths at data/",
+    ),
+    "no category": ({"neg": "LSUN"}, "'LSUN' names no category of LSUN; write LSUN:bedroom"),
 }
 
 
@@ -585,6 +673,8 @@ def test_bad_input_is_told_in_one_line_and_writes_nothing(name, checkpoint, sour
         changes["checkpoint"](checkpoint, tmp_path / "bad.pth")
         checkpoint = tmp_path / "bad.pth"
     sources = {side: changes.get(side, source) for side, source in sources.items()}
+    if changes.get("one_side"):
+        del sources["neg"]
     tree, mask = tiny.config(**changes.get("tree", {})), changes.get("mask")
     with pytest.raises(SystemExit) as exit_:
         console.guard(lambda _: reconstruct("run", checkpoint, sources, tree, mask, **changes.get("options", {})), None)

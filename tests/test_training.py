@@ -355,6 +355,7 @@ def test_weights_that_break_in_the_step_that_is_saved(tree, tmp_path, monkeypatc
 
 BAD = {
     "unknown data set": ({"data__dataset": "CIFAR11"}, "unknown data set 'CIFAR11'; choose one of: CIFAR10"),
+    "absent files": ({"data__dataset": "CELEBA"}, "the train split of CelebA is not in data: put a .txt list of image"),
     "few images": ({"training__batch_size": 11}, "a batch of 11 cannot be taken from the 10 images"),
     "no batch": ({"training__batch_size": 0}, "a batch of 0 cannot be taken"),
     "model": ({"model__name": "unet"}, r"unknown model \(config\.model\.name\) 'unet'; choose one of: ddpm, ncsnpp"),
