@@ -1,10 +1,11 @@
-"""LPIPS (Zhang, Isola, Efros, Shechtman and Wang, CVPR 2018): distance of AlexNet features.
+"""LPIPS (Zhang, Isola, Efros, Shechtman and Wang, CVPR 2018): distance of the features of an image classifier.
 
-The `lpips` package brings the network and the linear heads (version 0.1); the AlexNet weights,
-trained on ImageNet, are downloaded to torch's hub folder, or put there by hand.
+The `lpips` package brings the networks and the linear heads (version 0.1); the weights of the
+classifiers, trained on ImageNet, are downloaded to torch's hub folder, or put there by hand.
 """
 
 import contextlib
+import dataclasses
 import http.client
 import socket
 import sys
@@ -14,80 +15,114 @@ from pathlib import Path
 import torch
 
 from console import UserError, warn
+from metrics import weights
 from metrics.features import FeatureDistance
 
-BACKBONE = "alexnet-owt-7be5be79.pth"  # the last part is the start of the file's SHA-256
-URL = f"https://download.pytorch.org/models/{BACKBONE}"
+URL = "https://download.pytorch.org/models"
 _TIMEOUT = 30  # seconds without an answer before the download is given up
 
 
+@dataclasses.dataclass(frozen=True)
+class Trunk:
+    """A classifier whose features are compared.
+
+    Attributes:
+        net: its name in the `lpips` package.
+        title: its name in messages.
+        file: its weights, as torchvision publishes them; the last part is the start of the file's SHA-256.
+        megabytes: the size of the file.
+    """
+
+    net: str
+    title: str
+    file: str
+    megabytes: int
+
+    @property
+    def url(self):
+        """Where the weights are published."""
+        return f"{URL}/{self.file}"
+
+
 class LPIPS(FeatureDistance):
-    """The learned perceptual distance with AlexNet, version 0.1."""
+    """With AlexNet: the authors' default, and that of the published results of LMD."""
 
     name = "LPIPS"
     smallest = 31  # of smaller images the pooling layers leave nothing
+    trunk = Trunk("alex", "AlexNet", "alexnet-owt-7be5be79.pth", 244)
 
     def __init__(self, device):
         self.device = device
-        self.network = _network(_backbone()).to(device)
+        self.network = _network(self.trunk, _backbone(self.name, self.trunk)).to(device)
         self.heads = self.network.lins
 
     def features(self, images):
-        """Images (B, 3, H, W) in [-1, 1] to the outputs of AlexNet's five ReLUs."""
+        """Images (B, 3, H, W) in [-1, 1] to the outputs of the trunk's layers that the heads weigh."""
         return self.network.net(self.network.scaling_layer(images))
 
 
-def _backbone():
-    """The path of the AlexNet weights, downloaded if they are not there.
+class LPIPSVGG(LPIPS):
+    """With VGG-16."""
+
+    name = "LPIPS_VGG"
+    smallest = 16
+    trunk = Trunk("vgg", "VGG-16", "vgg16-397923af.pth", 553)
+    pixels_at_once = 1 << 17  # 122 features a pixel are kept
+
+
+class LPIPSSqueeze(LPIPS):
+    """With SqueezeNet 1.1."""
+
+    name = "LPIPS_SQUEEZE"
+    smallest = 17
+    trunk = Trunk("squeeze", "SqueezeNet", "squeezenet1_1-b8a52dc0.pth", 5)
+
+
+def _backbone(name, trunk):
+    """The path of the trunk's weights, downloaded if they are not there.
 
     Raises:
         UserError: they cannot be downloaded; nothing is left behind.
     """
-    path = Path(torch.hub.get_dir()) / "checkpoints" / BACKBONE
+    path = Path(torch.hub.get_dir()) / "checkpoints" / trunk.file
     if path.is_file():
         return path
-    warn(f"downloading the AlexNet weights of LPIPS (233 MB) to {path}")
+    warn(f"downloading the {trunk.title} weights of {name} ({trunk.megabytes} MB) to {path}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _socket_timeout(_TIMEOUT):  # the hash is of the file's name; a partial download is removed
             prefix = path.stem.rsplit("-", 1)[-1]
-            torch.hub.download_url_to_file(URL, str(path), hash_prefix=prefix, progress=sys.stderr.isatty())
+            torch.hub.download_url_to_file(trunk.url, str(path), hash_prefix=prefix, progress=sys.stderr.isatty())
     except (OSError, RuntimeError, http.client.HTTPException) as error:  # no network, no space; a wrong hash
         raise UserError(
-            f"LPIPS needs the AlexNet weights, and they could not be downloaded ({error}); fetch {URL} elsewhere and "
-            f"put it at {path}, or use what works offline: --metric MSE,SSIM"
+            f"{name} needs the {trunk.title} weights, and they could not be downloaded ({error}); fetch {trunk.url} "
+            f"elsewhere and put it at {path}, or use what works offline: --metric MSE,SSIM"
         ) from error
     return path
 
 
-def _read_weights(path):
-    """A state dict, weights-only (the hub's own loading is not)."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can fail anywhere inside the reader
-        raise UserError(f"the AlexNet weights {path} are damaged; delete the file and fetch {URL} again") from error
-
-
-def _network(path):
-    """The `lpips` network in eval mode with the AlexNet weights at `path` and the packaged heads.
+def _network(trunk, path):
+    """The `lpips` network in eval mode with the trunk's weights at `path` and the packaged heads.
 
     Raises:
         UserError: the weights are damaged or of another network.
     """
-    trunk = _read_weights(path)
+    remedy = f"delete the file and fetch {trunk.url}"
+    tensors = weights.read(path, f"the {trunk.title} weights", remedy)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):  # weights drawn here are replaced below
         warnings.simplefilter("ignore")  # torchvision's deprecations
         import lpips
 
-        network = lpips.LPIPS(pretrained=False, net="alex", version="0.1", pnet_rand=True, verbose=False)
-    heads = _read_weights(Path(lpips.__file__).parent / "weights" / "v0.1" / "alex.pth")
+        network = lpips.LPIPS(pretrained=False, net=trunk.net, version="0.1", pnet_rand=True, verbose=False)
+    heads = Path(lpips.__file__).parent / "weights" / "v0.1" / f"{trunk.net}.pth"
+    heads = weights.read(heads, f"the heads of LPIPS for {trunk.title}", "install the package lpips again")
     for index, head in enumerate(network.lins):
         head.load_state_dict({"model.1.weight": heads[f"lin{index}.model.1.weight"]})
     try:  # slice1.0.weight here is features.0.weight there
         names = {name: f"features.{name.split('.', 1)[1]}" for name in network.net.state_dict()}
-        network.net.load_state_dict({name: trunk[source] for name, source in names.items()})
+        network.net.load_state_dict({name: tensors[source] for name, source in names.items()})
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"the weights at {path} are not AlexNet's; delete the file and fetch {URL}") from error
+        raise UserError(f"the weights at {path} are not those of {trunk.title}; {remedy}") from error
     return network.eval().requires_grad_(False)
 
 
