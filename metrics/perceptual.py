@@ -52,9 +52,8 @@ class LPIPS(FeatureDistance):
     trunk = Trunk("alex", "AlexNet", "alexnet-owt-7be5be79.pth", 244)
 
     def __init__(self, device):
-        self.device = device
-        self.network = _network(self.trunk, _backbone(self.name, self.trunk)).to(device)
-        self.heads = self.network.lins
+        network = _network(self.trunk, _backbone(self.name, self.trunk))
+        super().__init__(device, network, network.lins)
 
     def features(self, images):
         """Images (B, 3, H, W) in [-1, 1] to the outputs of the trunk's layers that the heads weigh."""
@@ -67,7 +66,6 @@ class LPIPSVGG(LPIPS):
     name = "LPIPS_VGG"
     smallest = 16
     trunk = Trunk("vgg", "VGG-16", "vgg16-397923af.pth", 553)
-    pixels_at_once = 1 << 17  # 122 features a pixel are kept
 
 
 class LPIPSSqueeze(LPIPS):

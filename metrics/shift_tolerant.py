@@ -32,9 +32,8 @@ class ShiftTolerantLPIPS(FeatureDistance):
     smallest = 21  # of smaller images the last blur has too little to reflect
 
     def __init__(self, device):
-        self.device = device
-        self.network = read_network(find_weights()).to(device)
-        self.heads = self.network.heads
+        network = read_network(find_weights())
+        super().__init__(device, network, network.heads)
 
     def features(self, images):
         """Images (B, 3, H, W) in [-1, 1] to the outputs of `LAYERS`."""
