@@ -1,6 +1,8 @@
 """FIR resampling of NCSN++ alone: one depthwise convolution against zero insertion and a full convolution, in turns.
 
-python -m benchmarks.resampling_speed --batch_size 8
+    python -m benchmarks.resampling_speed --batch_size 8
+
+Both see the same images and must give the same numbers; the 3 channels are those of an image pyramid.
 """
 
 import argparse

@@ -306,7 +306,7 @@ def test_lpips_damaged_file(backbone):
 
 @pytest.mark.parametrize("change", ["missing", "shape", "list"])
 def test_lpips_weights_of_another_network(backbone, change):
-    weights = random_trunk()
+    weights = dict(random_trunk())
     if change == "missing":
         del weights["features.8.bias"]
     elif change == "shape":
