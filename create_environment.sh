@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Makes a ready environment from the pinned requirements, on a machine with Python >= 3.10.
 #
-#   bash create_environment.sh           what main.py, recon.py and detect.py need
-#   bash create_environment.sh --test    and what the tests need
+#   bash create_environment.sh              what main.py, recon.py and detect.py need
+#   bash create_environment.sh --learned    and the weights of the distance STLPIPS (66 MB)
+#   bash create_environment.sh --test       and what the tests need
 #
 # It goes into the active conda environment other than base, else into .venv here; LMD_VENV=FOLDER names another folder.
 # Run again, it returns at once where all is there and completes what an interrupted run left.
@@ -13,12 +14,13 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/scripts/environment.sh"
 
 case "$#:${1:-}" in
   0:) files=(requirements.txt) ;;
-  1:--test) files=(requirements.txt requirements-test.txt) ;;
+  1:--learned) files=(requirements.txt requirements-learned.txt) ;;
+  1:--test) files=(requirements.txt requirements-learned.txt requirements-test.txt) ;;
   1:--help | 1:-h)
     sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' create_environment.sh
     exit 0
     ;;
-  *) fail "unknown arguments '$*'; the only option is --test" ;;
+  *) fail "unknown arguments '$*'; the only options are --learned and --test" ;;
 esac
 
 main() {
@@ -121,7 +123,7 @@ install_packages() {
   "$PYTHON" -c 'from importlib.metadata import version; version("pip")' 2>/dev/null || "$PYTHON" -m ensurepip ||
     fail "$PYTHON could not get pip (its message is above); install pip there, then run again"
   mkdir -p "$LMD_VENV/lmd-tmp"
-  TMPDIR=$LMD_VENV/lmd-tmp "$PYTHON" -m pip install --disable-pip-version-check -r "${files[${#files[@]} - 1]}" ||
+  TMPDIR=$LMD_VENV/lmd-tmp "$PYTHON" -m pip install --disable-pip-version-check "${files[@]/#/--requirement=}" ||
     fail "pip could not install the packages (its message is above); $remedy"
 }
 

@@ -20,7 +20,6 @@ import console
 from console import UserError
 
 COLOURS = {"pos": "tab:blue", "neg": "tab:orange"}
-_CHUNK_PIXELS = 1 << 20  # compared at a time: few large operations, and LPIPS features of some 100 MB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,7 +243,7 @@ def compare(tools, orig, recons, device):
     import torch
 
     distances = torch.empty(len(tools), len(recons), len(orig), device=device)
-    step = max(1, _CHUNK_PIXELS // (orig.shape[2] * orig.shape[3]))
+    step = max(1, min(tool.pixels_at_once for tool in tools) // (orig.shape[2] * orig.shape[3]))
     for start in range(0, len(orig), step):
         rows = slice(start, start + step)
         images = orig[rows].to(device)

@@ -302,22 +302,33 @@ def write_ema_weights(path, checkpoint_path, net, config, notes):
     write_bytes(path, save(weights, metadata))
 
 
-def _load_safetensors(path, net, config):
-    from safetensors import SafetensorError, safe_open
+def read_ema_weights(path):
+    """What an EMA-only file (.safetensors) holds, not checked against a network.
 
-    if not Path(path).is_file():
-        raise UserError(f"there is no checkpoint at {path}; check the path")
+    Returns:
+        tuple: name -> tensor; the config as nested dicts and the training steps, each None where the file does not say;
+        and the notes, further text by name.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    from models.diffusers_weights import read_safetensors
+
+    weights, notes = read_safetensors(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"checkpoint {path} is damaged or truncated; copy or make it again") from error
-    _check_config(path, json.loads(metadata.get("config", "null")), config)
+        config, step = (json.loads(notes.pop(name, "null")) for name in ("config", "step"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: its config or step is no JSON; copy or make it again") from error
+    return weights, config, step, notes
+
+
+def _load_safetensors(path, net, config):
+    weights, their_config, step, _ = read_ema_weights(path)
+    _check_config(path, their_config, config)
     _check_weights(path, {name: value.shape for name, value in weights.items()}, net, compare_buffers=False)
     _check_finite(path, weights.values())
     net.load_state_dict(weights, strict=False)  # the buffers alone may be missing
-    return int(metadata.get("step", 0))
+    return step or 0
 
 
 def _without_prefix(model):
@@ -371,7 +382,8 @@ def _check_weights(path, found, net, compare_buffers):
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(
-            f"{path} does not fit the config: {'; '.join(problems[:3])}{more}; use the config it was made with"
+            f"{path} does not fit the config: {'; '.join(problems[:3])}{more}; use the config it was made with "
+            f"('python scripts/inspect_checkpoint.py {path}' says which it fits)"
         )
 
 

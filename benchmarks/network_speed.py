@@ -1,8 +1,10 @@
-"""Training and reconstruction steps, ours and plainly written, in turns in one run.
+"""Network evaluations, training and reconstruction steps, ours and plainly written, in turns in one run.
 
     python -m benchmarks.network_speed --config configs/subvp/cifar10_ddpm_continuous.py --batch_size 32
     python -m benchmarks.network_speed --config configs/subvp/fashion_mnist_small.py --batch_size 64
+    python -m benchmarks.network_speed --config configs/ve/cifar10_ncsnpp_continuous.py --batch_size 8
 
+The plain training step and inpainting loop are those of the sub-VP SDE; with another one, evaluations alone are timed.
 Each version has a process of its own, set up as it would be run, and the two take turns.  Operations are those of the
 plain network by torch's counter, so a rearrangement that saves some shows as a higher rate.  The share is of the
 machine's own float32 matrix rate, measured in the same run.  Also: what keyed noise costs.
@@ -25,7 +27,7 @@ from console import keep_freed_memory
 from models import create_model
 from models.score import ScoreModel
 
-STEPS = 2  # of reconstruction, timed together
+STEPS = {"evaluation": 1, "training": 1, "reconstruction": 2}  # how many are timed together
 
 
 def main():
@@ -41,10 +43,10 @@ def main():
     print(f"float32 matrix rate: {rate / 1e9:.0f} GFLOP/s")
     print(f"{'step':16} {'version':8} {'ms':>8} {'spread':>13} {'GFLOP/s':>8} {'share':>6} {'rate':>6}")
     counted = plain_calls(config, sde, x)
-    seconds = in_turns(options)
-    for step, count in (("training", 1), ("reconstruction", STEPS)):
-        own = {version: [s / count for s in seconds[version, step]] for version in VERSIONS}
-        _report(step, own, machine.flops(counted[step]) / count, rate)
+    seconds = in_turns(options, counted)
+    for step, call in counted.items():
+        own = {version: [s / STEPS[step] for s in seconds[version, step]] for version in VERSIONS}
+        _report(step, own, machine.flops(call) / STEPS[step], rate)
     keyed_noise(config, sde, x)
 
 
@@ -54,14 +56,14 @@ def images(config, batch_size):
     return torch.rand(shape, generator=noise.generator("benchmark")) * 2 - 1
 
 
-def in_turns(options):
+def in_turns(options, steps):
     """(version, step) -> seconds of each round, the versions taking turns in processes of their own."""
     context, pipes, seconds = multiprocessing.get_context("spawn"), {}, {}
     for version in VERSIONS:
         pipes[version], theirs = context.Pipe()
         arguments = (theirs, version, options.config, options.batch_size)
         context.Process(target=_serve, args=arguments, daemon=True).start()
-    for step in ("training", "reconstruction"):
+    for step in steps:
         for turn in range(options.rounds + 1):
             for version, pipe in pipes.items():
                 pipe.send(step)
@@ -82,12 +84,13 @@ def _serve(pipe, version, path, batch_size):
 
 def plain_calls(config, sde, x):
     """The plain version's steps."""
-    training = plain.PlainTraining(plain.plain_network(config).train(), sde, config)
-    net, mask = plain.plain_network(config).eval(), _mask(x)
-    return {
-        "training": lambda: training.step(x),
-        "reconstruction": lambda: plain.plain_inpaint(net, sde, x, mask, STEPS),
-    }
+    net, mask = plain.plain_network(config).eval().requires_grad_(False), _mask(x)
+    calls = {"evaluation": lambda: net(x, torch.ones(len(x)))}
+    if isinstance(sde, sde_lib.SubVPSDE):
+        training = plain.PlainTraining(plain.plain_network(config).train(), sde, config)
+        calls["training"] = lambda: training.step(x)
+        calls["reconstruction"] = lambda: plain.plain_inpaint(net, sde, x, mask, STEPS["reconstruction"])
+    return calls
 
 
 def our_calls(config, sde, x):
@@ -103,7 +106,7 @@ def our_calls(config, sde, x):
 
     frozen = create_model(config).eval().requires_grad_(False).to(memory_format=torch.channels_last)
     predictor, _ = sampling.create_solvers(config, sde)
-    times = sampling.time_grid(sde, sde.N, sde.eps)[:STEPS]
+    times = sampling.time_grid(sde, sde.N, sde.eps)[: STEPS["reconstruction"]]
     source = noise.KeyedNoise(noise.image_keys(0, "benchmark", torch.arange(len(x)), [0]), x.shape[1:])
     constrain = sampling.replacement(sde, x, _mask(x))
 
@@ -111,7 +114,7 @@ def our_calls(config, sde, x):
         start = source(0, "prior")
         return sampling.integrate(ScoreModel(frozen, sde), start, times, predictor, source, constrain=constrain)
 
-    return {"training": train, "reconstruction": reconstruct}
+    return {"evaluation": lambda: frozen(x, torch.ones(1)), "training": train, "reconstruction": reconstruct}
 
 
 VERSIONS = {"plain": plain_calls, "ours": our_calls}

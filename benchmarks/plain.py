@@ -1,8 +1,9 @@
-"""The DDPM network, its training step and its inpainting loop written plainly, to be measured against.
+"""The networks, the training step and the inpainting loop written plainly, to be measured against.
 
 NCHW, eager, one module for every operation of the papers: 1x1 projections and attention by einsum over the pixels,
-normalisation and nonlinearity apart, nearest upsampling before the convolution, Adam and the moving average one tensor
-after another, fresh noise from the global generator.  The weights have the same names, so both hold the same network.
+normalisation and nonlinearity apart, nearest upsampling before the convolution, FIR filters by inserting zeros,
+convolving everything and dropping what is not kept, Adam and the moving average one tensor after another, fresh noise
+from the global generator.  The weights have the same names, so both hold the same network.
 """
 
 import math
@@ -11,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models import layers
-from models.ddpm import DDPM
+from models import create_model, layers, ncsnpp, resample
 from sde_lib import per_image
 
 
@@ -29,7 +29,7 @@ class PlainAttention(layers.Attention):
         weights = torch.einsum("bchw,bcij->bhwij", q, k) * c**-0.5
         weights = F.softmax(weights.reshape(b, height, width, height * width), dim=-1)
         weights = weights.reshape(b, height, width, height, width)
-        return x + self.out(torch.einsum("bhwij,bcij->bchw", weights, v))
+        return layers.rescaled_sum(x, self.out(torch.einsum("bhwij,bcij->bchw", weights, v)), self.rescale)
 
 
 class PlainNormAct(layers.NormAct):
@@ -43,17 +43,86 @@ class PlainUpsample(layers.Upsample):
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
+def upfirdn(x, kernel, up=1, down=1, pad=(0, 0)):
+    """StyleGAN2's `upfirdn2d`, step by step.
+
+    Args:
+        x: (B, C, H, W).
+        kernel: (n, n).
+        up: zeros are inserted so that the size grows by this factor.
+        down: of the filtered image every so many-th pixel is kept.
+        pad: zeros before and after, on each axis.
+
+    Returns:
+        (B, C, H', W'), H' the rounded up (up H + pad[0] + pad[1] - n + 1) / down.
+    """
+    b, c, height, width = x.shape
+    wide = x.new_zeros(b * c, 1, height * up, width * up)
+    wide[:, :, ::up, ::up] = x.reshape(b * c, 1, height, width)
+    filtered = F.conv2d(F.pad(wide, (*pad, *pad)), kernel.flip(0, 1)[None, None])
+    return filtered[:, 0, ::down, ::down].unflatten(0, (b, c))
+
+
+class PlainUp(resample.Up):
+    then_conv = resample.Resample.then_conv
+
+    def forward(self, x):
+        if self.kernel is None:
+            return F.interpolate(x, scale_factor=2, mode="nearest")
+        p = len(self.kernel) - 2
+        return upfirdn(x, 4 * self.kernel, up=2, pad=((p + 1) // 2 + 1, p // 2))
+
+
+class PlainDown(resample.Down):
+    def forward(self, x):
+        if self.kernel is None:
+            return F.avg_pool2d(x, 2)
+        p = len(self.kernel) - 2
+        return upfirdn(x, self.kernel, down=2, pad=((p + 1) // 2, p // 2))
+
+
+class PlainConvUp(resample.ConvUp):
+    def forward(self, x):
+        if self.kernel is None:
+            return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        y = F.conv_transpose2d(x, self.conv.weight.flip(2, 3).transpose(0, 1), stride=2)
+        p = len(self.kernel) - 4
+        return upfirdn(y, 4 * self.kernel, pad=((p + 1) // 2 + 1, p // 2 + 1)) + self.conv.bias[:, None, None]
+
+
+class PlainConvDown(resample.ConvDown):
+    def forward(self, x):
+        if self.kernel is None:
+            return self.conv(F.pad(x, (0, 1, 0, 1)))
+        p = len(self.kernel)
+        return self.conv(upfirdn(x, self.kernel, pad=((p + 1) // 2, p // 2)))
+
+
+class PlainInputResidual(ncsnpp.InputResidual, PlainConvDown):
+    pass
+
+
+class PlainOutputResidual(ncsnpp.OutputResidual, PlainConvUp):
+    pass
+
+
 PLAIN = {
     layers.Projection: PlainProjection,
     layers.Attention: PlainAttention,
     layers.NormAct: PlainNormAct,
     layers.Upsample: PlainUpsample,
+    resample.Up: PlainUp,
+    resample.Down: PlainDown,
+    resample.ConvUp: PlainConvUp,
+    resample.ConvDown: PlainConvDown,
+    ncsnpp.InputResidual: PlainInputResidual,
+    ncsnpp.OutputResidual: PlainOutputResidual,
 }
 
 
 def plain_network(config):
-    """The DDPM of a config with every module replaced by its plain form, NCHW."""
-    net = DDPM(config)
+    """The network of a config with every module replaced by its plain form, NCHW."""
+    net = create_model(config)
     for module in net.modules():
         if type(module) in PLAIN:
             module.__class__ = PLAIN[type(module)]

@@ -14,6 +14,8 @@ METRICS = {  # name: module and class, imported when asked for
     "MSE": ("metrics.mse", "MSE"),
     "SSIM": ("metrics.ssim", "SSIM"),
     "LPIPS": ("metrics.perceptual", "LPIPS"),
+    "LPIPS_VGG": ("metrics.perceptual", "LPIPSVGG"),
+    "LPIPS_SQUEEZE": ("metrics.perceptual", "LPIPSSqueeze"),
     "SIMCLR": ("metrics.simclr", "SimCLR"),
     "STLPIPS": ("metrics.shift_tolerant", "ShiftTolerantLPIPS"),
 }
@@ -25,10 +27,13 @@ class Metric(abc.ABC):
     Attributes:
         name: the key in `METRICS`.
         similarity: whether the published closeness is 1 - distance; False where it is -distance.
+        pixels_at_once: how many, height times width times images, to describe at a time: few large operations, and
+            descriptions of some 100 MB.
     """
 
     name = None
     similarity = False
+    pixels_at_once = 1 << 20
 
     def __call__(self, orig, recon):
         """The distance of every pair: two tensors (B, C, H, W) to (B,) float32, larger = further apart."""

@@ -4,7 +4,7 @@ It is not LPIPS: AlexNet is trained anew with a first convolution of stride 1 an
 (Zhang, "Making Convolutional Networks Shift-Invariant Again", ICML 2019) wherever the resolution
 halves, so its numbers stand apart and are reported under their own name.  All its weights come
 inside the package `stlpips-pytorch`, of which nothing but the weight file is used: the package's
-own code needs further packages that it does not declare.
+own code needs further packages that it does not declare, and some of it is under CC BY-NC-SA 4.0.
 """
 
 import importlib.util
@@ -20,7 +20,7 @@ from metrics import weights
 from metrics.features import FeatureDistance
 
 PACKAGE, VERSION = "stlpips-pytorch", "0.0.2"
-INSTALL = f"pip install --no-deps {PACKAGE}=={VERSION}"
+INSTALL = f"pip install {PACKAGE}=={VERSION}"
 _FILE = Path("weights") / "vST0.0" / "alex_shift_tolerant.pth"
 LAYERS = (2, 6, 10, 12, 14)  # of the trunk, whose outputs are compared
 
@@ -32,9 +32,8 @@ class ShiftTolerantLPIPS(FeatureDistance):
     smallest = 21  # of smaller images the last blur has too little to reflect
 
     def __init__(self, device):
-        self.device = device
-        self.network = read_network(find_weights()).to(device)
-        self.heads = self.network.heads
+        network = read_network(find_weights())
+        super().__init__(device, network, network.heads)
 
     def features(self, images):
         """Images (B, 3, H, W) in [-1, 1] to the outputs of `LAYERS`."""

@@ -6,9 +6,8 @@ tensorflow/core/protobuf/tensor_bundle.proto: under the empty key a header, unde
 name where its bytes lie in `PREFIX.data-0000i-of-0000n`.  Every block and tensor carries a CRC-32C.
 """
 
-import dataclasses
-import struct
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,8 +18,7 @@ _FOOTER, _TRAILER = 48, 5  # bytes; a block's trailer: one byte of compression, 
 DTYPES = {1: "<f4", 2: "<f8", 3: "<i4", 9: "<i8", 19: "<f2"}  # tensorflow/core/framework/types.proto
 
 
-@dataclasses.dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """Where a variable lies: shape, the number of its dtype, shard, byte offset and size, masked CRC-32C."""
 
     shape: tuple
@@ -49,11 +47,10 @@ class Bundle:
             rows = dict(_table(Path(f"{prefix}.index").read_bytes()))
             header = _message(rows.pop(b""))
             self.entries = {name.decode(): _entry(_message(value)) for name, value in rows.items()}
-        except FileNotFoundError as error:
-            raise UserError(f"there is no TensorFlow checkpoint {prefix}.index; check the path") from error
         except OSError as error:
-            raise UserError(f"cannot read {prefix}.index: {error.strerror}") from error
-        except (ValueError, LookupError, TypeError, struct.error) as error:
+            reason = f"cannot read the TensorFlow checkpoint {prefix}.index: {error.strerror}"
+            raise UserError(f"{reason}; check the path") from error
+        except (ValueError, LookupError, TypeError) as error:
             raise UserError(f"{prefix}.index is no checkpoint index or is damaged ({error}); copy it again") from error
         if header.get(2, [0])[0]:
             raise UserError(f"{prefix}.index is of a big-endian machine, which is not supported")
@@ -68,7 +65,7 @@ class Bundle:
         entry = self.entries[name]
         path = Path(f"{self.prefix}.data-{entry.shard:05d}-of-{self.shards:05d}")
         dtype = np.dtype(DTYPES.get(entry.dtype, "V0"))
-        if entry.size != dtype.itemsize * int(np.prod(entry.shape)):
+        if entry.size != dtype.itemsize * int(np.prod(entry.shape)):  # the whole of a partitioned variable has no size
             raise UserError(f"{path}: {name} is partitioned or of a type that is not supported (number {entry.dtype})")
         try:
             with path.open("rb") as file:
@@ -79,9 +76,6 @@ class Bundle:
         if len(data) != entry.size or _masked(crc32c(data)) != entry.checksum:
             raise UserError(f"{path} is truncated or damaged (at {name}); copy it again")
         return np.frombuffer(data, dtype).reshape(entry.shape)
-
-
-# ------------------------------------------------------------------------------------------------ LevelDB's table
 
 
 def _table(data):
@@ -121,21 +115,15 @@ def _handle(data, at):
 
 
 def _fixed32(data, at):
-    return struct.unpack_from("<I", data, at)[0]
+    return int.from_bytes(data[at : at + 4], "little")
 
 
 def _varint(data, at):
     """(number, position after it): seven bits a byte, lowest first, the eighth set where more follow."""
-    number = shift = 0
-    while True:
-        byte = data[at]
-        number |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 128:
-            return number, at
-
-
-# ----------------------------------------------------------------------------------------------- protocol buffers
+    end = at
+    while data[end] > 127:
+        end += 1
+    return sum((byte & 127) << 7 * k for k, byte in enumerate(data[at : end + 1])), end + 1
 
 
 def _message(data):
@@ -160,14 +148,9 @@ def _message(data):
 def _entry(fields):
     """The `Entry` of a BundleEntryProto; fields of value zero are left out of the file."""
     first = lambda number, default=0: fields.get(number, [default])[0]
-    if 7 in fields:  # the slices of a partitioned variable, stored under names of their own
-        return Entry((), 0, 0, 0, -1, 0)
     dims = _message(first(2, b"")).get(2, [])  # TensorShapeProto.dim
     shape = tuple(_message(dim).get(1, [0])[0] for dim in dims)
     return Entry(shape, first(1), first(3), first(4), first(5), first(6))
-
-
-# ------------------------------------------------------------------------------------------------------- CRC-32C
 
 
 def crc32c(data):
@@ -177,14 +160,13 @@ def crc32c(data):
     the left one moved past the right one's length.
     """
     bits = len(data).bit_length()
-    length = 1 << bits // 2  # bytes a piece
     padded = np.zeros(1 << bits, np.uint8)  # zeros in front do not change a register of zero
-    padded[len(padded) - len(data) :] = np.frombuffer(data, np.uint8)
-    padded[len(padded) - len(data) :][:4] ^= 255  # the same as starting from all ones
-    registers = np.zeros(len(padded) // length, np.uint32)
-    for column in np.ascontiguousarray(padded.reshape(-1, length).T):
-        registers = _after_zero(registers ^ column)
-    move = _after_zero(np.uint32(1) << np.arange(32, dtype=np.uint32))  # where each bit goes over one zero byte
+    padded[-len(data) :] = np.frombuffer(data, np.uint8)
+    padded[-len(data) :][:4] ^= 255  # the same as starting from all ones
+    columns = np.ascontiguousarray(padded.reshape(-1, 1 << bits // 2).T)  # a piece is a column
+    registers, move = np.zeros(columns.shape[1], np.uint32), _ONE_BYTE
+    for column in columns:
+        registers = _moved(registers ^ column, _ONE_BYTE)
     for _ in range(bits // 2):
         move = _moved(move, move)  # twice the distance
     while len(registers) > 1:
@@ -193,29 +175,23 @@ def crc32c(data):
     return int(~registers[0])
 
 
-def _after_zero(registers):
-    """Registers (N,) after one more byte of zero."""
-    return _CRC[registers & 255] ^ (registers >> 8)
-
-
 def _moved(registers, move):
-    """Registers (N,) moved by the linear map that takes bit k to move[k]."""
-    result = np.zeros_like(registers)
-    for bit in range(32):
-        result ^= (registers >> np.uint32(bit) & 1) * move[bit]
-    return result
+    """Registers moved over zero bytes, so many as `move` (4, 256) tells of each of a register's bytes."""
+    low, second, third, high = (registers >> np.uint32(8 * k) & 255 for k in range(4))
+    return move[0, low] ^ move[1, second] ^ move[2, third] ^ move[3, high]
 
 
-def _masked(checksum):
-    """As stored: TensorFlow's core/lib/hash/crc32c.h."""
-    return ((checksum >> 15 | checksum << 17) + 0xA282EAD8) & 0xFFFFFFFF
-
-
-def _crc_table():
-    table = np.arange(256, dtype=np.uint32)
+def _over_one_byte():
+    """`_moved`'s table for one byte."""
+    table = np.arange(256, dtype=np.uint32) << 8 * np.arange(4, dtype=np.uint32)[:, None]
     for _ in range(8):
         table = table >> 1 ^ (table & 1) * np.uint32(0x82F63B78)
     return table
 
 
-_CRC = _crc_table()
+_ONE_BYTE = _over_one_byte()
+
+
+def _masked(checksum):
+    """As stored: TensorFlow's core/lib/hash/crc32c.h."""
+    return ((checksum >> 15 | checksum << 17) + 0xA282EAD8) & 0xFFFFFFFF

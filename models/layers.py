@@ -196,7 +196,7 @@ class Attention(nn.Module):
         h = F.scaled_dot_product_attention(q, k, v)[:, 0]  # (B, H W, C)
         h = F.linear(h, self.out.W.t(), self.out.b)  # (B, H W, C)
         h = h.transpose(1, 2).reshape(b, c, height, width)
-        return _rescaled_sum(x, h, self.rescale)
+        return rescaled_sum(x, h, self.rescale)
 
 
 class ResidualBlock(nn.Module):
@@ -238,7 +238,7 @@ class ResidualBlock(nn.Module):
         h = self.conv0(self.norm0(x))
         shift = None if self.dense is None else self.dense(self.act(temb))  # (B or 1, out)
         h = self.conv1(self.dropout(self.norm1(h, shift)))
-        return _rescaled_sum(x if self.shortcut is None else self.shortcut(x), h, self.rescale)
+        return rescaled_sum(x if self.shortcut is None else self.shortcut(x), h, self.rescale)
 
 
 class Downsample(nn.Module):
@@ -255,11 +255,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles the size by nearest neighbours, then a conv3x3 if `with_conv`.
-
-    Of the nine taps on the doubled image several always meet the same pixel: with these added up beforehand, both steps
-    together are one transposed convolution with a 4x4 kernel, at less than half of the multiplications.
-    """
+    """Doubles the size by nearest neighbours, then a conv3x3 if `with_conv`."""
 
     published = {"conv": "Conv_0"}
 
@@ -270,11 +266,21 @@ class Upsample(nn.Module):
     def forward(self, x):  # (B, C, H, W) -> (B, C, 2H, 2W)
         if self.conv is None:
             return F.interpolate(x, scale_factor=2, mode="nearest")
-        taps = F.avg_pool2d(F.pad(self.conv.weight, (1, 1, 1, 1)), 2, stride=1) * 4  # (out, in, 4, 4): sums of 2x2 taps
-        return F.conv_transpose2d(x, taps.flip(2, 3).transpose(0, 1), self.conv.bias, stride=2, padding=1)
+        return doubled_conv(x, self.conv)
 
 
-def _rescaled_sum(x, h, rescale):
+def doubled_conv(x, conv):
+    """A conv3x3 of x (B, C, H, W) doubled in size by nearest neighbours: (B, C_out, 2H, 2W).
+
+    Of the nine taps on the doubled image several always meet the same pixel: with these added up beforehand, both steps
+    together are one transposed convolution with a 4x4 kernel, at less than half of the multiplications.
+    """
+    taps = F.avg_pool2d(F.pad(conv.weight, (1, 1, 1, 1)), 2, stride=1) * 4  # (out, in, 4, 4): sums of 2x2 taps
+    return F.conv_transpose2d(x, taps.flip(2, 3).transpose(0, 1), conv.bias, stride=2, padding=1)
+
+
+def rescaled_sum(x, h, rescale):
+    """The sum of two paths, times `rescale`: 1, or sqrt(1/2) so that the variance stays."""
     return x + h if rescale == 1.0 else (x + h) * rescale
 
 

@@ -185,16 +185,17 @@ class BigGANBlock(layers.ResidualBlock):
 
     def __init__(self, channels_in, channels_out, *args, resampler=None, **kwargs):
         super().__init__(channels_in, channels_out, *args, **kwargs)
-        self.resampler = resampler or nn.Identity()
+        self.resampler = resampler
         if resampler is not None or channels_in != channels_out:
             self.shortcut = layers.conv(channels_in, channels_out, kernel=1)
 
     def forward(self, x, temb):
-        h = self.conv0(self.resampler(self.norm0(x)))
+        h = self.norm0(x)
+        h = self.conv0(h) if self.resampler is None else self.resampler.then_conv(h, self.conv0)
         shift = None if self.dense is None else self.dense(self.act(temb))  # (B or 1, C_out)
         h = self.conv1(self.dropout(self.norm1(h, shift)))
-        x = self.resampler(x)
-        return _join(h, x if self.shortcut is None else self.shortcut(x), self.rescale)
+        x = x if self.resampler is None else self.resampler(x)
+        return layers.rescaled_sum(h, x if self.shortcut is None else self.shortcut(x), self.rescale)
 
 
 class Head(nn.Module):
@@ -240,7 +241,7 @@ class InputResidual(resample.ConvDown):
         self.channels_out = self.image_out = channels
 
     def forward(self, h, pyramid):  # (B, C, H, W), (B, image, 2H, 2W) -> twice (B, C, H, W)
-        h = _join(super().forward(pyramid), h, self.rescale)
+        h = layers.rescaled_sum(super().forward(pyramid), h, self.rescale)
         return h, h
 
 
@@ -267,7 +268,7 @@ class OutputResidual(resample.ConvUp):
         self.image_out = channels
 
     def forward(self, h, pyramid):  # (B, C, H, W), (B, image, H/2, W/2) -> twice (B, C, H, W)
-        h = _join(super().forward(pyramid), h, self.rescale)
+        h = layers.rescaled_sum(super().forward(pyramid), h, self.rescale)
         return h, h
 
 
@@ -285,10 +286,6 @@ class OutputResidualStart(nn.Module):
 
 def _output_residual(parts, image, channels):
     return OutputResidualStart(parts, channels) if image is None else OutputResidual(parts, image, channels)
-
-
-def _join(x, h, rescale):
-    return x + h if rescale == 1.0 else (x + h) * rescale
 
 
 def _concatenate(image, h):

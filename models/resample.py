@@ -73,12 +73,19 @@ class Resample(nn.Module):
         super().__init__()
         self.register_buffer("kernel", None if taps is None else fir_kernel(taps), persistent=False)
 
+    def then_conv(self, x, conv):
+        """The conv3x3 `conv` of the resampled x."""
+        return conv(self(x))
+
 
 class Up(Resample):
     """(B, C, H, W) -> (B, C, 2H, 2W): `fir_up`, or nearest neighbours."""
 
     def forward(self, x):
         return F.interpolate(x, scale_factor=2, mode="nearest") if self.kernel is None else fir_up(x, self.kernel)
+
+    def then_conv(self, x, conv):
+        return layers.doubled_conv(x, conv) if self.kernel is None else super().then_conv(x, conv)
 
 
 class Down(Resample):
@@ -106,7 +113,7 @@ class ConvUp(_ConvResample):
 
     def forward(self, x):
         if self.kernel is None:
-            return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+            return layers.doubled_conv(x, self.conv)
         wide = fir_up(F.pad(x, (1, 1, 1, 1)), self.kernel)  # (B, C_in, 2H + 4, 2W + 4)
         return self.conv(wide[:, :, 1:-1, 1:-1])
 

@@ -11,9 +11,10 @@ CHECKPOINT=${CHECKPOINT:-pretrained/fashion_mnist_small.safetensors}
 WORKDIR=${WORKDIR:-results/demo}
 REPS=${REPS:-4}    # reconstructions per image
 STEPS=${STEPS:-25} # network evaluations per reconstruction
+METRICS=${METRICS:-MSE,SSIM,STLPIPS}
 
 started=$SECONDS
-bash create_environment.sh
+bash create_environment.sh --learned
 installed=$SECONDS
 
 "$PYTHON" recon.py --config configs/subvp/fashion_mnist_small.py --config.model.num_scales="$STEPS" \
@@ -22,7 +23,7 @@ installed=$SECONDS
 reconstructed=$SECONDS
 
 folder=$WORKDIR/checkerboard_alt_blocks8_reps$REPS
-"$PYTHON" detect.py --result_path "$folder" --reps "$REPS" --metric MSE,SSIM
+"$PYTHON" detect.py --result_path "$folder" --reps "$REPS" --metric "$METRICS"
 scored=$SECONDS
 
 echo "environment $((installed - started)) s, reconstruction $((reconstructed - installed)) s," \

@@ -96,13 +96,9 @@ def _read_training(path):
 
 
 def _read_ema(path):
-    weights, notes = diffusers_weights.read_safetensors(path)
+    weights, config, step, notes = storage.read_ema_weights(path)
     if "conv_in.weight" in weights:
         raise UserError(f"{path} belongs to a folder of diffusers'; name the folder, whose config.json is needed too")
-    try:
-        config, step = json.loads(notes.pop("config", "null")), json.loads(notes.pop("step", "null"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: its config or step is no JSON; copy or make it again") from error
     return Checkpoint("EMA weights (safetensors)", weights, None, step, config, notes)
 
 

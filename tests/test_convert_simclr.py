@@ -246,7 +246,9 @@ def refused(prefix, message):
 
 
 def test_missing(tmp_path):
-    refused(tmp_path / "x", "there is no TensorFlow checkpoint .*x.index; check the path")
+    refused(
+        tmp_path / "x", "cannot read the TensorFlow checkpoint .*x.index: No such file or directory; check the path"
+    )
     with pytest.raises(UserError, match=r"holds no \*.index file"):
         convert_simclr.find_prefix(tmp_path)
 

@@ -117,7 +117,7 @@ def test_images_are_compared_in_chunks(monkeypatch):
     recons = [orig.roll(shift, 3) for shift in (1, 2)]
     tools = [metrics.create(name, CPU) for name in ("MSE", "SSIM")]
     whole = detect.compare(tools, orig, recons, CPU)
-    monkeypatch.setattr(detect, "_CHUNK_PIXELS", 1)
+    monkeypatch.setattr(metrics.Metric, "pixels_at_once", 1)
     assert whole.shape == (2, 2, 5)
     np.testing.assert_allclose(detect.compare(tools, orig, recons, CPU), whole, rtol=1e-6)
 

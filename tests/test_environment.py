@@ -5,6 +5,7 @@ The scripts run on copies of themselves with requirement files that ask for noth
 
 import ast
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -16,9 +17,11 @@ import pytest
 from helpers import ROOT
 from tiny import config_flags, write_pictures
 
+from metrics import shift_tolerant
+
 SCRIPTS = ["create_environment.sh", *(f"scripts/{path.name}" for path in sorted((ROOT / "scripts").glob("*.sh")))]
 README_COMMANDS = ["bash scripts/demo.sh", "bash scripts/test.sh"]
-REQUIREMENTS = "requirements.txt", "requirements-test.txt"
+REQUIREMENTS = "requirements.txt", "requirements-learned.txt", "requirements-test.txt"  # each needs those before it
 
 # ------------------------------------------------------------------------------------------------------- sources
 
@@ -140,7 +143,7 @@ DISTRIBUTION = {
 }  # fmt: skip
 OPTIONAL = {"torch-fidelity"}  # asked for where it is used
 BEHIND = {"torch.utils.tensorboard": "tensorboard"}  # modules that need a package besides their own
-RUN_BY_NAME = {"pytest-timeout", "ruff"}  # tools that nothing imports
+RUN_BY_NAME = {"diffusers", "pytest-timeout", "ruff"}  # tools that nothing imports
 PIN = re.compile(r"([\w-]+)==([\w.]+)(?:; python_version (>=|<) \"3\.11\")?(?:\s+# \S.*)?")
 
 
@@ -172,11 +175,17 @@ def test_pins_are_exact_for_every_python():
             assert re.search(rf"^{name}==.*# \w", (ROOT / file).read_text(), re.M), f"{file}: {name} has no reason"
 
 
+def test_learned_weights_are_of_one_version():
+    """What create_environment.sh installs is what the metric's messages tell the user to install."""
+    assert f"{shift_tolerant.PACKAGE}=={shift_tolerant.VERSION} " in (ROOT / "requirements-learned.txt").read_text()
+
+
 def test_pins_are_what_is_imported():
-    run, test = (set(pins(file)) for file in REQUIREMENTS)
+    run, learned, test = (set(pins(file)) for file in REQUIREMENTS)
     assert imported(PROGRAM) - OPTIONAL == run
     assert imported(TREES) - run - OPTIONAL == test - RUN_BY_NAME - OPTIONAL
     assert not run & test
+    assert learned == {shift_tolerant.PACKAGE}  # its weights are read, nothing is imported
     assert "-r requirements.txt" in (ROOT / "requirements-test.txt").read_text().splitlines()
 
 
@@ -289,7 +298,7 @@ def test_environment_from_nothing_twice_and_mended(repository):
     made = create("--test")
     assert runs("-m", "pip", "--version")
     assert not (site / "half-1.0.dist-info").exists()
-    assert create("--test") == create() == made
+    assert create("--test") == create("--learned") == create() == made
 
     # The requirements changed.
     (repository / "requirements.txt").write_text("# nothing more\n")
@@ -350,7 +359,8 @@ def test_foreign_folder_is_left_alone(repository, tmp_path):
 
 
 def test_unknown_option_and_help(repository):
-    fails(bash("create_environment.sh", "--tests", cwd=repository), "--tests", "--test")
+    fails(bash("create_environment.sh", "--tests", cwd=repository), "'--tests'", "--learned and --test")
+    fails(bash("create_environment.sh", "--test", "--learned", cwd=repository), "'--test --learned'")
     code, out, _ = bash("create_environment.sh", "--help", cwd=repository)
     assert code == 0
     assert "LMD_VENV" in out
@@ -422,17 +432,22 @@ def test_test_script_and_ci(repository, tmp_path):
 
 
 def test_demo_runs_and_reuses(tmp_path):
-    """The README's first command at two network evaluations per image: all the parts fit, and nothing is made twice."""
+    """The README's first command at two network evaluations per image: all the parts fit, and nothing is made twice.
+
+    Without the learned distance where its weights are not installed.
+    """
     environment = stamp(stand_in(tmp_path / "environment"), ROOT)
+    learned = importlib.util.find_spec("stlpips_pytorch") is not None
     variables = {"LMD_VENV": environment, "WORKDIR": tmp_path / "demo", "REPS": 1, "STEPS": 2}
+    variables |= {} if learned else {"METRICS": "MSE,SSIM"}
     outputs, batches = [], []
     for _ in range(2):
         code, out, err = bash(ROOT / "scripts" / "demo.sh", cwd=tmp_path, **variables)
         assert code == 0, err
-        outputs.append(re.findall(r"^(?:MSE|SSIM) ROC AUC: [01]\.\d{4}$", out, re.M))
+        outputs.append(re.findall(r"^(?:MSE|SSIM|STLPIPS) ROC AUC: [01]\.\d{4}$", out, re.M))
         files = (tmp_path / "demo").rglob("batch_*.pth")
         batches.append({path: path.stat().st_mtime_ns for path in files})
-    assert len(outputs[0]) == 2
+    assert len(outputs[0]) == 2 + learned
     assert outputs[0] == outputs[1]
     assert batches[0]
     assert batches[0] == batches[1]

@@ -1,14 +1,18 @@
 """Distances against NumPy, scikit-image, the published numbers, and LPIPS's formula written out."""
 
+import dataclasses
+import functools
 import hashlib
 import pickle
 import urllib.error
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from skimage.metrics import structural_similarity
 
 import metrics
@@ -111,44 +115,62 @@ def test_ssim_needs_seven_pixels():
 
 # -------------------------------------------------------------------------------------------------------- LPIPS
 
-CONVOLUTIONS = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
+TRUNKS = {  # class and torchvision's network
+    "LPIPS": (perceptual.LPIPS, torchvision.models.alexnet),
+    "LPIPS_VGG": (perceptual.LPIPSVGG, torchvision.models.vgg16),
+    "LPIPS_SQUEEZE": (perceptual.LPIPSSqueeze, torchvision.models.squeezenet1_1),
+}
+ALEXNET = perceptual.LPIPS.trunk
+CONVOLUTIONS = (0, 3, 6, 8, 10)  # AlexNet's, by their places
 
 
-def random_alexnet():
-    """A state dict with AlexNet's names and shapes of the convolutions, random weights."""
-    weights = {}
-    for layer, (out, channels, kernel) in CONVOLUTIONS.items():
-        scale = (2 / (channels * kernel**2)) ** 0.5
-        weights[f"features.{layer}.weight"] = scale * normal((out, channels, kernel, kernel), layer)
-        weights[f"features.{layer}.bias"] = 0.1 * normal((out,), 100 + layer)
-    return weights
+@functools.cache
+def random_trunk(name="LPIPS"):
+    """A state dict with torchvision's names and shapes of a classifier's convolutions, random weights."""
+    with torch.device("meta"):
+        shapes = {key: value.shape for key, value in TRUNKS[name][1]().state_dict().items() if "features" in key}
+    scales = {key: (2 / shape[1:].numel()) ** 0.5 if len(shape) > 1 else 0.1 for key, shape in shapes.items()}
+    return {key: scales[key] * normal(shape, number) for number, (key, shape) in enumerate(shapes.items())}
 
 
 @pytest.fixture
-def backbone(tmp_path, monkeypatch):
-    """The place of AlexNet's weights in an empty TORCH_HOME, without network."""
+def hub(tmp_path, monkeypatch):
+    """The empty folder of downloaded weights of an own TORCH_HOME, without network."""
 
     def refuse(*args, **kwargs):
         raise urllib.error.URLError("no network")
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
-    path = tmp_path / "hub" / "checkpoints" / "alexnet-owt-7be5be79.pth"
-    path.parent.mkdir(parents=True)
-    return path
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    return folder
 
 
 @pytest.fixture
-def lpips_metric(backbone):
-    torch.save(random_alexnet(), backbone)
-    return metrics.create("LPIPS", CPU)
+def backbone(hub):
+    """The place of AlexNet's weights, which are not there."""
+    return hub / "alexnet-owt-7be5be79.pth"
+
+
+def lpips_with_random_trunk(name, hub):
+    path = hub / TRUNKS[name][0].trunk.file
+    torch.save(random_trunk(name), path)
+    metric = metrics.create(name, CPU)
+    path.unlink()  # VGG-16's is large
+    return metric
+
+
+@pytest.fixture
+def lpips_metric(hub):
+    return lpips_with_random_trunk("LPIPS", hub)
 
 
 def lpips_by_hand(orig, recon):
     """LPIPS (arXiv 1801.03924, equation 1) with the random AlexNet and the heads of the `lpips` package, float64."""
     import lpips
 
-    weights = {name: value.double() for name, value in random_alexnet().items()}
+    weights = {name: value.double() for name, value in random_trunk().items()}
     heads = torch.load(Path(lpips.__file__).parent / "weights/v0.1/alex.pth", map_location="cpu", weights_only=True)
     shift = torch.tensor([-0.030, -0.088, -0.188]).double().reshape(3, 1, 1)
     scale = torch.tensor([0.458, 0.448, 0.450]).double().reshape(3, 1, 1)
@@ -175,10 +197,45 @@ def test_lpips_against_its_formula(lpips_metric, size):
     assert not lpips_metric.similarity
 
 
-def test_lpips_is_the_packages_forward(lpips_metric):
-    orig, recon = random((4, 3, 32, 32), 10), random((4, 3, 32, 32), 11)
-    forward = lpips_metric.network(2 * orig - 1, 2 * recon - 1).flatten()
-    torch.testing.assert_close(lpips_metric(orig, recon), forward, rtol=1e-5, atol=1e-7)
+@pytest.mark.parametrize("name", TRUNKS)
+def test_lpips_is_the_packages(hub, name):
+    """The package's own forward pass with its own heads, on the same trunk; 1e-5: sums in another order."""
+    import lpips
+
+    ours = lpips_with_random_trunk(name, hub)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchvision's deprecations
+        theirs = lpips.LPIPS(net=ours.trunk.net, pnet_rand=True, verbose=False)
+    theirs.net.load_state_dict(dict(zip(theirs.net.state_dict(), random_trunk(name).values(), strict=True)))
+    for size in ((32, 32), (33, 47)):
+        orig, recon = random((4, 3, *size), 10), random((4, 3, *size), 11)
+        with torch.no_grad():
+            expected = theirs(orig, recon, normalize=True).flatten()
+        assert expected.min() > 0.01
+        torch.testing.assert_close(ours(orig, recon), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", TRUNKS)
+def test_lpips_smallest_images(hub, name):
+    """Of images a pixel smaller the trunk leaves nothing."""
+    metric = lpips_with_random_trunk(name, hub)
+    size = metric.smallest
+    assert metric.name == name
+    assert metric(random((1, 3, size, size), 1), random((1, 3, size, size), 2)).item() > 0
+    with pytest.raises(RuntimeError, match="too small"):
+        metric.features(random((1, 3, size - 1, size - 1), 3))
+
+
+def test_lpips_files_are_torchvisions():
+    weights = (
+        torchvision.models.AlexNet_Weights,
+        torchvision.models.VGG16_Weights,
+        torchvision.models.SqueezeNet1_1_Weights,
+    )
+    for (metric, _), published in zip(TRUNKS.values(), weights, strict=True):
+        entry = published.IMAGENET1K_V1
+        assert metric.trunk.url == entry.url
+        assert metric.trunk.megabytes == round(entry.meta["_file_size"] * 2**20 / 1e6)
 
 
 def test_lpips_takes_grey_images(lpips_metric):
@@ -194,7 +251,7 @@ def test_lpips_refuses_other_images(lpips_metric, shape):
 
 
 def test_lpips_is_silent_and_draws_nothing(backbone, capfd, recwarn):
-    torch.save(random_alexnet(), backbone)
+    torch.save(random_trunk(), backbone)
     before = torch.random.get_rng_state()
     metric = metrics.create("LPIPS", CPU)
     assert torch.equal(before, torch.random.get_rng_state())
@@ -204,30 +261,33 @@ def test_lpips_is_silent_and_draws_nothing(backbone, capfd, recwarn):
     assert not any(parameter.requires_grad for parameter in metric.network.parameters())
 
 
-def test_lpips_without_network_says_where_the_file_goes(backbone):
+@pytest.mark.parametrize("name", TRUNKS)
+def test_lpips_without_network_says_where_the_file_goes(hub, name):
+    trunk = TRUNKS[name][0].trunk
     with pytest.raises(UserError) as error:
-        metrics.create("LPIPS", CPU)
-    for part in (str(backbone), perceptual.URL, "--metric MSE,SSIM", "no network"):
-        assert part in str(error.value)
-    assert list(backbone.parent.iterdir()) == []
+        metrics.create(name, CPU)
+    for part in (f"{name} needs the {trunk.title} weights", hub / trunk.file, trunk.url, "MSE,SSIM", "no network"):
+        assert str(part) in str(error.value)
+    assert list(hub.iterdir()) == []
 
 
 @pytest.fixture
 def served(backbone, tmp_path, monkeypatch):
     """A file that the download finds, served from the disk; `backbone` is then looked for under its hash's name."""
     source = tmp_path / "served.pth"
-    torch.save(random_alexnet(), source)
+    torch.save(random_trunk(), source)
     digest = hashlib.sha256(source.read_bytes()).hexdigest()[:8]
     monkeypatch.undo()
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(perceptual, "URL", source.as_uri())
-    monkeypatch.setattr(perceptual, "BACKBONE", f"alexnet-owt-{digest}.pth")
-    return source
+    published = source.rename(tmp_path / f"alexnet-owt-{digest}.pth")
+    monkeypatch.setattr(perceptual, "URL", tmp_path.as_uri())
+    monkeypatch.setattr(perceptual.LPIPS, "trunk", dataclasses.replace(ALEXNET, file=published.name))
+    return published
 
 
 def test_lpips_download(served, backbone):
     metrics.create("LPIPS", CPU)
-    assert (backbone.parent / perceptual.BACKBONE).read_bytes() == served.read_bytes()
+    assert (backbone.parent / served.name).read_bytes() == served.read_bytes()
 
 
 def test_lpips_download_with_wrong_hash(served, backbone):
@@ -238,21 +298,21 @@ def test_lpips_download_with_wrong_hash(served, backbone):
 
 
 def test_lpips_damaged_file(backbone):
-    torch.save(random_alexnet(), backbone)
+    torch.save(random_trunk(), backbone)
     backbone.write_bytes(backbone.read_bytes()[:1_000_000])
-    with pytest.raises(UserError, match="are damaged; delete the file"):
+    with pytest.raises(UserError, match=r"are damaged, .*delete the file"):
         metrics.create("LPIPS", CPU)
 
 
 @pytest.mark.parametrize("change", ["missing", "shape", "list"])
 def test_lpips_weights_of_another_network(backbone, change):
-    weights = random_alexnet()
+    weights = dict(random_trunk())
     if change == "missing":
         del weights["features.8.bias"]
     elif change == "shape":
         weights["features.0.weight"] = torch.zeros(64, 3, 7, 7)
     torch.save(list(weights.values()) if change == "list" else weights, backbone)
-    with pytest.raises(UserError, match="are not AlexNet's"):
+    with pytest.raises(UserError, match="are not those of AlexNet"):
         metrics.create("LPIPS", CPU)
 
 

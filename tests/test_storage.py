@@ -443,6 +443,8 @@ def test_a_list_is_no_checkpoint(tmp_path):
 
 
 def test_broken_safetensors(checkpoints, tmp_path):
+    from safetensors.torch import load_file, save_file
+
     path, config = tmp_path / "ema.safetensors", tiny.config()
 
     def load():
@@ -458,6 +460,9 @@ def test_broken_safetensors(checkpoints, tmp_path):
             load()
     path.write_text("hello there, this is no safetensors file\n")
     with pytest.raises(UserError, match="damaged or truncated"):
+        load()
+    save_file(load_file(checkpoints[".safetensors"]), path, {"config": "{oh", "step": "3"})
+    with pytest.raises(UserError, match="its config or step is no JSON"):
         load()
 
 
