@@ -4,6 +4,8 @@
         --ckpt_path results/cifar10/checkpoints/checkpoint_20.pth --in_domain CIFAR10 --out_of_domain SVHN \
         --batch_size 200 --mask_type checkerboard_alt --mask_num_blocks 8 --reps_per_image 10 \
         --workdir results/cifar10/CIFAR10_vs_SVHN/
+
+On several GPUs: torchrun --nproc_per_node=8 recon.py ...
 """
 
 import dataclasses
@@ -13,6 +15,7 @@ from absl import flags
 from ml_collections.config_flags import config_flags
 
 import console
+import distributed
 
 _SOURCE = "a data set's name, a folder of images, a .txt list of image paths, or a .npz or .npy file of images"
 
@@ -238,7 +241,20 @@ def adopt_side(folder, side, settings, entry):
         console.say(f"{storage.SIDES[side]}: {taken} batches taken over from an earlier run with the same settings")
 
 
-def reconstruct_side(folder, side, images, reconstruct, batch_size):
+def find_missing(folder, sides, batch_size):
+    """The batches that are not there yet, as (side, index), of sides 'pos' or 'neg' -> `datasets.ImageSet`."""
+    import storage
+
+    missing = []
+    for side, images in sides.items():
+        indices = [i for i in range(batches_of(images, batch_size)) if not folder.has_batch(side, i)]
+        if not indices:
+            console.say(f"{storage.SIDES[side]}: all {len(images)} images of {images.name} are there already")
+        missing += [(side, index) for index in indices]
+    return missing
+
+
+def reconstruct_side(folder, side, images, reconstruct, batch_size, missing, part=""):
     """Reconstructs what is missing of one side.
 
     Args:
@@ -247,16 +263,16 @@ def reconstruct_side(folder, side, images, reconstruct, batch_size):
         images: a `datasets.ImageSet`.
         reconstruct: a `Reconstructor`.
         batch_size: images per batch file.
+        missing: the numbers of the batches to make.
+        part: what to add to the label of the progress bar.
     """
     import storage
 
-    missing = [i for i in range(batches_of(images, batch_size)) if not folder.has_batch(side, i)]
     if not missing:
-        console.say(f"{storage.SIDES[side]}: all {len(images)} images of {images.name} are there already")
         return
     trajectories = sum(len(images.positions[i * batch_size : (i + 1) * batch_size]) for i in missing) * reconstruct.reps
     total = trajectories * reconstruct.model.sde.N
-    label = f"{storage.SIDES[side]} {images.name}"
+    label = f"{storage.SIDES[side]} {images.name}{part}"
     with console.progress(total=total, unit="steps", unit_scale=True, desc=label) as bar:
         for index in missing:
             start, stop = index * batch_size, min((index + 1) * batch_size, len(images))
@@ -355,24 +371,25 @@ def main(_):
     sources = {"pos": (FLAGS.in_domain, FLAGS.id_center_crop)}
     if FLAGS.out_of_domain:
         sources["neg"] = (FLAGS.out_of_domain, FLAGS.ood_center_crop)
-    device = console.choose_device(FLAGS.device or config.device)
-    if device.type == "cpu":
-        console.keep_freed_memory()
-    run(
-        config,
-        ckpt_path=FLAGS.ckpt_path,
-        workdir=FLAGS.workdir,
-        sources=sources,
-        mask_options=mask_options,
-        reps=FLAGS.reps_per_image,
-        batch_size=FLAGS.batch_size,
-        seed=seed,
-        device=device,
-        max_images=FLAGS.max_images,
-        data_root=FLAGS.data_root,
-        memory_gb=FLAGS.memory_gb,
-        mask_directory=(FLAGS.mask_save_dir or "") if FLAGS.save_mask else None,
-    )
+    with distributed.start(FLAGS.device or config.device) as (ranks, device):
+        if device.type == "cpu":
+            console.keep_freed_memory()
+        run(
+            config,
+            ckpt_path=FLAGS.ckpt_path,
+            workdir=FLAGS.workdir,
+            sources=sources,
+            mask_options=mask_options,
+            reps=FLAGS.reps_per_image,
+            batch_size=FLAGS.batch_size,
+            seed=seed,
+            device=device,
+            max_images=FLAGS.max_images,
+            data_root=FLAGS.data_root,
+            memory_gb=FLAGS.memory_gb,
+            mask_directory=(FLAGS.mask_save_dir or "") if FLAGS.save_mask else None,
+            ranks=ranks,
+        )
 
 
 def run(
@@ -390,6 +407,7 @@ def run(
     data_root="./data",
     memory_gb=None,
     mask_directory=None,
+    ranks=distributed.ALONE,
 ):
     """Reconstructs both sides into `{workdir}/{mask}_reps{R}`, continuing where an earlier run stopped.
 
@@ -400,6 +418,7 @@ def run(
         mask_directory: where to write masks; "" for masks/ in the results folder, None for nowhere.
         ckpt_path, workdir, reps, batch_size, seed, max_images, data_root, memory_gb: as the flags.
         device: torch.device.
+        ranks: the processes that share the batches; all of them call this.
 
     Returns:
         Path: the results folder.
@@ -416,16 +435,27 @@ def run(
     model, step = load_model(config, ckpt_path, device)
     sampling.create_solvers(config, model.sde)  # so is a solver that the SDE does not have
     rows = rows_within(memory_gb, config, device)
-    sides = {side: _load_images(config, *source, data_root, max_images) for side, source in sources.items()}
+    load = lambda: {side: _load_images(config, *source, data_root, max_images) for side, source in sources.items()}
+    sides = ranks.in_turn(load)
     settings = describe_settings(config, ckpt_path, mask_options, reps, seed)
     entries = {side: describe_side(images, batch_size, sources[side][1]) for side, images in sides.items()}
-    folder.claim(settings, entries, _versions(ckpt_path, step, device))
-    if mask_directory is not None:
-        save_masks(Path(mask_directory or folder.path / "masks"), mask_options, size, reps, seed, sides, batch_size)
+    ranks.check_same((settings, entries), "settings or images")
+
+    def prepare():
+        folder.claim(settings, entries, _versions(ckpt_path, step, device))
+        if mask_directory is not None:
+            save_masks(Path(mask_directory or folder.path / "masks"), mask_options, size, reps, seed, sides, batch_size)
+        for side in sides:
+            adopt_side(folder, side, settings, entries[side])
+        return find_missing(folder, sides, batch_size)
+
+    mine = ranks.on_main(prepare)[ranks.rank :: ranks.world_size]
     reconstruct = Reconstructor(config, model, mask_options, reps, seed, device, rows)
+    part = f", part 1 of {ranks.world_size}" if ranks.world_size > 1 else ""
     for side, images in sides.items():
-        adopt_side(folder, side, settings, entries[side])
-        reconstruct_side(folder, side, images, reconstruct, batch_size)
+        own = [index for where, index in mine if where == side]
+        reconstruct_side(folder, side, images, reconstruct, batch_size, own, part)
+    ranks.wait()
     console.say(f"reconstructions: {folder.path}")
     if "neg" in sides:
         console.say(f"next: python detect.py --result_path {folder.path} --reps {reps} --metric MSE")
