@@ -11,6 +11,7 @@ import torch
 from helpers import ROOT
 
 import console
+import distributed
 import storage
 
 COMMANDS = ("main.py", "recon.py", "detect.py")
@@ -159,7 +160,7 @@ REQUIRED = [f"--config={tiny.CONFIG_FILE}", "--workdir=w", "--ckpt_path=c.pth", 
 DEFAULTS = {
     "width": 32, "ckpt_path": "c.pth", "workdir": "w", "sources": {"pos": ["MNIST", True]}, "reps": 1,
     "batch_size": 100, "seed": 42, "device": {"type": "auto"}, "max_images": None, "data_root": "./data",
-    "memory_gb": None, "mask_directory": None, "mask_options": {
+    "memory_gb": None, "ranks": vars(distributed.ALONE), "mask_directory": None, "mask_options": {
         "mask_type": "center", "num_blocks": 4, "patch_size": 4, "ratio": 0.5, "file_path": None, "identifier": None,
     },
 }  # fmt: skip
@@ -186,7 +187,7 @@ def test_recon_flags_have_their_effects():
         "width": 64, "ckpt_path": "c.pth", "workdir": "w", "reps": 10, "batch_size": 200, "seed": 7,
         "device": {"type": "cpu"},
         "sources": {"pos": ["MNIST", False], "neg": ["SVHN", False]}, "max_images": 3, "data_root": "d",
-        "memory_gb": 2.5, "mask_directory": "m", "mask_options": {
+        "memory_gb": 2.5, "ranks": vars(distributed.ALONE), "mask_directory": "m", "mask_options": {
             "mask_type": "random", "num_blocks": 8, "patch_size": 2, "ratio": 0.3, "file_path": None,
             "identifier": "tag",
         },
@@ -271,7 +272,7 @@ def test_imports_go_downward():
     """Each module imports only modules below it in the layout of the repository."""
     order = [
         ["main", "recon", "detect"], ["training"], ["storage"], ["losses"], ["sampling"], ["datasets"], ["models"],
-        ["metrics"], ["sde_lib", "masks", "noise"], ["console"],
+        ["metrics"], ["sde_lib", "masks", "noise", "distributed"], ["console"],
     ]  # fmt: skip
     level = {name: number for number, names in enumerate(order) for name in names}
     for name in level:
