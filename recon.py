@@ -241,12 +241,27 @@ def adopt_side(folder, side, settings, entry):
         console.say(f"{storage.SIDES[side]}: {taken} batches taken over from an earlier run with the same settings")
 
 
-def find_missing(folder, sides, batch_size):
-    """The batches that are not there yet, as (side, index), of sides 'pos' or 'neg' -> `datasets.ImageSet`."""
+def claim_missing(folder, settings, entries, versions, sides, batch_size):
+    """Makes the results folder this run's, takes over what neighbours have, and lists what is missing then.
+
+    Args:
+        folder: a `storage.ResultsFolder`.
+        settings, entries, versions: as `storage.ResultsFolder.claim`.
+        sides: 'pos' or 'neg' -> `datasets.ImageSet`.
+        batch_size: images per batch file.
+
+    Returns:
+        The batches to make, a list of (side, index).
+
+    Raises:
+        UserError: the folder holds batches of other settings.
+    """
     import storage
 
+    folder.claim(settings, entries, versions)
     missing = []
     for side, images in sides.items():
+        adopt_side(folder, side, settings, entries[side])
         indices = [i for i in range(batches_of(images, batch_size)) if not folder.has_batch(side, i)]
         if not indices:
             console.say(f"{storage.SIDES[side]}: all {len(images)} images of {images.name} are there already")
@@ -254,7 +269,21 @@ def find_missing(folder, sides, batch_size):
     return missing
 
 
-def reconstruct_side(folder, side, images, reconstruct, batch_size, missing, part=""):
+def reconstruct_missing(folder, sides, reconstruct, batch_size, missing, ranks):
+    """Reconstructs this rank's part of the missing batches, (side, index), and waits until all ranks have made theirs.
+
+    The parts are taken in turns, over both sides together, so that they differ by one batch at most.
+    """
+    mine = missing[ranks.rank :: ranks.world_size]
+    note = f", process 1 of {ranks.world_size}" if ranks.world_size > 1 else ""  # whose progress is shown
+    for side, images in sides.items():
+        indices = [index for where, index in mine if where == side]
+        if indices:
+            reconstruct_side(folder, side, images, reconstruct, batch_size, indices, note)
+    ranks.wait()
+
+
+def reconstruct_side(folder, side, images, reconstruct, batch_size, missing, note=""):
     """Reconstructs what is missing of one side.
 
     Args:
@@ -264,15 +293,13 @@ def reconstruct_side(folder, side, images, reconstruct, batch_size, missing, par
         reconstruct: a `Reconstructor`.
         batch_size: images per batch file.
         missing: the numbers of the batches to make.
-        part: what to add to the label of the progress bar.
+        note: what to add to the label of the progress bar.
     """
     import storage
 
-    if not missing:
-        return
     trajectories = sum(len(images.positions[i * batch_size : (i + 1) * batch_size]) for i in missing) * reconstruct.reps
     total = trajectories * reconstruct.model.sde.N
-    label = f"{storage.SIDES[side]} {images.name}{part}"
+    label = f"{storage.SIDES[side]} {images.name}{note}"
     with console.progress(total=total, unit="steps", unit_scale=True, desc=label) as bar:
         for index in missing:
             start, stop = index * batch_size, min((index + 1) * batch_size, len(images))
@@ -440,22 +467,13 @@ def run(
     settings = describe_settings(config, ckpt_path, mask_options, reps, seed)
     entries = {side: describe_side(images, batch_size, sources[side][1]) for side, images in sides.items()}
     ranks.check_same((settings, entries), "settings or images")
-
-    def prepare():
-        folder.claim(settings, entries, _versions(ckpt_path, step, device))
-        if mask_directory is not None:
-            save_masks(Path(mask_directory or folder.path / "masks"), mask_options, size, reps, seed, sides, batch_size)
-        for side in sides:
-            adopt_side(folder, side, settings, entries[side])
-        return find_missing(folder, sides, batch_size)
-
-    mine = ranks.on_main(prepare)[ranks.rank :: ranks.world_size]
+    versions = _versions(ckpt_path, step, device)
+    missing = ranks.on_main(lambda: claim_missing(folder, settings, entries, versions, sides, batch_size))
+    if mask_directory is not None:
+        masks = Path(mask_directory or folder.path / "masks")
+        ranks.on_main(lambda: save_masks(masks, mask_options, size, reps, seed, sides, batch_size))
     reconstruct = Reconstructor(config, model, mask_options, reps, seed, device, rows)
-    part = f", part 1 of {ranks.world_size}" if ranks.world_size > 1 else ""
-    for side, images in sides.items():
-        own = [index for where, index in mine if where == side]
-        reconstruct_side(folder, side, images, reconstruct, batch_size, own, part)
-    ranks.wait()
+    reconstruct_missing(folder, sides, reconstruct, batch_size, missing, ranks)
     console.say(f"reconstructions: {folder.path}")
     if "neg" in sides:
         console.say(f"next: python detect.py --result_path {folder.path} --reps {reps} --metric MSE")
