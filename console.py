@@ -1,10 +1,13 @@
 """What the command lines share: a user's error, exit codes, the device, progress.
 
 A mistake of the user's is raised as `UserError` wherever it is noticed and becomes one line
-and exit code 2 here.  Anything else is a bug and keeps its traceback.
+and exit code 2 here.  Anything else is a bug and keeps its traceback.  Of the processes that
+torchrun starts the first speaks for all, and the first that fails tells of it.
 """
 
 import errno
+import os
+import signal
 import sys
 
 EXIT_USER_ERROR = 2
@@ -26,14 +29,28 @@ def choose(name, table, what):
     return table[name]
 
 
+def place():
+    """What torchrun's environment says: (rank, rank on this machine, number of processes); (0, 0, 1) without it."""
+    if not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys():
+        return 0, 0, 1
+    return tuple(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+
+
+def speaks():
+    """Whether this process tells the user what all processes of the run know."""
+    return place()[0] == 0
+
+
 def say(message):
     """Prints a line for the user at once, also when the output goes to a file."""
-    print(message, flush=True)
+    if speaks():
+        print(message, flush=True)
 
 
 def warn(message):
     """Prints a warning line on standard error."""
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    if speaks():
+        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def progress(iterable=None, **kwargs):
@@ -42,7 +59,7 @@ def progress(iterable=None, **kwargs):
 
     watched = sys.stderr.isatty()
     options = {"dynamic_ncols": watched, "mininterval": 0.2 if watched else 10.0, "file": sys.stderr}
-    return tqdm(iterable, **{**options, **kwargs})
+    return tqdm(iterable, **{**options, "disable": not speaks(), **kwargs})
 
 
 def choose_device(name):
@@ -122,22 +139,52 @@ def guard(main, args):
     """Calls `main(args)`; a user's error or a full disk becomes its line and exit code 2."""
     try:
         return main(args)
-    except UserError as error:
-        fail(error)
-    except OSError as error:
-        if error.errno not in _USERS_OS_ERRORS:
-            raise
-        fail(f"{error.strerror}: {error.filename or 'while writing'}; {_USERS_OS_ERRORS[error.errno]}")
     except KeyboardInterrupt:
-        print("interrupted; the same command continues where this run stopped", file=sys.stderr)
+        if _fails_first():
+            print("interrupted; the same command continues where this run stopped", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except Exception as error:
+        if (line := _line_of(error)) is not None:
+            fail(line)
+        if not _fails_first():  # probably because another process has gone
+            sys.exit(EXIT_USER_ERROR)
+        raise
+
+
+def _line_of(error):
+    """What to tell of an error that the user can put right; None for a bug."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in _USERS_OS_ERRORS:
+        return f"{error.strerror}: {error.filename or 'while writing'}; {_USERS_OS_ERRORS[error.errno]}"
+    return None
 
 
 def fail(message):
     """Prints `error: message` as one line on standard error and exits with code 2."""
     line = " ".join(str(message).split())
-    print(f"error: {line}", file=sys.stderr, flush=True)
+    if _fails_first():
+        print(f"error: {line}", file=sys.stderr, flush=True)
     sys.exit(EXIT_USER_ERROR)
+
+
+def _fails_first():
+    """Whether this process is to tell why it ends: it is by itself, or the first to ask of those torchrun started."""
+    if place()[2] == 1:
+        return True
+    import torch.distributed as dist
+
+    stay_to_tell()
+    try:
+        store, *_ = next(dist.rendezvous("env://"))
+        return store.add("failures", 1) == 1
+    except RuntimeError:  # whoever held the store has failed and gone
+        return False
+
+
+def stay_to_tell():
+    """Has this process of several, which failed, outlive torchrun's ending them all when one has left."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 _USERS_OS_ERRORS = {

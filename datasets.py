@@ -773,9 +773,13 @@ def to_data_range(images, centered):
     return (images + 1) / 2 if centered else images
 
 
-def dequantize(images, generator):
-    """Uniform dequantisation: (B, C, H, W) float in [0, 1] to (255 x + u) / 256, u ~ U[0, 1) on the images' device."""
-    u = torch.rand(images.shape, generator=generator, device=images.device)
+def dequantize(images, generator, total=None, share=slice(None)):
+    """Uniform dequantisation: (B, C, H, W) float in [0, 1] to (255 x + u) / 256, u ~ U[0, 1) on the images' device.
+
+    Where the images are the `share` of a batch of `total`, u is what the whole batch would give them.
+    """
+    shape = (total or len(images), *images.shape[1:])
+    u = torch.rand(shape, generator=generator, device=images.device)[share]
     return (images * 255 + u) / 256
 
 
@@ -798,15 +802,19 @@ class TrainingBatches:
         random_flip: mirror each image with probability 1/2.
         uniform_dequantization: see `dequantize`.
         centered: range [-1, 1] instead of [0, 1].
+        share: the slice of each batch that is made, as the whole batch would have it; B is then its length.
 
     Raises:
         UserError: a batch larger than the data set, or below 1.
     """
 
-    def __init__(self, images, batch_size, *, seed, device, random_flip, uniform_dequantization, centered):
+    def __init__(
+        self, images, batch_size, *, seed, device, random_flip, uniform_dequantization, centered, share=slice(None)
+    ):
         if not 1 <= batch_size <= len(images):
             raise UserError(f"a batch of {batch_size} cannot be taken from the {len(images)} images of '{images.name}'")
         self.images, self.batch_size, self.seed, self.device = images, batch_size, seed, torch.device(device)
+        self.share = share
         self.random_flip, self.uniform_dequantization, self.centered = random_flip, uniform_dequantization, centered
         self.batches_per_epoch = len(images) // batch_size
         self._orders = {}  # epoch -> its order, for the two epochs last asked for
@@ -821,13 +829,12 @@ class TrainingBatches:
         """The batch of step 0, 1, 2, ...: (B, C, H, W) float32 on the device, in the model's range."""
         images = self._gather(step).to(self.device, non_blocking=True)  # (B, 1 or C, H, W) uint8
         if self.random_flip:
-            images = _mirror(
-                images, torch.rand(self.batch_size, generator=noise.generator(self.seed, "flip", step)) < 0.5
-            )
+            chances = torch.rand(self.batch_size, generator=noise.generator(self.seed, "flip", step))
+            images = _mirror(images, chances[self.share] < 0.5)
         images = images.expand(-1, *self.images.shape)  # (B, C, H, W)
         if self.uniform_dequantization:
             generator = noise.generator(self.seed, "dequantize", step, device=self.device)
-            images = dequantize(to_model_range(images, centered=False), generator)
+            images = dequantize(to_model_range(images, centered=False), generator, self.batch_size, self.share)
         return to_model_range(images, self.centered).contiguous()
 
     def _gather(self, step):
@@ -848,7 +855,7 @@ class TrainingBatches:
                 del self._orders[next(iter(self._orders))]  # the oldest
             order = torch.randperm(len(self.images), generator=noise.generator(self.seed, "order", epoch))
             self._orders[epoch] = order if self._pixels is None else order.to(self._pixels.device)
-        return self._orders[epoch][turn * self.batch_size : (turn + 1) * self.batch_size]
+        return self._orders[epoch][turn * self.batch_size : (turn + 1) * self.batch_size][self.share]
 
 
 def _mirror(images, chosen):

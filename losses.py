@@ -25,14 +25,14 @@ class Draws:
     labels: torch.Tensor | None = None
 
     @classmethod
-    def keyed(cls, shape, num_scales, *words, device="cpu"):
-        """The draws that belong to the key `words`, for images of `shape` (B, C, H, W)."""
-        rows = noise.image_keys(noise.key(*words), "loss", torch.arange(shape[0]), reps=[0])  # (B,)
+    def keyed(cls, shape, num_scales, *words, device="cpu", share=slice(None)):
+        """The draws that belong to the key `words`, for images of `shape` (B, C, H, W); `share` picks some of the B."""
+        rows = noise.image_keys(noise.key(*words), "loss", torch.arange(shape[0])[share], reps=[0])  # (B,)
         generator = noise.generator(*words, "times")
         return cls(
             normal=noise.KeyedNoise(rows, shape[1:], device)(0, "prior"),
-            uniform=torch.rand(shape[0], generator=generator).to(device),
-            labels=torch.randint(num_scales, (shape[0],), generator=generator).to(device),
+            uniform=torch.rand(shape[0], generator=generator)[share].to(device),
+            labels=torch.randint(num_scales, (shape[0],), generator=generator)[share].to(device),
         )
 
 

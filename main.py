@@ -1,12 +1,15 @@
 """Trains a score model, or evaluates its checkpoints.
 
 python main.py --workdir results/cifar10/ --config configs/subvp/cifar10_ddpm_continuous.py --mode train
+
+On several GPUs: torchrun --nproc_per_node=8 main.py ...
 """
 
 from absl import flags
 from ml_collections.config_flags import config_flags
 
 import console
+import distributed
 
 FLAGS = flags.FLAGS
 
@@ -32,17 +35,19 @@ def main(_):
     config = FLAGS.config
     if FLAGS.seed is not None:
         config.seed = FLAGS.seed
-    device = console.choose_device(FLAGS.device or config.device)
-    if device.type == "cpu":
-        console.keep_freed_memory()
-    if FLAGS.mode == "train":
-        import training
+    with distributed.start(FLAGS.device or config.device) as (ranks, device):
+        if device.type == "cpu":
+            console.keep_freed_memory()
+        if FLAGS.mode == "train":
+            import training
 
-        training.train(config, FLAGS.workdir, device, FLAGS.data_root, FLAGS.workers)
-    else:
-        import evaluation
+            training.train(config, FLAGS.workdir, device, FLAGS.data_root, FLAGS.workers, ranks)
+        elif ranks.world_size > 1:
+            raise console.UserError("--mode eval runs in one process; start it without torchrun")
+        else:
+            import evaluation
 
-        evaluation.evaluate(config, FLAGS.workdir, FLAGS.eval_folder, device, FLAGS.data_root, FLAGS.workers)
+            evaluation.evaluate(config, FLAGS.workdir, FLAGS.eval_folder, device, FLAGS.data_root, FLAGS.workers)
 
 
 if __name__ == "__main__":

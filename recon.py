@@ -4,6 +4,8 @@
         --ckpt_path results/cifar10/checkpoints/checkpoint_20.pth --in_domain CIFAR10 --out_of_domain SVHN \
         --batch_size 200 --mask_type checkerboard_alt --mask_num_blocks 8 --reps_per_image 10 \
         --workdir results/cifar10/CIFAR10_vs_SVHN/
+
+On several GPUs: torchrun --nproc_per_node=8 recon.py ...
 """
 
 import dataclasses
@@ -13,6 +15,7 @@ from absl import flags
 from ml_collections.config_flags import config_flags
 
 import console
+import distributed
 
 _SOURCE = "a data set's name, a folder of images, a .txt list of image paths, or a .npz or .npy file of images"
 
@@ -246,7 +249,49 @@ def adopt_side(folder, side, settings, entry):
         console.say(f"{storage.SIDES[side]}: {taken} batches taken over from an earlier run with the same settings")
 
 
-def reconstruct_side(folder, side, images, reconstruct, batch_size):
+def claim_missing(folder, settings, entries, versions, sides, batch_size):
+    """Makes the results folder this run's, takes over what neighbours have, and lists what is missing then.
+
+    Args:
+        folder: a `storage.ResultsFolder`.
+        settings, entries, versions: as `storage.ResultsFolder.claim`.
+        sides: 'pos' or 'neg' -> `datasets.ImageSet`.
+        batch_size: images per batch file.
+
+    Returns:
+        The batches to make, a list of (side, index).
+
+    Raises:
+        UserError: the folder holds batches of other settings.
+    """
+    import storage
+
+    folder.claim(settings, entries, versions)
+    missing = []
+    for side, images in sides.items():
+        adopt_side(folder, side, settings, entries[side])
+        indices = [i for i in range(batches_of(images, batch_size)) if not folder.has_batch(side, i)]
+        if not indices:
+            console.say(f"{storage.SIDES[side]}: all {len(images)} images of {images.name} are there already")
+        missing += [(side, index) for index in indices]
+    return missing
+
+
+def reconstruct_missing(folder, sides, reconstruct, batch_size, missing, ranks):
+    """Reconstructs this rank's part of the missing batches, (side, index), and waits until all ranks have made theirs.
+
+    The parts are taken in turns, over both sides together, so that they differ by one batch at most.
+    """
+    mine = missing[ranks.rank :: ranks.world_size]
+    note = f", process 1 of {ranks.world_size}" if ranks.world_size > 1 else ""  # whose progress is shown
+    for side, images in sides.items():
+        indices = [index for where, index in mine if where == side]
+        if indices:
+            reconstruct_side(folder, side, images, reconstruct, batch_size, indices, note)
+    ranks.wait()
+
+
+def reconstruct_side(folder, side, images, reconstruct, batch_size, missing, note=""):
     """Reconstructs what is missing of one side.
 
     Args:
@@ -255,16 +300,14 @@ def reconstruct_side(folder, side, images, reconstruct, batch_size):
         images: a `datasets.ImageSet`.
         reconstruct: a `Reconstructor`.
         batch_size: images per batch file.
+        missing: the numbers of the batches to make.
+        note: what to add to the label of the progress bar.
     """
     import storage
 
-    missing = [i for i in range(batches_of(images, batch_size)) if not folder.has_batch(side, i)]
-    if not missing:
-        console.say(f"{storage.SIDES[side]}: all {len(images)} images of {images.name} are there already")
-        return
     trajectories = sum(len(images.positions[i * batch_size : (i + 1) * batch_size]) for i in missing) * reconstruct.reps
     total = trajectories * reconstruct.model.sde.N
-    label = f"{storage.SIDES[side]} {images.name}"
+    label = f"{storage.SIDES[side]} {images.name}{note}"
     with console.progress(total=total, unit="steps", unit_scale=True, desc=label) as bar:
         for index in missing:
             start, stop = index * batch_size, min((index + 1) * batch_size, len(images))
@@ -364,26 +407,27 @@ def main(_):
     sources = {"pos": (FLAGS.in_domain, FLAGS.id_center_crop)}
     if FLAGS.out_of_domain:
         sources["neg"] = (FLAGS.out_of_domain, FLAGS.ood_center_crop)
-    device = console.choose_device(FLAGS.device or config.device)
-    if device.type == "cpu":
-        console.keep_freed_memory()
-    run(
-        config,
-        ckpt_path=FLAGS.ckpt_path,
-        workdir=FLAGS.workdir,
-        sources=sources,
-        mask_options=mask_options,
-        reps=FLAGS.reps_per_image,
-        batch_size=FLAGS.batch_size,
-        seed=seed,
-        device=device,
-        max_images=FLAGS.max_images,
-        data_root=FLAGS.data_root,
-        workers=FLAGS.workers,
-        match_resolution=FLAGS.match_resolution,
-        memory_gb=FLAGS.memory_gb,
-        mask_directory=(FLAGS.mask_save_dir or "") if FLAGS.save_mask else None,
-    )
+    with distributed.start(FLAGS.device or config.device) as (ranks, device):
+        if device.type == "cpu":
+            console.keep_freed_memory()
+        run(
+            config,
+            ckpt_path=FLAGS.ckpt_path,
+            workdir=FLAGS.workdir,
+            sources=sources,
+            mask_options=mask_options,
+            reps=FLAGS.reps_per_image,
+            batch_size=FLAGS.batch_size,
+            seed=seed,
+            device=device,
+            max_images=FLAGS.max_images,
+            data_root=FLAGS.data_root,
+            workers=FLAGS.workers,
+            match_resolution=FLAGS.match_resolution,
+            memory_gb=FLAGS.memory_gb,
+            mask_directory=(FLAGS.mask_save_dir or "") if FLAGS.save_mask else None,
+            ranks=ranks,
+        )
 
 
 def run(
@@ -403,6 +447,7 @@ def run(
     match_resolution=False,
     memory_gb=None,
     mask_directory=None,
+    ranks=distributed.ALONE,
 ):
     """Reconstructs both sides into `{workdir}/{mask}_reps{R}`, continuing where an earlier run stopped.
 
@@ -414,6 +459,7 @@ def run(
         ckpt_path, workdir, reps, batch_size, seed, max_images, data_root, workers, match_resolution, memory_gb: as
             the flags.
         device: torch.device.
+        ranks: the processes that share the batches; all of them call this.
 
     Returns:
         Path: the results folder.
@@ -431,16 +477,17 @@ def run(
     sampling.create_solvers(config, model.sde)  # so is a solver that the SDE does not have
     rows = rows_within(memory_gb, config, device)
     options = {"data_root": data_root, "max_images": max_images, "workers": workers}
-    sides = load_sides(config, sources, match_resolution, **options)
+    sides = ranks.in_turn(lambda: load_sides(config, sources, match_resolution, **options))
     settings = describe_settings(config, ckpt_path, mask_options, reps, seed)
     entries = {side: describe_side(images, batch_size, sources[side][1]) for side, images in sides.items()}
-    folder.claim(settings, entries, _versions(ckpt_path, step, device))
+    ranks.check_same((settings, entries), "settings or images")
+    versions = _versions(ckpt_path, step, device)
+    missing = ranks.on_main(lambda: claim_missing(folder, settings, entries, versions, sides, batch_size))
     if mask_directory is not None:
-        save_masks(Path(mask_directory or folder.path / "masks"), mask_options, size, reps, seed, sides, batch_size)
+        masks = Path(mask_directory or folder.path / "masks")
+        ranks.on_main(lambda: save_masks(masks, mask_options, size, reps, seed, sides, batch_size))
     reconstruct = Reconstructor(config, model, mask_options, reps, seed, device, rows)
-    for side, images in sides.items():
-        adopt_side(folder, side, settings, entries[side])
-        reconstruct_side(folder, side, images, reconstruct, batch_size)
+    reconstruct_missing(folder, sides, reconstruct, batch_size, missing, ranks)
     console.say(f"reconstructions: {folder.path}")
     if "neg" in sides:
         console.say(f"next: python detect.py --result_path {folder.path} --reps {reps} --metric MSE")

@@ -2,6 +2,9 @@
 
 Everything random is keyed by (config.seed, step), so a run that was killed and started again ends with the same
 weights, bit for bit on a CPU, as one that never was.
+
+Several processes (`distributed.Ranks`) share each batch: every rank has the images, the times and the noise that the
+whole batch would give its part, so the gradient is that of one process up to rounding.  Rank 0 alone writes.
 """
 
 import contextlib
@@ -23,6 +26,7 @@ import sde_lib
 import storage
 from configs.base import to_dict
 from console import UserError, choose, progress, say
+from distributed import ALONE
 from models.score import ScoreModel
 
 META_CHECKPOINT = Path("checkpoints-meta") / "checkpoint.pth"
@@ -40,15 +44,26 @@ class Trainer:
         device: torch.device.
         data_root: where data sets lie.
         workers: threads that decode images, see `datasets.load`.
+        ranks: the processes that train together.
+
+    Raises:
+        UserError: a config of which nothing can be built, or a batch of fewer images than there are ranks.
     """
 
-    def __init__(self, config, workdir, device, data_root, workers=None):
+    def __init__(self, config, workdir, device, data_root, workers=None, ranks=ALONE):
         self.config, self.workdir, self.device = config, Path(workdir), device
         self.data_root, self.workers = data_root, workers
+        self.ranks, self.share = ranks, ranks.share(config.training.batch_size)
+        if 1 <= config.training.batch_size < ranks.world_size:
+            raise UserError(
+                f"a batch of {config.training.batch_size} images cannot be shared by {ranks.world_size} processes; "
+                "raise config.training.batch_size or start fewer"
+            )
         torch.manual_seed(noise.key(config.seed, "initialisation") & (2**63 - 1))
         net = models.create_model(config).to(device, memory_format=torch.channels_last)
         self.sde = sde_lib.create_sde(config)
         self.model = ScoreModel(net, self.sde, config.training.continuous)
+        self.shared_model = ScoreModel(ranks.wrap(net), self.sde, config.training.continuous)  # for training steps
         self.loss = losses.create_loss(config, self.sde)
         self.state = losses.create_state(config, net)
 
@@ -78,6 +93,7 @@ class Trainer:
             random_flip=training and data.random_flip,
             uniform_dequantization=training and data.uniform_dequantization,
             centered=data.centered,
+            share=self.share if training else slice(None),
         )
 
     def draws(self, x, *words):
@@ -85,12 +101,26 @@ class Trainer:
         return losses.Draws.keyed(x.shape, self.sde.N, self.config.seed, *words, device=self.device)
 
     def train_step(self, x):
-        """One step on x (B, C, H, W); returns the loss, a scalar tensor."""
-        step = self.state.step
+        """One step on this rank's share x (B, C, H, W) of the batch; returns the share's part of the loss, a scalar.
+
+        The mean of the parts over the ranks is the loss of the whole batch.
+        """
+        step, ranks, batch = self.state.step, self.ranks, self.config.training.batch_size
         # dropout takes no generator: it is the one user of the global one, keyed anew for every step
-        torch.manual_seed(noise.key(self.config.seed, "dropout", step) & (2**63 - 1))
-        draws = self.draws(x, "train", step)
-        return losses.train_step(self.state, self.loss, self.model, x, draws, self.config)
+        words = (step,) if ranks.world_size == 1 else (step, ranks.rank)
+        torch.manual_seed(noise.key(self.config.seed, "dropout", *words) & (2**63 - 1))
+        draws = losses.Draws.keyed(
+            (batch, *x.shape[1:]),
+            self.sde.N,
+            self.config.seed,
+            "train",
+            step,
+            device=self.device,
+            share=self.share,
+        )
+        weight = len(x) * ranks.world_size / batch  # 1, unless the shares differ
+        part = lambda model, x, draws: self.loss(model, x, draws) * weight
+        return losses.train_step(self.state, part, self.shared_model, x, draws, self.config)
 
     def with_ema(self):
         """A context in which the network has the EMA weights and is in eval mode."""
@@ -139,7 +169,7 @@ class _EMAWeights:
 # ------------------------------------------------------------------------------------------------------- training
 
 
-def train(config, workdir, device, data_root, workers=None):
+def train(config, workdir, device, data_root, workers=None, ranks=ALONE):
     """Trains a score model; continues where an earlier run in the same work folder stopped.
 
     Writes `stdout.txt`, `tensorboard/`, `checkpoints/checkpoint_{k}.pth`, `checkpoints-meta/checkpoint.pth` and
@@ -151,21 +181,26 @@ def train(config, workdir, device, data_root, workers=None):
         device: torch.device.
         data_root: where data sets lie, or are downloaded to.
         workers: threads that decode images, see `datasets.load`.
+        ranks: the processes that train together; all of them call this.
 
     Raises:
         UserError: bad config or data, a checkpoint that does not fit, or a loss that is not finite.
     """
-    trainer = Trainer(config, workdir, device, data_root, workers)
+    trainer = Trainer(config, workdir, device, data_root, workers, ranks)
     resumed = trainer.resume()
     first, last = trainer.state.step, config.training.n_iters
+    ranks.check_same(first, "checkpoints")
     if first > last:
         say(f"already trained: {trainer.workdir / META_CHECKPOINT} is at step {first - 1} of {last}")
         return
     if config.training.snapshot_sampling:
         _sampler(config, trainer.sde)  # what cannot be sampled is told before the first step
-    train_batches, test_batches = trainer.batches("train"), trainer.batches("test")
-    log = Log(trainer.workdir, first)
-    log.line(_headline(trainer, len(train_batches.images), first if resumed else None))
+    train_batches, test_batches, log = ranks.in_turn(lambda: trainer.batches("train")), None, None
+    ranks.check_same(len(train_batches.images), "training images")
+    with ranks.together():
+        if ranks.is_main:
+            test_batches, log = trainer.batches("test"), Log(trainer.workdir, first)
+            log.line(_headline(trainer, len(train_batches.images), first if resumed else None))
     bar = progress(total=last + 1, initial=first, unit="step", desc="training")
     try:
         with _noted_interrupt() as interrupted:
@@ -173,14 +208,15 @@ def train(config, workdir, device, data_root, workers=None):
                 value = trainer.train_step(train_batches.batch(step))
                 bar.update()
                 _after_step(trainer, log, test_batches, step, value)
-                if interrupted:
-                    trainer.save(META_CHECKPOINT)
+                if ranks.any(interrupted):  # not all may have been, yet all stop here
+                    ranks.on_main(lambda: trainer.save(META_CHECKPOINT))
                     raise KeyboardInterrupt
     finally:
         bar.close()
-        if count := len(train_batches.images.skipped):
-            log.line(f"images left out because they could not be used: {count}")
-        log.close()
+        if log:
+            if count := len(train_batches.images.skipped):
+                log.line(f"images left out because they could not be used: {count}")
+            log.close()
     say(f"trained: checkpoints are in {trainer.workdir / 'checkpoints'}, the log in {trainer.workdir / 'stdout.txt'}")
 
 
@@ -213,29 +249,46 @@ def _headline(trainer, images, resumed_at):
     )
 
 
-def _after_step(trainer, log, test_batches, step, value):
-    """Logs, evaluates and saves where `step` is due; `value` is the step's loss, a scalar tensor."""
-    training = trainer.config.training
+def _due(training, step):
+    """What follows a step, for `config.training`: a set of 'log', 'evaluate', 'snapshot' and 'preemption'."""
     final = step == training.n_iters
-    saving = final or (step and step % training.snapshot_freq == 0)
-    preemption = final or (step and step % training.snapshot_freq_for_preemption == 0)
-    if step % training.log_freq == 0 or saving or preemption:
-        value = value.item()
+    table = {
+        "log": step % training.log_freq == 0,
+        "evaluate": step % training.eval_freq == 0,
+        "snapshot": final or (step and step % training.snapshot_freq == 0),
+        "preemption": final or (step and step % training.snapshot_freq_for_preemption == 0),
+    }
+    return {name for name, now in table.items() if now}
+
+
+def _after_step(trainer, log, test_batches, step, part):
+    """Logs, evaluates and saves what is due after `step`; `part` is what `Trainer.train_step` gave, a scalar tensor."""
+    ranks, due, value = trainer.ranks, _due(trainer.config.training, step), None
+    if due - {"evaluate"}:
+        value = ranks.mean(part.item())
         if not math.isfinite(value):
             raise UserError(f"the loss is {value} at step {step}: {_DIVERGED}")
-        if step % training.log_freq == 0:
-            log.scalar("training_loss", value, step)
-    if step % training.eval_freq == 0:
+    if due:
+        with ranks.together():
+            if ranks.is_main:
+                _write_due(trainer, log, test_batches, step, value, due)
+
+
+def _write_due(trainer, log, test_batches, step, value, due):
+    training = trainer.config.training
+    if "log" in due:
+        log.scalar("training_loss", value, step)
+    if "evaluate" in due:
         with trainer.with_ema():
             log.scalar("eval_loss", trainer.loss_on(test_batches.batch(step), "eval", step), step)
-    if saving:
+    if "snapshot" in due:
         trainer.save(Path("checkpoints") / f"checkpoint_{step // training.snapshot_freq}.pth")
         if training.snapshot_sampling:
             with trainer.with_ema():
                 folder = trainer.workdir / "samples" / f"iter_{step}"
                 write_samples(folder, draw_samples(trainer, training.batch_size, step))
             log.line(f"samples of step {step} are in {folder}")
-    if preemption:  # last: a run killed before it makes the files above again
+    if "preemption" in due:  # last: a run killed before it makes the files above again
         trainer.save(META_CHECKPOINT)
 
 

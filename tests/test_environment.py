@@ -36,7 +36,7 @@ LAYERS = [  # from the top; a module imports those below its own layer
     ("datasets",),
     ("models",),
     ("metrics",),
-    ("configs", "sde_lib", "masks", "noise"),
+    ("configs", "sde_lib", "masks", "noise", "distributed"),
     ("console",),
 ]
 LAYER = {name: index for index, layer in enumerate(LAYERS) for name in layer}
