@@ -102,6 +102,7 @@ MASK_TYPES = {
     "checkerboard": lambda o: checkerboard_mask(o["size"], o["num_blocks"]),
     "checkerboard_alt": lambda o: checkerboard_mask(o["size"], o["num_blocks"], complement=o["rep"] % 2 == 1),
     "random": lambda o: random_mask(o["size"], o["patch_size"], o["ratio"], o["generator"]),
+    "none": lambda o: torch.zeros(1, 1, o["size"], o["size"]),  # nothing is known, as with --lift noise
     "file": lambda o: o["file_mask"],
 }
 _NAMES = {
@@ -109,6 +110,7 @@ _NAMES = {
     "checkerboard": "checkerboard_blocks{num_blocks}",
     "checkerboard_alt": "checkerboard_alt_blocks{num_blocks}",
     "random": "random_patch{patch_size}_ratio{ratio}",
+    "none": "none",
     "file": "file_{stem}",
 }
 
@@ -150,7 +152,8 @@ def mask_name(mask_type, num_blocks=4, patch_size=4, ratio=0.5, identifier=None,
         file_path: the mask file, for `file`.
 
     Returns:
-        str: center | checkerboard_blocks8 | checkerboard_alt_blocks8 | random_patch4_ratio0.5 | file_<tag or stem>.
+        str: center | checkerboard_blocks8 | checkerboard_alt_blocks8 | random_patch4_ratio0.5 | none |
+            file_<tag or stem>.
 
     Raises:
         UserError: unknown type, a tag that is no file name, or `file` with neither tag nor file.

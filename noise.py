@@ -21,7 +21,7 @@ _MIX_2 = 0x94D049BB133111EB - 2**64
 _CPU_CHUNK = 1 << 17  # normals made at a time on a CPU: the passes over a chunk stay in the L2 cache
 
 # What a draw of one integration step is for; part of its key, so the numbers must not change.
-PURPOSES = {"prior": 0, "corrector": 1, "constrain": 2, "predictor": 3, "reconstrain": 4}
+PURPOSES = {"prior": 0, "corrector": 1, "constrain": 2, "predictor": 3, "reconstrain": 4, "return": 5}
 _MAX_PURPOSES = 1 << 16
 
 

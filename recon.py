@@ -31,7 +31,28 @@ def define_flags():
     flags.DEFINE_string(
         "ckpt_path", None, "The checkpoint (.pth), EMA weights (.safetensors), or a folder of diffusers'."
     )
-    flags.DEFINE_integer("reps_per_image", 1, "Reconstructions of each image.", lower_bound=1)
+    flags.DEFINE_integer(
+        "reps_per_image", 1, "Reconstructions of each image; --sampler fast and best bring their own.", lower_bound=1
+    )
+    flags.DEFINE_string(
+        "sampler",
+        None,
+        "published; fast or best, complete settings with few network evaluations (README); or a solver by itself: "
+        "euler, ddim, dpmpp_2m, sde_dpmpp_2m. By default the config's.",
+    )
+    flags.DEFINE_integer("steps", None, "Steps of the sampler; by default the config's.", lower_bound=1)
+    flags.DEFINE_string("time_grid", None, "Where the steps are: uniform, lambda (in ln(alpha / std)) or quadratic.")
+    flags.DEFINE_float("t_start", None, "The time to start from, at most 1, which is pure noise.")
+    flags.DEFINE_float("eta", None, "Sampler ddim: share of fresh noise, from 0 (deterministic) to 1 (ancestral).")
+    flags.DEFINE_string("constraint", None, "Known pixels are held in the state (replace) or the prediction (project).")
+    flags.DEFINE_integer("returns", None, "How often each step is taken back and repeated (RePaint).", lower_bound=0)
+    flags.DEFINE_string(
+        "lift", None, "What is taken from an image: mask (its unknown pixels), noise (up to t_start), or both."
+    )
+    flags.DEFINE_string(
+        "precision", "fp32", "fp32, bf16 (faster, about the same scores), or auto: bf16 on a GPU that has it."
+    )
+    flags.DEFINE_bool("compile", False, "Compile the network first: faster for long runs.")
     flags.DEFINE_integer("batch_size", 100, "Images per batch file.", lower_bound=1)
     flags.DEFINE_string("in_domain", None, f"The in-domain images: {_SOURCE}.")
     flags.DEFINE_string(
@@ -39,7 +60,7 @@ def define_flags():
     )
     flags.DEFINE_bool("id_center_crop", True, "Crop in-domain files to their centre square; else squeeze them.")
     flags.DEFINE_bool("ood_center_crop", True, "Crop out-of-domain files to their centre square; else squeeze them.")
-    flags.DEFINE_string("mask_type", "center", "center, checkerboard, checkerboard_alt, random or file.")
+    flags.DEFINE_string("mask_type", "center", "center, checkerboard, checkerboard_alt, random, none or file.")
     flags.DEFINE_bool("save_mask", False, "Write the masks as pictures (white = known); --mask_file_path reads them.")
     flags.DEFINE_integer("mask_num_blocks", 4, "Checkerboards: blocks an edge.")
     flags.DEFINE_integer("mask_patch_size", 4, "Random masks: pixels an edge of a patch.")
@@ -147,16 +168,27 @@ class Reconstructor:
         import datasets
         import noise
 
-        batch, size = len(images), images.shape[-1]
+        batch, size, on_gpu = len(images), images.shape[-1], self.device.type == "cuda"
         masks = self.mask_options.stack(size, self.reps, self.seed, "mask", name, index)  # (R, 1, H, W)
-        data = datasets.to_model_range(images.to(self.device), self.config.data.centered)  # (B, C, H, W)
+        if on_gpu:
+            images = images.pin_memory()
+        data = datasets.to_model_range(images.to(self.device, non_blocking=True), self.config.data.centered)
         keys = noise.image_keys(self.seed, name, positions, range(self.reps))  # (R B,): all of rep 0, then of rep 1
         device_masks = masks.to(self.device)
-        recon = torch.empty(self.reps * batch, *data.shape[1:])
-        for rows in torch.arange(self.reps * batch).split(self._rows_at_once(batch)):
+        recon = torch.empty(self.reps * batch, *data.shape[1:], pin_memory=on_gpu)
+        done = 0
+        while done < len(recon):
+            rows = torch.arange(done, min(done + self._rows_at_once(batch), len(recon)))
             image, rep = (rows % batch).to(self.device), (rows // batch).to(self.device)
-            filled = self._inpaint(data[image], device_masks[rep], keys[rows], batch, on_step)
-            recon[rows] = datasets.to_data_range(filled, self.config.data.centered).cpu()
+            try:
+                filled = self._inpaint(data[image], device_masks[rep], keys[rows], batch, on_step)
+            except torch.OutOfMemoryError as error:
+                self._halve_rows(batch, error)
+                continue
+            done += len(rows)
+            recon[rows[0] : done].copy_(datasets.to_data_range(filled, self.config.data.centered), non_blocking=True)
+        if on_gpu:
+            torch.cuda.synchronize(self.device)  # the copies have arrived
         if not torch.isfinite(recon).all():
             raise console.UserError(
                 f"the reconstructions of batch {index} of {name} are NaN or infinite: the model's weights or the "
@@ -164,6 +196,18 @@ class Reconstructor:
             )
         orig = datasets.to_model_range(images, centered=False)
         return orig, masks, recon.view(self.reps, batch, *data.shape[1:])
+
+    def _halve_rows(self, batch, error):
+        """After the GPU's memory ran out: go on with half as many trajectories at once."""
+        import torch
+
+        before = self._rows_at_once(batch)
+        self.rows = max(1, before // 2)
+        if self._rows_at_once(batch) >= before:
+            raise console.UserError(
+                f"{self.device} has too little memory for this batch; lower --batch_size"
+            ) from error
+        torch.cuda.empty_cache()
 
     def _rows_at_once(self, batch):
         """Trajectories per call; whole repetitions where Langevin's step size ties the images of a batch together."""
@@ -173,36 +217,35 @@ class Reconstructor:
 
     def _inpaint(self, data, masks, keys, batch, on_step):
         import noise
-        import sampling
 
-        sde, options = self.model.sde, self.config.sampling
-        predictor, corrector = sampling.create_solvers(self.config, sde, group=batch)
-        return sampling.inpaint(
+        return self.process(group=batch).inpaint(
             self.model,
-            sde,
             data,
             masks,
             noise.KeyedNoise(keys, data.shape[1:], self.device),
-            predictor=predictor,
-            corrector=corrector,
-            denoise=options.noise_removal,
             on_step=on_step and (lambda: on_step(len(data))),
         )
 
+    def process(self, group=None):
+        """The `sampling.Process` of the config; `group` is the number of images in the batch."""
+        import sampling
 
-def load_model(config, ckpt_path, device):
+        return sampling.create_process(self.config, self.model.sde, group)
+
+
+def load_model(config, ckpt_path, device, precision="fp32", compiled=False):
     """The score model of a checkpoint's EMA weights, in eval mode, and how many steps it was trained, 0 if unknown.
 
-    Raises:
-        UserError: see `storage.load_ema_weights` and `models.diffusers_weights.load`.
-    """
-    import torch
+    Precision and `compiled` as in `models.inference.prepare`.
 
+    Raises:
+        UserError: see `storage.load_ema_weights`, `models.diffusers_weights.load` and `models.inference.prepare`.
+    """
     import models
     import sde_lib
     import storage
     from configs.base import to_dict
-    from models import diffusers_weights
+    from models import diffusers_weights, inference
     from models.score import ScoreModel
 
     if Path(ckpt_path).is_dir():
@@ -210,7 +253,7 @@ def load_model(config, ckpt_path, device):
     else:
         net = models.create_model(config)
         step = storage.load_ema_weights(ckpt_path, net, to_dict(config))
-    net = net.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    net = inference.prepare(net, device, precision, compiled)
     return ScoreModel(net, sde_lib.create_sde(config), config.training.continuous), step
 
 
@@ -305,15 +348,50 @@ def reconstruct_side(folder, side, images, reconstruct, batch_size, missing, not
     """
     import storage
 
-    trajectories = sum(len(images.positions[i * batch_size : (i + 1) * batch_size]) for i in missing) * reconstruct.reps
-    total = trajectories * reconstruct.model.sde.N
+    spans = {i: (i * batch_size, min((i + 1) * batch_size, len(images))) for i in missing}
+    trajectories = sum(stop - start for start, stop in spans.values()) * reconstruct.reps
+    total = trajectories * reconstruct.process().steps
     label = f"{storage.SIDES[side]} {images.name}{note}"
-    with console.progress(total=total, unit="steps", unit_scale=True, desc=label) as bar:
-        for index in missing:
-            start, stop = index * batch_size, min((index + 1) * batch_size, len(images))
-            pixels, positions = images.read(start, stop), images.positions[start:stop]
-            orig, masks, recon = reconstruct(pixels, images.name, positions, index, bar.update)
-            folder.write_batch(side, index, orig, [orig * mask for mask in masks], recon.unbind())
+
+    def write(index, orig, masks, recon):
+        folder.write_batch(side, index, orig, [orig * mask for mask in masks], recon.unbind())
+
+    bar = console.progress(total=total, unit="steps", unit_scale=True, desc=label)
+    with bar, Background() as reader, Background() as writer:
+        pending = reader.submit(images.read, *spans[missing[0]])
+        for index, following in zip(missing, [*missing[1:], None], strict=True):
+            pixels, positions = pending.result(), images.positions[slice(*spans[index])]
+            if following is not None:
+                pending = reader.submit(images.read, *spans[following])
+            writer.submit(write, index, *reconstruct(pixels, images.name, positions, index, bar.update))
+
+
+class Background:
+    """A thread that does one thing at a time; the first failure ends the block.
+
+    `submit` waits for what was submitted before, so at most one result waits in memory; leaving the block waits for
+    the last.
+    """
+
+    def __init__(self):
+        import concurrent.futures
+
+        self._pool, self._last = concurrent.futures.ThreadPoolExecutor(max_workers=1), None
+
+    def submit(self, work, *arguments):
+        """The future of work(*arguments); raises what the work before it raised."""
+        if self._last is not None:
+            self._last.result()
+        self._last = self._pool.submit(work, *arguments)
+        return self._last
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *rest):
+        self._pool.shutdown(wait=True)
+        if kind is None and self._last is not None:
+            self._last.result()
 
 
 def batches_of(images, batch_size):
@@ -321,8 +399,11 @@ def batches_of(images, batch_size):
     return -(-len(images) // batch_size)
 
 
-def describe_settings(config, ckpt_path, mask_options, reps, seed):
-    """What determines both sides' reconstructions, as JSON types: the manifest's `settings`."""
+def describe_settings(config, ckpt_path, mask_options, reps, seed, precision="fp32"):
+    """What determines both sides' reconstructions, as JSON types: the manifest's `settings`.
+
+    Compiling changes nothing but rounding, and is left out.
+    """
     import storage
     from configs.base import to_dict
     from models import diffusers_weights
@@ -343,6 +424,7 @@ def describe_settings(config, ckpt_path, mask_options, reps, seed):
         "mask": mask,
         "reps_per_image": reps,
         "seed": seed,
+        "precision": precision,
     }
 
 
@@ -386,6 +468,30 @@ def save_masks(directory, mask_options, size, reps, seed, sides, batch_size):
     console.say(f"masks: {directory}")
 
 
+def choose_sampler(options):
+    """Writes what the flags say of the sampler into the config; returns the repetitions of each image.
+
+    Args:
+        options: `FLAGS`, or what has the same attributes; a flag given on the command line wins over a preset's value.
+    """
+    import sampling
+
+    settings, reps = options.config.sampling, options.reps_per_image
+    if options.sampler in sampling.PRESETS:
+        values, preset_reps = sampling.PRESETS[options.sampler]
+        settings.update(values)
+        if not options["reps_per_image"].present:
+            reps = preset_reps
+    elif options.sampler is not None:
+        choices = dict.fromkeys([sampling.PUBLISHED, *sampling.PRESETS, *sampling.SAMPLERS])
+        console.choose(options.sampler, choices, "sampler (--sampler)")
+        settings.sampler = options.sampler
+    for name in ("steps", "time_grid", "t_start", "eta", "constraint", "returns", "lift"):
+        if options[name].value is not None:
+            settings[name] = options[name].value
+    return reps
+
+
 def main(_):
     mask_type = FLAGS.mask_type
     if FLAGS.mask_file_path and mask_type != "file":
@@ -394,6 +500,9 @@ def main(_):
         mask_type = "file"
     if FLAGS.mask_save_dir and not FLAGS.save_mask:
         raise console.UserError("--mask_save_dir goes with --save_mask; add it or leave both out")
+    config, reps = FLAGS.config, choose_sampler(FLAGS)
+    if config.sampling.lift == "noise":
+        mask_type = "none"  # nothing is known
     mask_options = MaskOptions(
         mask_type,
         FLAGS.mask_num_blocks,
@@ -402,7 +511,6 @@ def main(_):
         FLAGS.mask_file_path,
         FLAGS.mask_identifier,
     )
-    config = FLAGS.config
     seed = config.seed if FLAGS.seed is None else FLAGS.seed
     sources = {"pos": (FLAGS.in_domain, FLAGS.id_center_crop)}
     if FLAGS.out_of_domain:
@@ -416,7 +524,7 @@ def main(_):
             workdir=FLAGS.workdir,
             sources=sources,
             mask_options=mask_options,
-            reps=FLAGS.reps_per_image,
+            reps=reps,
             batch_size=FLAGS.batch_size,
             seed=seed,
             device=device,
@@ -425,6 +533,8 @@ def main(_):
             workers=FLAGS.workers,
             match_resolution=FLAGS.match_resolution,
             memory_gb=FLAGS.memory_gb,
+            precision=FLAGS.precision,
+            compiled=FLAGS.compile,
             mask_directory=(FLAGS.mask_save_dir or "") if FLAGS.save_mask else None,
             ranks=ranks,
         )
@@ -446,6 +556,8 @@ def run(
     workers=None,
     match_resolution=False,
     memory_gb=None,
+    precision="fp32",
+    compiled=False,
     mask_directory=None,
     ranks=distributed.ALONE,
 ):
@@ -456,8 +568,8 @@ def run(
         sources: side ('pos', 'neg') -> (source of images, whether to crop them).
         mask_options: a `MaskOptions`.
         mask_directory: where to write masks; "" for masks/ in the results folder, None for nowhere.
-        ckpt_path, workdir, reps, batch_size, seed, max_images, data_root, workers, match_resolution, memory_gb: as
-            the flags.
+        ckpt_path, workdir, reps, batch_size, seed, max_images, data_root, workers, match_resolution, memory_gb,
+            precision, compiled: as the flags.
         device: torch.device.
         ranks: the processes that share the batches; all of them call this.
 
@@ -468,17 +580,18 @@ def run(
         UserError: for bad input; what was written before stays.
     """
     import sampling
+    import sde_lib
     import storage
 
     size = config.data.image_size
     mask_options.stack(size, 1, seed)  # a mask that does not fit is told before anything long or written
     folder = storage.ResultsFolder(Path(workdir) / f"{mask_options.name}_reps{reps}")
-    model, step = load_model(config, ckpt_path, device)
-    sampling.create_solvers(config, model.sde)  # so is a solver that the SDE does not have
+    sampling.create_process(config, sde_lib.create_sde(config))  # so are settings that cannot be
+    model, step = load_model(config, ckpt_path, device, precision, compiled)
     rows = rows_within(memory_gb, config, device)
     options = {"data_root": data_root, "max_images": max_images, "workers": workers}
     sides = ranks.in_turn(lambda: load_sides(config, sources, match_resolution, **options))
-    settings = describe_settings(config, ckpt_path, mask_options, reps, seed)
+    settings = describe_settings(config, ckpt_path, mask_options, reps, seed, precision)
     entries = {side: describe_side(images, batch_size, sources[side][1]) for side, images in sides.items()}
     ranks.check_same((settings, entries), "settings or images")
     versions = _versions(ckpt_path, step, device)

@@ -5,9 +5,11 @@ share one time.  beta(t) = beta_min + t (beta_max - beta_min), L(t) = -t^2 (beta
 """
 
 import abc
+import copy
 import math
 
 import torch
+import torch.nn.functional as F
 
 from console import choose
 
@@ -32,7 +34,7 @@ class SDE(abc.ABC):
     prior_std = 1.0
 
     def __init__(self, N):
-        self.N = N
+        self._discretise(N)
 
     @abc.abstractmethod
     def sde(self, x, t):
@@ -41,6 +43,24 @@ class SDE(abc.ABC):
     @abc.abstractmethod
     def marginal(self, t):
         """Mean coefficient alpha(t) and standard deviation std(t) of x_t given x_0, each (B,)."""
+
+    @abc.abstractmethod
+    def time_at(self, log_snr):
+        """The time at which ln(alpha(t) / std(t)) has these values: the inverse of `log_snr`, (B,)."""
+
+    def log_snr(self, t):
+        """lambda(t) = ln(alpha(t) / std(t)), half the logarithm of the signal-to-noise ratio; falls with t: (B,)."""
+        alpha, std = self.marginal(t)
+        return alpha.log() - std.log()
+
+    def with_steps(self, N):
+        """The same SDE, discretised in N steps."""
+        other = copy.copy(self)
+        other._discretise(N)
+        return other
+
+    def _discretise(self, N):
+        self.N = N
 
     def discretize(self, x, t):
         """f (B, C, H, W) and G (B,) of x_{i+1} = x_i + f + G z: Euler with dt = 1/N unless the SDE has its own."""
@@ -83,9 +103,12 @@ class VPSDE(SDE):
     """
 
     def __init__(self, beta_min=0.1, beta_max=20.0, N=1000):
-        super().__init__(N)
         self.beta_min, self.beta_max = beta_min, beta_max
-        self.betas = torch.linspace(beta_min / N, beta_max / N, N)  # (N,) of the discrete process
+        super().__init__(N)
+
+    def _discretise(self, N):
+        super()._discretise(N)
+        self.betas = torch.linspace(self.beta_min / N, self.beta_max / N, N)  # (N,) of the discrete process
         self.alphas = 1 - self.betas
         self.alphas_bar = torch.cumprod(self.alphas, dim=0)
 
@@ -104,6 +127,14 @@ class VPSDE(SDE):
     def marginal(self, t):
         log_alpha = self.log_alpha(t)
         return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
+
+    def time_at(self, log_snr):
+        return self._time_of(-0.5 * F.softplus(-2 * log_snr))  # alpha^2 = 1 / (1 + exp(-2 lambda))
+
+    def _time_of(self, log_alpha):
+        """The time at which L(t) has these values: the positive root of a quadratic, written without cancellation."""
+        slope, half = self.beta_max - self.beta_min, 0.5 * self.beta_min
+        return -2 * log_alpha / (half + (half**2 - slope * log_alpha).sqrt())
 
     def discretize(self, x, t):
         """DDPM's discretisation: f = sqrt(1 - beta_k) x - x, G = sqrt(beta_k)."""
@@ -131,6 +162,10 @@ class SubVPSDE(VPSDE):
         log_alpha = self.log_alpha(t)
         return log_alpha.exp(), -torch.expm1(2 * log_alpha)
 
+    def time_at(self, log_snr):
+        # alpha / (1 - alpha^2) = exp(lambda): with exp(-lambda) = 2 sinh(y), alpha = exp(-y)
+        return self._time_of(-torch.asinh(0.5 * torch.exp(-log_snr)))
+
     def discretize(self, x, t):
         return SDE.discretize(self, x, t)
 
@@ -146,8 +181,12 @@ class VESDE(SDE):
     eps = 1e-5
 
     def __init__(self, sigma_min=0.01, sigma_max=50.0, N=1000):
-        super().__init__(N)
         self.sigma_min, self.sigma_max, self.prior_std = sigma_min, sigma_max, sigma_max
+        super().__init__(N)
+
+    def _discretise(self, N):
+        super()._discretise(N)
+        sigma_min, sigma_max = self.sigma_min, self.sigma_max
         self.sigmas = torch.exp(torch.linspace(math.log(sigma_min), math.log(sigma_max), N))  # (N,) ascending
 
     def sigma(self, t):
@@ -160,6 +199,9 @@ class VESDE(SDE):
     def marginal(self, t):
         sigma = self.sigma(t)
         return torch.ones_like(sigma), sigma
+
+    def time_at(self, log_snr):
+        return (-log_snr - math.log(self.sigma_min)) / math.log(self.sigma_max / self.sigma_min)
 
     def discretize(self, x, t):
         """SMLD's discretisation: f = 0, G = sqrt(sigma_k^2 - sigma_{k-1}^2) with sigma_{-1} = 0."""

@@ -352,12 +352,11 @@ def _sampler(config, sde):
 
 
 def _predictor_corrector(config, sde):
-    predictor, corrector = sampling.create_solvers(config, sde)
-    options = {"predictor": predictor, "corrector": corrector, "denoise": config.sampling.noise_removal}
+    process = sampling.create_process(config, sde)
 
     def sample(model, noise):
-        with progress(total=sde.N, unit="step", desc="sampling", leave=False) as bar:
-            return sampling.sample(model, sde, noise, on_step=bar.update, **options)
+        with progress(total=process.steps, unit="step", desc="sampling", leave=False) as bar:
+            return process.sample(model, noise, on_step=bar.update)
 
     return sample
 

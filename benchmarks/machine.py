@@ -1,7 +1,10 @@
 """The machine's own float32 matrix rate, counted operations, and fair timing of alternatives."""
 
+import hashlib
+import importlib.util
 import platform
 import time
+from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -52,6 +55,19 @@ def alternate(calls, rounds):
 def median(values):
     """The median of a list of numbers."""
     return sorted(values)[len(values) // 2]
+
+
+def load_config(path):
+    """The config tree of a config file."""
+    spec = importlib.util.spec_from_file_location("config", Path(path))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def digest(tensor):
+    """A short text that stands for a tensor's values."""
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
 def describe():

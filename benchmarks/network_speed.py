@@ -11,9 +11,7 @@ machine's own float32 matrix rate, measured in the same run.  Also: what keyed n
 """
 
 import argparse
-import importlib.util
 import multiprocessing
-from pathlib import Path
 
 import torch
 
@@ -36,7 +34,7 @@ def main():
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    config = _load(options.config)
+    config = machine.load_config(options.config)
     sde, x = sde_lib.create_sde(config), images(config, options.batch_size)
     print(f"{options.config}, batch {options.batch_size}; {machine.describe()}")
     rate = machine.matrix_rate()
@@ -76,7 +74,7 @@ def in_turns(options, steps):
 
 
 def _serve(pipe, version, path, batch_size):
-    config = _load(path)
+    config = machine.load_config(path)
     calls = VERSIONS[version](config, sde_lib.create_sde(config), images(config, batch_size))
     while (step := pipe.recv()) is not None:
         pipe.send(machine.timed(calls[step]))
@@ -122,13 +120,6 @@ VERSIONS = {"plain": plain_calls, "ours": our_calls}
 
 def _mask(x):
     return (torch.arange(x.shape[-1]) % 2).float().expand(1, 1, *x.shape[2:])
-
-
-def _load(path):
-    spec = importlib.util.spec_from_file_location("config", Path(path))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
 
 
 def keyed_noise(config, sde, x):

@@ -6,10 +6,25 @@ import sde_lib
 from sde_lib import per_image
 
 
-class ScoreModel:
-    """Score, noise and clean-image prediction of a network under an SDE.
+class Score:
+    """What follows from a score: noise and clean-image prediction.
 
-    Times t are (B,), or (1,) when all images share one; x is (B, C, H, W) in the model's range.
+    A subclass is called as score(x, t), gives grad_x log p_t(x), and has the SDE as `sde`.  Times t are (B,), or (1,)
+    when all images share one; x is (B, C, H, W) in the model's range.
+    """
+
+    def eps(self, x, t):
+        """The predicted noise, -std(t) score: (B, C, H, W)."""
+        return -per_image(self.sde.marginal(t)[1]) * self(x, t)
+
+    def x0(self, x, t):
+        """The predicted clean image, (x + std^2 score) / alpha (Tweedie's formula): (B, C, H, W)."""
+        alpha, std = self.sde.marginal(t)
+        return (x + per_image(std**2) * self(x, t)) / per_image(alpha)
+
+
+class ScoreModel(Score):
+    """The score that a network predicts.
 
     Args:
         net: called as net(x, labels).
@@ -24,15 +39,6 @@ class ScoreModel:
     def __call__(self, x, t):
         """The score, grad_x log p_t(x): (B, C, H, W)."""
         return self._score(x, t)
-
-    def eps(self, x, t):
-        """The predicted noise, -std(t) score: (B, C, H, W)."""
-        return -per_image(self.sde.marginal(t)[1]) * self(x, t)
-
-    def x0(self, x, t):
-        """The predicted clean image, (x + std^2 score) / alpha (Tweedie's formula): (B, C, H, W)."""
-        alpha, std = self.sde.marginal(t)
-        return (x + per_image(std**2) * self(x, t)) / per_image(alpha)
 
     def _vp_score(self, x, t):
         if self.continuous:

@@ -8,7 +8,7 @@ import torch
 
 import models
 import sde_lib
-from models.score import ScoreModel
+from models.score import Score, ScoreModel
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -55,7 +55,7 @@ def filled_model(config):
     return ScoreModel(net, sde_lib.create_sde(config), config.training.continuous)
 
 
-class GaussianScore:
+class GaussianScore(Score):
     """The exact score of data N(mean, cov), mean (D,), under an SDE: -(alpha^2 cov + std^2 I)^-1 (x - alpha mean)."""
 
     def __init__(self, sde, mean, cov):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from helpers import ROOT
 
 import console
 import distributed
+import sampling
 import storage
 
 COMMANDS = ("main.py", "recon.py", "detect.py")
@@ -113,6 +113,8 @@ FLAGS = {
         "mask_ratio": "0.5", "mask_file_path": None, "mask_save_dir": None, "mask_identifier": None,
         "max_images": None, "match_resolution": "false", "data_root": "./data", "workers": None,
         "seed": None, "device": None, "memory_gb": None,
+        "sampler": None, "steps": None, "time_grid": None, "t_start": None, "eta": None, "constraint": None,
+        "returns": None, "lift": None, "precision": "fp32", "compile": "false",
     },
     "detect.py": {"result_path": None, "metric": "LPIPS", "reps": "1", "device": "auto", "resize_type": "bicubic"},
 }  # fmt: skip
@@ -152,8 +154,12 @@ def test_help_imports_nothing_heavy(command):
 CALLED = """
 import json, types
 import console, recon
+from configs import base
+changed = lambda config: {n: v for n, v in config.sampling.items() if v != base.TREE["sampling"][n]}
 recon.define_flags()
-recon.run = lambda config, **options: print(json.dumps({"width": config.model.nf, **options}, default=vars))
+recon.run = lambda config, **options: print(json.dumps(
+    {"width": config.model.nf, "sampling": changed(config), **options}, default=vars
+))
 console.choose_device = lambda name: types.SimpleNamespace(type=name)
 console.run(recon.main)
 """
@@ -162,7 +168,7 @@ DEFAULTS = {
     "width": 32, "ckpt_path": "c.pth", "workdir": "w", "sources": {"pos": ["MNIST", True]}, "reps": 1,
     "batch_size": 100, "seed": 42, "device": {"type": "auto"}, "max_images": None, "data_root": "./data",
     "workers": None, "match_resolution": False, "memory_gb": None, "ranks": vars(distributed.ALONE),
-    "mask_directory": None, "mask_options": {
+    "precision": "fp32", "compiled": False, "sampling": {}, "mask_directory": None, "mask_options": {
         "mask_type": "center", "num_blocks": 4, "patch_size": 4, "ratio": 0.5, "file_path": None, "identifier": None,
     },
 }  # fmt: skip
@@ -185,8 +191,14 @@ def test_recon_flags_have_their_effects():
         "--reps_per_image=10", "--batch_size=200", "--seed=7", "--device=cpu", "--max_images=3", "--data_root=d",
         "--workers=2", "--match_resolution", "--memory_gb=2.5", "--save_mask", "--mask_save_dir=m",
         "--mask_type=random", "--mask_num_blocks=8", "--mask_patch_size=2", "--mask_ratio=0.3",
-        "--mask_identifier=tag",
+        "--mask_identifier=tag", "--sampler=ddim", "--steps=7", "--time_grid=lambda", "--t_start=0.8", "--eta=0.5",
+        "--constraint=project", "--returns=1", "--lift=both", "--precision=bf16", "--compile",
     ) == {
+        "sampling": {
+            "sampler": "ddim", "steps": 7, "time_grid": "lambda", "t_start": 0.8, "eta": 0.5, "constraint": "project",
+            "returns": 1, "lift": "both",
+        },
+        "precision": "bf16", "compiled": True,
         "width": 64, "ckpt_path": "c.pth", "workdir": "w", "reps": 10, "batch_size": 200, "seed": 7,
         "device": {"type": "cpu"},
         "sources": {"pos": ["MNIST", False], "neg": ["SVHN", False]}, "max_images": 3, "data_root": "d",
@@ -196,6 +208,22 @@ def test_recon_flags_have_their_effects():
             "identifier": "tag",
         },
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["fast", "best"])
+def test_a_preset_brings_its_settings_and_repetitions_and_flags_win(name):
+    values, reps = sampling.PRESETS[name]
+    options = called(f"--sampler={name}")
+    assert (options["sampling"], options["reps"]) == (
+        {n: v for n, v in values.items() if n not in ("eta", "corrector")},
+        reps,
+    )
+    options = called(f"--sampler={name}", "--steps=33", "--reps_per_image=1", "--time_grid=quadratic")
+    assert (options["sampling"]["steps"], options["sampling"]["time_grid"], options["reps"]) == (33, "quadratic", 1)
+
+
+def test_lifting_by_noise_knows_nothing():
+    assert called("--sampler=ddim", "--lift=noise", "--t_start=0.5")["mask_options"]["mask_type"] == "none"
 
 
 def test_a_mask_file_implies_its_type():

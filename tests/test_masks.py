@@ -83,7 +83,7 @@ def test_shape_type_and_both_values(size):
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("checkerbord", {}, "choose one of: center, checkerboard, checkerboard_alt, random, file"),
+        ("checkerbord", {}, "choose one of: center, checkerboard, checkerboard_alt, random, none, file"),
         ("checkerboard", {"num_blocks": 5}, "--mask_num_blocks is 5.*use 2, 4, 8, 16, 32"),
         ("checkerboard_alt", {"num_blocks": 1}, "use 2, 4, 8, 16, 32"),
         ("checkerboard", {"num_blocks": 0}, "use 2, 4"),
@@ -126,7 +126,7 @@ def test_names_cover_every_type():
 
 def test_names_that_cannot_be():
     with pytest.raises(UserError, match="choose one of"):
-        masks.mask_name("none")
+        masks.mask_name("hexagon")
     with pytest.raises(UserError, match="--mask_file_path"):
         masks.mask_name("file")
     with pytest.raises(UserError, match="slashes"):

@@ -59,7 +59,8 @@ def test_mix64_in_place_is_the_same():
 def test_keys_do_not_change():
     """Reconstructions on a user's disk depend on these numbers."""
     assert noise.key(1, "a", 2.5) == int.from_bytes(_blake("(1, 'a', 2.5)"), "little", signed=True)
-    assert noise.PURPOSES == {"prior": 0, "corrector": 1, "constrain": 2, "predictor": 3, "reconstrain": 4}
+    published = {"prior": 0, "corrector": 1, "constrain": 2, "predictor": 3, "reconstrain": 4}
+    assert {**published, "return": 5} == noise.PURPOSES
 
 
 def _blake(text):
@@ -129,7 +130,7 @@ def test_no_pair_of_rows_steps_or_purposes_correlates():
     keys = rows(4, reps=range(2))
     source = KeyedNoise(keys, (3, 32, 32))
     draws = [source(step, purpose).flatten(1) for step in (0, 1, 2, 999) for purpose in noise.PURPOSES]
-    values = torch.cat(draws).double()  # (4 steps * 5 purposes * 8 rows, 3072)
+    values = torch.cat(draws).double()  # (4 steps * 6 purposes * 8 rows, 3072)
     together = torch.corrcoef(values)
     together.fill_diagonal_(0)
     assert together.abs().max() < 5 / 3072**0.5
@@ -176,7 +177,7 @@ def test_any_word_of_the_key_changes_the_numbers():
         for step in draws
         for purpose in noise.PURPOSES
     ]
-    assert len(set(firsts)) == 20 * 3 * 5
+    assert len(set(firsts)) == 20 * 3 * len(noise.PURPOSES)
 
 
 def test_key_tells_types_and_groups_apart():

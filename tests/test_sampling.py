@@ -82,7 +82,7 @@ def test_inpainting_golden(name, path, purposes):
         Recorded(tensor(numbers["noise"]), purposes),
         predictor=predictor,
         corrector=corrector,
-        eps=float(numbers["eps"]),
+        times=sampling.time_grid(model.sde, model.sde.N, float(numbers["eps"])),
     )
     close((result + 1) / 2 if config.data.centered else result, numbers["recon"], rtol=1e-4)
 
