@@ -2,7 +2,9 @@
 
 import hashlib
 import importlib.util
+import multiprocessing
 import platform
+import resource
 import time
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 def matrix_rate(size=2048, seconds=2.0):
     """The best rate of a float32 matrix product of size x size, in FLOP/s."""
-    a, b = torch.randn(2, size, size)
+    a, b = torch.randn(2, size, size, device="cuda" if torch.cuda.is_available() else "cpu")
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         best = min(best, timed(lambda: a @ b))
@@ -27,10 +29,53 @@ def flops(call):
 
 
 def timed(call):
-    """Seconds of one `call()`."""
+    """Seconds of one `call()`, waiting for a GPU."""
     start = time.perf_counter()
     call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def in_turns(build, versions, arguments, steps, rounds):
+    """Alternatives that take turns in processes of their own, each set up as it would be run.
+
+    Args:
+        build: a function of a module, called as build(version, *arguments) in the version's process; gives step ->
+            function of no arguments.
+        versions: names.
+        arguments: what can be sent to a process.
+        steps: names of the steps, each timed `rounds` times after one call to warm up; a version may lack some.
+        rounds: how often.
+
+    Returns:
+        (version, step) -> list of seconds; version -> its peak memory in bytes, of the GPU if there is one.
+    """
+    context, pipes, seconds, memory = multiprocessing.get_context("spawn"), {}, {}, {}
+    for version in versions:
+        pipes[version], theirs = context.Pipe()
+        context.Process(target=_serve, args=(theirs, build, version, arguments), daemon=True).start()
+    for step in steps:
+        for turn in range(rounds + 1):
+            for version, pipe in pipes.items():
+                pipe.send(step)
+                value = pipe.recv()
+                if turn and value is not None:
+                    seconds.setdefault((version, step), []).append(value)
+    for version, pipe in pipes.items():
+        pipe.send(None)
+        memory[version] = pipe.recv()
+    return seconds, memory
+
+
+def _serve(pipe, build, version, arguments):
+    calls = build(version, *arguments)
+    while (step := pipe.recv()) is not None:
+        pipe.send(timed(calls[step]) if step in calls else None)
+    if torch.cuda.is_available():
+        pipe.send(torch.cuda.max_memory_allocated())
+    else:
+        pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 def alternate(calls, rounds):

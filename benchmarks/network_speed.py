@@ -11,7 +11,6 @@ machine's own float32 matrix rate, measured in the same run.  Also: what keyed n
 """
 
 import argparse
-import multiprocessing
 
 import torch
 
@@ -41,7 +40,8 @@ def main():
     print(f"float32 matrix rate: {rate / 1e9:.0f} GFLOP/s")
     print(f"{'step':16} {'version':8} {'ms':>8} {'spread':>13} {'GFLOP/s':>8} {'share':>6} {'rate':>6}")
     counted = plain_calls(config, sde, x)
-    seconds = in_turns(options, counted)
+    arguments = (options.config, options.batch_size)
+    seconds, _ = machine.in_turns(calls_of, VERSIONS, arguments, counted, options.rounds)
     for step, call in counted.items():
         own = {version: [s / STEPS[step] for s in seconds[version, step]] for version in VERSIONS}
         _report(step, own, machine.flops(call) / STEPS[step], rate)
@@ -54,30 +54,10 @@ def images(config, batch_size):
     return torch.rand(shape, generator=noise.generator("benchmark")) * 2 - 1
 
 
-def in_turns(options, steps):
-    """(version, step) -> seconds of each round, the versions taking turns in processes of their own."""
-    context, pipes, seconds = multiprocessing.get_context("spawn"), {}, {}
-    for version in VERSIONS:
-        pipes[version], theirs = context.Pipe()
-        arguments = (theirs, version, options.config, options.batch_size)
-        context.Process(target=_serve, args=arguments, daemon=True).start()
-    for step in steps:
-        for turn in range(options.rounds + 1):
-            for version, pipe in pipes.items():
-                pipe.send(step)
-                value = pipe.recv()
-                if turn:  # the first one warms up
-                    seconds.setdefault((version, step), []).append(value)
-    for pipe in pipes.values():
-        pipe.send(None)
-    return seconds
-
-
-def _serve(pipe, version, path, batch_size):
+def calls_of(version, path, batch_size):
+    """The steps of a version, in its own process."""
     config = machine.load_config(path)
-    calls = VERSIONS[version](config, sde_lib.create_sde(config), images(config, batch_size))
-    while (step := pipe.recv()) is not None:
-        pipe.send(machine.timed(calls[step]))
+    return VERSIONS[version](config, sde_lib.create_sde(config), images(config, batch_size))
 
 
 def plain_calls(config, sde, x):

@@ -159,8 +159,8 @@ class PlainTraining:
 def plain_inpaint(net, sde, data, mask, steps):
     """`steps` steps of the published loop for sub-VP: constrain, Euler-Maruyama, constrain; the same for each image."""
     x = data * mask + torch.randn_like(data) * (1 - mask)
-    for t in torch.linspace(1, 1e-3, sde.N)[:steps]:
-        times = torch.ones(len(data)) * t
+    for t in torch.linspace(1, 1e-3, sde.N, device=data.device)[:steps]:
+        times = torch.ones(len(data), device=data.device) * t
         x = _constrain(sde, x, data, mask, times)
         _, std = sde.marginal(times)
         drift, diffusion = sde.sde(x, times)
