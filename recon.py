@@ -34,25 +34,6 @@ def define_flags():
     flags.DEFINE_integer(
         "reps_per_image", 1, "Reconstructions of each image; --sampler fast and best bring their own.", lower_bound=1
     )
-    flags.DEFINE_string(
-        "sampler",
-        None,
-        "published; fast or best, complete settings with few network evaluations (README); or a solver by itself: "
-        "euler, ddim, dpmpp_2m, sde_dpmpp_2m. By default the config's.",
-    )
-    flags.DEFINE_integer("steps", None, "Steps of the sampler; by default the config's.", lower_bound=1)
-    flags.DEFINE_string("time_grid", None, "Where the steps are: uniform, lambda (in ln(alpha / std)) or quadratic.")
-    flags.DEFINE_float("t_start", None, "The time to start from, at most 1, which is pure noise.")
-    flags.DEFINE_float("eta", None, "Sampler ddim: share of fresh noise, from 0 (deterministic) to 1 (ancestral).")
-    flags.DEFINE_string("constraint", None, "Known pixels are held in the state (replace) or the prediction (project).")
-    flags.DEFINE_integer("returns", None, "How often each step is taken back and repeated (RePaint).", lower_bound=0)
-    flags.DEFINE_string(
-        "lift", None, "What is taken from an image: mask (its unknown pixels), noise (up to t_start), or both."
-    )
-    flags.DEFINE_string(
-        "precision", "fp32", "fp32, bf16 (faster, about the same scores), or auto: bf16 on a GPU that has it."
-    )
-    flags.DEFINE_bool("compile", False, "Compile the network first: faster for long runs.")
     flags.DEFINE_integer("batch_size", 100, "Images per batch file.", lower_bound=1)
     flags.DEFINE_string("in_domain", None, f"The in-domain images: {_SOURCE}.")
     flags.DEFINE_string(
@@ -60,16 +41,6 @@ def define_flags():
     )
     flags.DEFINE_bool("id_center_crop", True, "Crop in-domain files to their centre square; else squeeze them.")
     flags.DEFINE_bool("ood_center_crop", True, "Crop out-of-domain files to their centre square; else squeeze them.")
-    flags.DEFINE_string("mask_type", "center", "center, checkerboard, checkerboard_alt, random, none or file.")
-    flags.DEFINE_bool("save_mask", False, "Write the masks as pictures (white = known); --mask_file_path reads them.")
-    flags.DEFINE_integer("mask_num_blocks", 4, "Checkerboards: blocks an edge.")
-    flags.DEFINE_integer("mask_patch_size", 4, "Random masks: pixels an edge of a patch.")
-    flags.DEFINE_float("mask_ratio", 0.5, "Random masks: share of known patches.")
-    flags.DEFINE_string(
-        "mask_file_path", None, "Your own mask: a picture (white = known) or array; implies mask_type file."
-    )
-    flags.DEFINE_string("mask_save_dir", None, "Where --save_mask writes; by default masks/ in the results folder.")
-    flags.DEFINE_string("mask_identifier", None, "A tag in the names of the results folder and the saved masks.")
     flags.DEFINE_integer(
         "max_images", None, "Take the first so many images of each side, for a quick look.", lower_bound=1
     )
@@ -91,7 +62,45 @@ def define_flags():
         "and 60 % of the free memory on a GPU. The results are the same.",
         lower_bound=0.0,
     )
+    _define_mask_flags()
+    _define_sampler_flags()
     flags.mark_flags_as_required(["config", "workdir", "ckpt_path", "in_domain"])
+
+
+def _define_mask_flags():
+    flags.DEFINE_string("mask_type", "center", "center, checkerboard, checkerboard_alt, random, none or file.")
+    flags.DEFINE_bool("save_mask", False, "Write the masks as pictures (white = known); --mask_file_path reads them.")
+    flags.DEFINE_integer("mask_num_blocks", 4, "Checkerboards: blocks an edge.")
+    flags.DEFINE_integer("mask_patch_size", 4, "Random masks: pixels an edge of a patch.")
+    flags.DEFINE_float("mask_ratio", 0.5, "Random masks: share of known patches.")
+    flags.DEFINE_string(
+        "mask_file_path", None, "Your own mask: a picture (white = known) or array; implies mask_type file."
+    )
+    flags.DEFINE_string("mask_save_dir", None, "Where --save_mask writes; by default masks/ in the results folder.")
+    flags.DEFINE_string("mask_identifier", None, "A tag in the names of the results folder and the saved masks.")
+
+
+def _define_sampler_flags():
+    flags.DEFINE_string(
+        "sampler",
+        None,
+        "published; fast or best, complete settings with few network evaluations (README); or a solver by itself: "
+        "euler, ddim, dpmpp_2m, sde_dpmpp_2m. By default the config's.",
+    )
+    flags.DEFINE_integer("steps", None, "Steps of the sampler; by default the config's.", lower_bound=1)
+    flags.DEFINE_string("time_grid", None, "Where the steps are: uniform, lambda (in ln(alpha / std)) or quadratic.")
+    flags.DEFINE_float("t_start", None, "The time to start from, at most 1, which is pure noise.")
+    flags.DEFINE_float("t_end", None, "The last time, at which the predicted image is returned.")
+    flags.DEFINE_float("eta", None, "Sampler ddim: share of fresh noise, from 0 (deterministic) to 1 (ancestral).")
+    flags.DEFINE_string("constraint", None, "Known pixels are held in the state (replace) or the prediction (project).")
+    flags.DEFINE_integer("returns", None, "How often each step is taken back and repeated (RePaint).", lower_bound=0)
+    flags.DEFINE_string(
+        "lift", None, "What is taken from an image: mask (its unknown pixels), noise (up to t_start), or both."
+    )
+    flags.DEFINE_string(
+        "precision", "fp32", "fp32, bf16 (faster, about the same scores), or auto: bf16 on a GPU that has it."
+    )
+    flags.DEFINE_bool("compile", False, "Compile the network first: faster for long runs.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -486,7 +495,7 @@ def choose_sampler(options):
         choices = dict.fromkeys([sampling.PUBLISHED, *sampling.PRESETS, *sampling.SAMPLERS])
         console.choose(options.sampler, choices, "sampler (--sampler)")
         settings.sampler = options.sampler
-    for name in ("steps", "time_grid", "t_start", "eta", "constraint", "returns", "lift"):
+    for name in ("steps", "time_grid", "t_start", "t_end", "eta", "constraint", "returns", "lift"):
         if options[name].value is not None:
             settings[name] = options[name].value
     return reps
@@ -569,8 +578,7 @@ def run(
         mask_options: a `MaskOptions`.
         mask_directory: where to write masks; "" for masks/ in the results folder, None for nowhere.
         ckpt_path, workdir, reps, batch_size, seed, max_images, data_root, workers, match_resolution, memory_gb,
-            precision, compiled: as the flags.
-        device: torch.device.
+            precision, compiled: as the flags; device: torch.device.
         ranks: the processes that share the batches; all of them call this.
 
     Returns:
@@ -579,14 +587,10 @@ def run(
     Raises:
         UserError: for bad input; what was written before stays.
     """
-    import sampling
-    import sde_lib
     import storage
 
-    size = config.data.image_size
-    mask_options.stack(size, 1, seed)  # a mask that does not fit is told before anything long or written
+    _check_settings(config, mask_options, seed)
     folder = storage.ResultsFolder(Path(workdir) / f"{mask_options.name}_reps{reps}")
-    sampling.create_process(config, sde_lib.create_sde(config))  # so are settings that cannot be
     model, step = load_model(config, ckpt_path, device, precision, compiled)
     rows = rows_within(memory_gb, config, device)
     options = {"data_root": data_root, "max_images": max_images, "workers": workers}
@@ -598,13 +602,22 @@ def run(
     missing = ranks.on_main(lambda: claim_missing(folder, settings, entries, versions, sides, batch_size))
     if mask_directory is not None:
         masks = Path(mask_directory or folder.path / "masks")
-        ranks.on_main(lambda: save_masks(masks, mask_options, size, reps, seed, sides, batch_size))
+        ranks.on_main(lambda: save_masks(masks, mask_options, config.data.image_size, reps, seed, sides, batch_size))
     reconstruct = Reconstructor(config, model, mask_options, reps, seed, device, rows)
     reconstruct_missing(folder, sides, reconstruct, batch_size, missing, ranks)
     console.say(f"reconstructions: {folder.path}")
     if "neg" in sides:
         console.say(f"next: python detect.py --result_path {folder.path} --reps {reps} --metric MSE")
     return folder.path
+
+
+def _check_settings(config, mask_options, seed):
+    """Tells what cannot be before anything long is done or written."""
+    import sampling
+    import sde_lib
+
+    mask_options.stack(config.data.image_size, 1, seed)
+    sampling.create_process(config, sde_lib.create_sde(config))
 
 
 def load_sides(config, sources, match_resolution, **options):

@@ -113,8 +113,8 @@ FLAGS = {
         "mask_ratio": "0.5", "mask_file_path": None, "mask_save_dir": None, "mask_identifier": None,
         "max_images": None, "match_resolution": "false", "data_root": "./data", "workers": None,
         "seed": None, "device": None, "memory_gb": None,
-        "sampler": None, "steps": None, "time_grid": None, "t_start": None, "eta": None, "constraint": None,
-        "returns": None, "lift": None, "precision": "fp32", "compile": "false",
+        "sampler": None, "steps": None, "time_grid": None, "t_start": None, "t_end": None, "eta": None,
+        "constraint": None, "returns": None, "lift": None, "precision": "fp32", "compile": "false",
     },
     "detect.py": {"result_path": None, "metric": "LPIPS", "reps": "1", "device": "auto", "resize_type": "bicubic"},
 }  # fmt: skip
@@ -191,12 +191,12 @@ def test_recon_flags_have_their_effects():
         "--reps_per_image=10", "--batch_size=200", "--seed=7", "--device=cpu", "--max_images=3", "--data_root=d",
         "--workers=2", "--match_resolution", "--memory_gb=2.5", "--save_mask", "--mask_save_dir=m",
         "--mask_type=random", "--mask_num_blocks=8", "--mask_patch_size=2", "--mask_ratio=0.3",
-        "--mask_identifier=tag", "--sampler=ddim", "--steps=7", "--time_grid=lambda", "--t_start=0.8", "--eta=0.5",
-        "--constraint=project", "--returns=1", "--lift=both", "--precision=bf16", "--compile",
+        "--mask_identifier=tag", "--sampler=ddim", "--steps=7", "--time_grid=lambda", "--t_start=0.8",
+        "--t_end=0.1", "--eta=0.5", "--constraint=project", "--returns=1", "--lift=both", "--precision=bf16", "--compile",
     ) == {
         "sampling": {
-            "sampler": "ddim", "steps": 7, "time_grid": "lambda", "t_start": 0.8, "eta": 0.5, "constraint": "project",
-            "returns": 1, "lift": "both",
+            "sampler": "ddim", "steps": 7, "time_grid": "lambda", "t_start": 0.8, "t_end": 0.1, "eta": 0.5,
+            "constraint": "project", "returns": 1, "lift": "both",
         },
         "precision": "bf16", "compiled": True,
         "width": 64, "ckpt_path": "c.pth", "workdir": "w", "reps": 10, "batch_size": 200, "seed": 7,

@@ -171,7 +171,7 @@ def test_shares_of_a_batch_and_of_its_draws(in_memory, data, monkeypatch):
 
 def test_more_processes_than_images_in_a_batch(data, tmp_path):
     with pytest.raises(UserError, match="a batch of 5 images cannot be shared by 6 processes; raise"):
-        training.Trainer(tiny.config(**CHANGES), tmp_path, tiny.CPU, "./data", Ranks(1, 1, 6))
+        training.Trainer(tiny.config(**CHANGES), tmp_path, tiny.CPU, "./data", ranks=Ranks(1, 1, 6))
 
 
 def test_dropout_differs_between_processes(data, tmp_path, monkeypatch):
@@ -181,7 +181,7 @@ def test_dropout_differs_between_processes(data, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "manual_seed", lambda value: seeds.append(value) or seed(value))
     tree = tiny.config(**{**CHANGES, "data__dataset": str(data / "squares.npz"), "model__dropout": 0.1})
     for ranks in (ALONE, Ranks(0, 0, 2), Ranks(1, 1, 2)):
-        trainer = training.Trainer(tree, tmp_path, tiny.CPU, "./data", ranks)
+        trainer = training.Trainer(tree, tmp_path, tiny.CPU, "./data", ranks=ranks)
         trainer.train_step(trainer.batches("train").batch(0))
     assert len(set(seeds[1::2])) == 3
     assert seeds[1] == noise.key(tree.seed, "dropout", 0) & (2**63 - 1)
