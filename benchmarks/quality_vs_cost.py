@@ -96,10 +96,10 @@ SETTINGS = {
 }
 # where few steps should lie: from the smoothed known pixels at `start`, or from noise, to the prediction at `end`
 SETTINGS |= {
-    f"ddim_{steps}_{constraint}_{start:g}-{end:g}": _ddim(steps, constraint=constraint, t_start=start, t_end=end)
-    for steps in (2, 3, 5, 10)
+    f"ddim_{steps}_{constraint}_{start:g}-{end:g}": _ddim(steps, reps, constraint=constraint, t_start=start, t_end=end)
+    for steps, reps in ((3, 4), (5, 10), (10, 10))
     for constraint in ("replace", "project")
-    for start in (1.0, 0.8, 0.6, 0.4)
+    for start in (1.0, 0.8, 0.6, 0.5, 0.4)
     for end in (0.05, 0.1, 0.2, 0.3)
 }
 

@@ -3,21 +3,23 @@
 #
 #   bash scripts/demo.sh
 #
-# Run again, it uses what is there. The variables below may be set from outside, such as REPS=10 WORKDIR=results/demo10.
+# Run again, it uses what is there. The variables below may be set from outside, such as
+# SAMPLER=best REPS=10 WORKDIR=results/demo_best.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 
 CHECKPOINT=${CHECKPOINT:-pretrained/fashion_mnist_small.safetensors}
 WORKDIR=${WORKDIR:-results/demo}
-REPS=${REPS:-4}    # reconstructions per image
-STEPS=${STEPS:-25} # network evaluations per reconstruction
+SAMPLER=${SAMPLER:-fast}
+REPS=${REPS:-2} # reconstructions per image
+STEPS=${STEPS:-} # network evaluations per reconstruction, if not the sampler's own
 METRICS=${METRICS:-MSE,SSIM,STLPIPS}
 
 started=$SECONDS
 bash create_environment.sh --learned
 installed=$SECONDS
 
-"$PYTHON" recon.py --config configs/subvp/fashion_mnist_small.py --config.model.num_scales="$STEPS" \
+"$PYTHON" recon.py --config configs/subvp/fashion_mnist_small.py --sampler "$SAMPLER" ${STEPS:+--steps "$STEPS"} \
   --ckpt_path "$CHECKPOINT" --in_domain demo/fashion_mnist.npz --out_of_domain demo/mnist.npz \
   --mask_type checkerboard_alt --mask_num_blocks 8 --reps_per_image "$REPS" --workdir "$WORKDIR"
 reconstructed=$SECONDS

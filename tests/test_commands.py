@@ -192,7 +192,8 @@ def test_recon_flags_have_their_effects():
         "--workers=2", "--match_resolution", "--memory_gb=2.5", "--save_mask", "--mask_save_dir=m",
         "--mask_type=random", "--mask_num_blocks=8", "--mask_patch_size=2", "--mask_ratio=0.3",
         "--mask_identifier=tag", "--sampler=ddim", "--steps=7", "--time_grid=lambda", "--t_start=0.8",
-        "--t_end=0.1", "--eta=0.5", "--constraint=project", "--returns=1", "--lift=both", "--precision=bf16", "--compile",
+        "--t_end=0.1", "--eta=0.5", "--constraint=project", "--returns=1", "--lift=both", "--precision=bf16",
+        "--compile",
     ) == {
         "sampling": {
             "sampler": "ddim", "steps": 7, "time_grid": "lambda", "t_start": 0.8, "t_end": 0.1, "eta": 0.5,

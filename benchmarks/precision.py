@@ -1,0 +1,70 @@
+"""Scores in bfloat16 beside those in float32: the same model, images and noise.
+
+    python -m benchmarks.precision
+    python -m benchmarks.precision --setting published_100 --images 64
+
+For each metric: the rank correlation of the images' scores over both sides, the largest relative difference of a score,
+and both ROC-AUCs.
+"""
+
+import argparse
+
+import numpy as np
+from scipy.stats import spearmanr
+
+import metrics
+import recon
+import storage
+from benchmarks import machine
+from benchmarks.quality_vs_cost import BATCH, SETTINGS, Setting, auc, measure_batch
+from console import choose_device, guard, keep_freed_memory
+from sampling import PRESETS
+
+CHOICES = {**SETTINGS, **{name: Setting(reps, values) for name, (values, reps) in PRESETS.items()}}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default="configs/subvp/fashion_mnist_small.py")
+    parser.add_argument("--ckpt_path", default="pretrained/fashion_mnist_small.safetensors")
+    parser.add_argument("--in_domain", default="demo/fashion_mnist.npz")
+    parser.add_argument("--out_of_domain", default="demo/mnist.npz")
+    parser.add_argument("--images", type=int, default=256, help="of either side")
+    parser.add_argument("--setting", default="fast", choices=CHOICES)
+    parser.add_argument("--metric", default="MSE,SSIM")
+    parser.add_argument("--compile", action="store_true")
+    options = parser.parse_args()
+    device = choose_device("auto")
+    if device.type == "cpu":
+        keep_freed_memory()
+    names = options.metric.split(",")
+    scores = {precision: scores_of(options, names, device, precision) for precision in ("fp32", "bf16")}
+    print(f"{options.setting}, {options.images} images a side; {machine.describe()}")
+    print(f"{'metric':8} {'rank correlation':>16} {'largest difference':>18} {'AUC fp32':>9} {'AUC bf16':>9}")
+    for name in names:
+        exact, reduced = (scores[precision][name] for precision in ("fp32", "bf16"))
+        a, b = (np.concatenate([s[side] for side in storage.SIDES]) for s in (exact, reduced))
+        print(
+            f"{name:8} {spearmanr(a, b).statistic:16.5f} {np.abs(b / a - 1).max():18.2%} {auc(exact):9.4f} "
+            f"{auc(reduced):9.4f}"
+        )
+
+
+def scores_of(options, names, device, precision):
+    """{metric: {side: (N,)}}, the medians over the repetitions."""
+    config, setting = machine.load_config(options.config), CHOICES[options.setting]
+    model, _ = recon.load_model(config, options.ckpt_path, device, precision, options.compile)
+    sources = {"pos": (options.in_domain, True), "neg": (options.out_of_domain, True)}
+    sides = recon.load_sides(config, sources, False, max_images=options.images, data_root="./data")
+    tools = [metrics.create(name, device) for name in names]
+    scores = {name: {} for name in names}
+    for side, images in sides.items():
+        batches = range(recon.batches_of(images, BATCH))
+        parts = [measure_batch(config, model, setting, tools, 42, device, images, batch) for batch in batches]
+        for name in names:
+            scores[name][side] = np.median(np.concatenate([part[name] for part in parts], axis=1), axis=0)
+    return scores
+
+
+if __name__ == "__main__":
+    guard(lambda _: main(), None)
