@@ -487,7 +487,7 @@ def choose_sampler(options):
 
     settings, reps = options.config.sampling, options.reps_per_image
     if options.sampler in sampling.PRESETS:
-        values, preset_reps = sampling.PRESETS[options.sampler]
+        values, preset_reps = sampling.preset(options.sampler, options.config)
         settings.update(values)
         if not options["reps_per_image"].present:
             reps = preset_reps

@@ -18,9 +18,7 @@ import storage
 from benchmarks import machine
 from benchmarks.quality_vs_cost import BATCH, SETTINGS, Setting, auc, measure_batch
 from console import choose_device, guard, keep_freed_memory
-from sampling import PRESETS
-
-CHOICES = {**SETTINGS, **{name: Setting(reps, values) for name, (values, reps) in PRESETS.items()}}
+from sampling import PRESETS, preset
 
 
 def main():
@@ -30,7 +28,7 @@ def main():
     parser.add_argument("--in_domain", default="demo/fashion_mnist.npz")
     parser.add_argument("--out_of_domain", default="demo/mnist.npz")
     parser.add_argument("--images", type=int, default=256, help="of either side")
-    parser.add_argument("--setting", default="fast", choices=CHOICES)
+    parser.add_argument("--setting", default="fast", choices=[*PRESETS, *SETTINGS])
     parser.add_argument("--metric", default="MSE,SSIM")
     parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
@@ -52,7 +50,12 @@ def main():
 
 def scores_of(options, names, device, precision):
     """{metric: {side: (N,)}}, the medians over the repetitions."""
-    config, setting = machine.load_config(options.config), CHOICES[options.setting]
+    config = machine.load_config(options.config)
+    if options.setting in PRESETS:
+        values, reps = preset(options.setting, config)
+        setting = Setting(reps, values)
+    else:
+        setting = SETTINGS[options.setting]
     model, _ = recon.load_model(config, options.ckpt_path, device, precision, options.compile)
     sources = {"pos": (options.in_domain, True), "neg": (options.out_of_domain, True)}
     sides = recon.load_sides(config, sources, False, max_images=options.images, data_root="./data")

@@ -123,7 +123,7 @@ def published(config, model, x, steps):
 def fast(config, model, x, reps=None, **changes):
     """A whole batch with --sampler fast, or with changes of its values."""
     config = config.copy_and_resolve_references()
-    values, preset_reps = sampling.PRESETS["fast"]
+    values, preset_reps = sampling.preset("fast", config)
     config.sampling.update({**values, **changes})
     pixels = ((x.cpu() + 1) * 127.5).to(torch.uint8)
     reps = preset_reps if reps is None else reps

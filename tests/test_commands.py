@@ -215,10 +215,8 @@ def test_recon_flags_have_their_effects():
 def test_a_preset_brings_its_settings_and_repetitions_and_flags_win(name):
     values, reps = sampling.PRESETS[name]
     options = called(f"--sampler={name}")
-    assert (options["sampling"], options["reps"]) == (
-        {n: v for n, v in values.items() if n not in ("eta", "corrector")},
-        reps,
-    )
+    assert {**TREE["sampling"], **options["sampling"]} == {**TREE["sampling"], **values}
+    assert options["reps"] == reps
     options = called(f"--sampler={name}", "--steps=33", "--reps_per_image=1", "--time_grid=quadratic")
     assert (options["sampling"]["steps"], options["sampling"]["time_grid"], options["reps"]) == (33, "quadratic", 1)
 

@@ -341,12 +341,23 @@ def test_every_sampler_runs_every_kind_of_model(path, sampler):
     assert low <= result.min() < result.max() <= 1
 
 
+@pytest.mark.parametrize("path", ["subvp/cifar10_ddpm_continuous.py", "vp/ddpm/cifar10.py", "ve/cifar10_ncsnpp.py"])
 @pytest.mark.parametrize("name", sampling.PRESETS)
-def test_presets_are_of_few_evaluations_on_every_sde(name):
-    values, reps = sampling.PRESETS[name]
-    for path in ("subvp/cifar10_ddpm_continuous.py", "vp/ddpm/cifar10.py", "ve/celebahq_256_ncsnpp_continuous.py"):
-        process = process_of(path, **values)
-        assert process.evaluations * reps <= {"fast": 20, "best": 100}[name]
+def test_presets_are_of_few_evaluations_and_of_the_same_noise_on_every_sde(name, path):
+    config = load_config(path)
+    values, reps = sampling.preset(name, config)
+    config.sampling.update(values)
+    sde = sde_lib.create_sde(config)
+    process = sampling.create_process(config, sde)
+    assert process.evaluations * reps <= {"fast": 20, "best": 100}[name]
+    measured, sub_vp = sampling.PRESETS[name][0], sde_lib.SubVPSDE()
+    for field, found in zip(("t_start", "t_end"), process.times[[0, -1]].split(1), strict=True):
+        (alpha, std), (expected_alpha, expected_std) = (
+            sde.marginal(found),
+            sub_vp.marginal(torch.tensor([measured[field]])),
+        )
+        size = 1 if config.data.centered else 2  # noise in units of images that are half as large
+        torch.testing.assert_close(size * std / alpha, expected[1] / expected[0], rtol=2e-3, atol=0)
 
 
 def test_too_few_steps_for_a_discrete_process_are_refused():
