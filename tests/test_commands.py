@@ -13,6 +13,7 @@ import console
 import distributed
 import sampling
 import storage
+from configs.base import TREE
 
 COMMANDS = ("main.py", "recon.py", "detect.py")
 
