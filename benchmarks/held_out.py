@@ -1,0 +1,43 @@
+"""Fashion-MNIST with its footwear held out, as image files for training and for benchmarks/quality_vs_cost.py.
+
+    python -m benchmarks.held_out --data_root ./data
+
+writes clothes_train.npz, clothes_test.npz and shoes_test.npz (sandals, sneakers and ankle boots) to results/held_out/.
+"""
+
+import argparse
+import io
+from pathlib import Path
+
+import numpy as np
+from torchvision.datasets import FashionMNIST
+
+import storage
+from console import guard, say
+
+FOOTWEAR = (5, 7, 9)  # the labels of sandals, sneakers and ankle boots
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data_root", default="./data")
+    parser.add_argument("--folder", default="results/held_out")
+    options = parser.parse_args()
+    for split in ("train", "test"):
+        data = FashionMNIST(options.data_root, train=split == "train", download=True)
+        images, footwear = data.data.numpy(), np.isin(data.targets.numpy(), FOOTWEAR)
+        write(Path(options.folder) / f"clothes_{split}.npz", images[~footwear])
+        if split == "test":
+            write(Path(options.folder) / "shoes_test.npz", images[footwear])
+
+
+def write(path, images):
+    """Saves images (N, 28, 28) uint8."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, images=images)
+    storage.write_bytes(path, buffer.getvalue())
+    say(f"{path}: {len(images)} images")
+
+
+if __name__ == "__main__":
+    guard(lambda _: main(), None)
