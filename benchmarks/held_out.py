@@ -2,7 +2,8 @@
 
     python -m benchmarks.held_out --data_root ./data
 
-writes clothes_train.npz, clothes_test.npz and shoes_test.npz (sandals, sneakers and ankle boots) to results/held_out/.
+writes clothes_train.npz (of the train split), clothes.npz and shoes.npz (sandals, sneakers and ankle boots; of the test
+split) to results/held_out/.
 """
 
 import argparse
@@ -26,9 +27,11 @@ def main():
     for split in ("train", "test"):
         data = FashionMNIST(options.data_root, train=split == "train", download=True)
         images, footwear = data.data.numpy(), np.isin(data.targets.numpy(), FOOTWEAR)
-        write(Path(options.folder) / f"clothes_{split}.npz", images[~footwear])
-        if split == "test":
-            write(Path(options.folder) / "shoes_test.npz", images[footwear])
+        if split == "train":
+            write(Path(options.folder) / "clothes_train.npz", images[~footwear])
+        else:
+            write(Path(options.folder) / "clothes.npz", images[~footwear])
+            write(Path(options.folder) / "shoes.npz", images[footwear])
 
 
 def write(path, images):

@@ -7,8 +7,9 @@
 
 Every setting of `SETTINGS` (or those that --settings names) reconstructs the first --images of either side; the
 distances of every image and repetition are kept in {folder}/{pair}/{setting}/, a file a batch, so a run that was
-stopped continues, and several runs can share the work (--part 1/2 and --part 2/2).  The report gives, for each
-setting and number of repetitions:
+stopped continues, and several runs can share the work (--part 1/2 and --part 2/2).  benchmarks/scores/ has the
+distances that the README's table was made from; a report falls back on them, so the reference need not be run again.
+The report gives, for each setting and number of repetitions:
 
 - evaluations of the network for an image, and the processor seconds they took;
 - ROC-AUC (in-domain against out-of-domain, median over the repetitions);
@@ -22,6 +23,7 @@ import argparse
 import csv
 import dataclasses
 import io
+import itertools
 import time
 from pathlib import Path
 
@@ -41,7 +43,7 @@ ROWS = 64  # trajectories at once
 RESAMPLES = 2000
 REFERENCE = "published_1000"
 MASK = recon.MaskOptions("checkerboard_alt", num_blocks=8)
-KEPT = Path(__file__).parent / "scores"  # scores that came with the repository
+KEPT = Path(__file__).parent / "scores"  # {pair}.npz: distances that came with the repository, for reports
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +125,7 @@ def main():
     parser.add_argument("--folder", default="results/quality_vs_cost")
     parser.add_argument("--report", help="pairs to report, separated by commas; nothing is computed")
     parser.add_argument("--reference", default=REFERENCE, help="the setting that the others are compared with")
+    parser.add_argument("--keep", action="store_true", help="with --report: keep the distances in benchmarks/scores/")
     options = parser.parse_args()
     if options.report:
         return report(options)
@@ -159,8 +162,7 @@ def measure(options):
         setting = choose(name, SETTINGS, "setting")
         path = _file(options.folder, options.pair, name, side, batch)
         origin = _origin(config, setting, options, sides[side], batch)
-        kept = _file(KEPT, options.pair, name, side, batch)
-        if storage.read_arrays(path, origin) is None and storage.read_arrays(kept, origin) is None:
+        if storage.read_arrays(path, origin) is None:
             arrays = measure_batch(config, model, setting, tools, options.seed, device, sides[side], batch)
             storage.write_arrays(path, origin, **arrays)
             say(f"{options.pair} {name} {side} {batch}: {arrays['seconds']:.1f} s")
@@ -210,6 +212,8 @@ def report(options):
     """Prints the tables and writes quality_vs_cost.csv and quality_vs_cost.png into the folder."""
     rows = []
     for pair in options.report.split(","):
+        if options.keep:
+            keep(options.folder, pair, options.metric.split(","))
         for metric in options.metric.split(","):
             rows += rows_of(options.folder, pair, metric, options.reference)
     print_table(rows)
@@ -245,20 +249,45 @@ def rows_of(folder, pair, metric, reference):
 
 
 def read(folder, pair, name, metric):
-    """({side: distances (R, N)}, processor seconds an image) of a setting, or None where a side is missing."""
+    """({side: distances (R, N)}, processor seconds an image) of a setting, or None where a side is missing.
+
+    What the folder does not hold is taken from the repository's `KEPT`.
+    """
     parts, seconds, images = {}, 0.0, 0
     for side in storage.SIDES:
-        for batch in range(10_000):
-            paths = [_file(place, pair, name, side, batch) for place in (folder, KEPT)]
-            path = next((p for p in paths if p.is_file()), None)
-            if path is None:
+        for batch in itertools.count():
+            path = _file(folder, pair, name, side, batch)
+            if not path.is_file():
                 break
             with np.load(path, allow_pickle=False) as arrays:
                 parts.setdefault(side, []).append(arrays[metric])
                 seconds, images = seconds + float(arrays["seconds"]), images + arrays[metric].shape[1]
     if parts.keys() != storage.SIDES.keys():
-        return None
+        return _read_kept(KEPT / f"{pair}.npz", name, metric)
     return {side: np.concatenate(found, axis=1) for side, found in parts.items()}, seconds / images
+
+
+def _read_kept(path, name, metric):
+    if not path.is_file():
+        return None
+    with np.load(path, allow_pickle=False) as arrays:
+        if f"{name}/seconds" not in arrays:
+            return None
+        return {side: arrays[f"{name}/{metric}/{side}"] for side in storage.SIDES}, float(arrays[f"{name}/seconds"])
+
+
+def keep(folder, pair, metric_names):
+    """Writes all distances of a pair to one file in `KEPT`."""
+    kept = {}
+    for name, metric in itertools.product(SETTINGS, metric_names):
+        if found := read(folder, pair, name, metric):
+            distances, seconds = found
+            kept |= {f"{name}/{metric}/{side}": values.astype(np.float32) for side, values in distances.items()}
+            kept[f"{name}/seconds"] = np.array(seconds)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **kept)
+    storage.write_bytes(KEPT / f"{pair}.npz", buffer.getvalue())
+    say(f"kept: {KEPT / f'{pair}.npz'}")
 
 
 def evaluations(name):

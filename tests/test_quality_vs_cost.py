@@ -81,6 +81,10 @@ def test_measures_once_and_reports(monkeypatch, tmp_path, capsys):
     assert header.startswith("pair,metric,setting,reps,evaluations,cpu_seconds,images,auc,compared,difference")
     assert len(rows) == 12
     assert (tmp_path / "quality_vs_cost.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(bench, "KEPT", tmp_path / "kept")
+    run(monkeypatch, "--report", "demo", "--folder", tmp_path, "--reference", "ddim_2", "--keep")
+    kept = bench.read(tmp_path / "elsewhere", "demo", "ddim_2", "SSIM")
+    assert str(kept) == str(bench.read(tmp_path, "demo", "ddim_2", "SSIM"))
     with pytest.raises(UserError, match="holds no scores of the reference 'published_1000'"):
         run(monkeypatch, "--report", "demo", "--folder", tmp_path)
     with pytest.raises(UserError, match="made from something else"):
