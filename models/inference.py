@@ -32,7 +32,7 @@ def prepare(net, device, precision="fp32", compiled=False):
     net = net.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
     call = torch.compile(net, mode="reduce-overhead" if device.type == "cuda" else "default") if compiled else net
     if compiled:
-        call = _explained(call)
+        call = _compiled(call)
     if not reduced:
         return call
 
@@ -43,15 +43,16 @@ def prepare(net, device, precision="fp32", compiled=False):
     return in_bfloat16
 
 
-def _explained(call):
-    """`call`, whose failure to compile is told as the user's: it lacks a compiler more often than not."""
+def _compiled(call):
+    """`call` of a compiled network: outputs of earlier calls are done with, and a failure to compile is the user's."""
     from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 
-    def explained(x, labels):
+    def run(x, labels):
+        torch.compiler.cudagraph_mark_step_begin()  # no output of an earlier call is read again
         try:
             return call(x, labels)
-        except (BackendCompilerFailed, TorchDynamoException) as error:
+        except (BackendCompilerFailed, TorchDynamoException) as error:  # most often there is no compiler
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"the network cannot be compiled here ({reason}); leave --compile out") from error
 
-    return explained
+    return run
