@@ -5,6 +5,7 @@ and exit code 2 here.  Anything else is a bug and keeps its traceback.  Of the p
 torchrun starts the first speaks for all, and the first that fails tells of it.
 """
 
+import contextlib
 import errno
 import os
 import signal
@@ -83,6 +84,19 @@ def choose_device(name):
     if (device.index or 0) >= max(torch.cuda.device_count(), 1):
         raise UserError(f"device '{name}' was asked for, but torch sees {torch.cuda.device_count()} GPUs")
     return device
+
+
+@contextlib.contextmanager
+def download_timeout(seconds=60):
+    """Within it, a download without an answer for so long fails; the libraries that download set no limit."""
+    import socket
+
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def keep_freed_memory():

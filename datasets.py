@@ -22,12 +22,11 @@ import torch
 import torch.nn.functional as F
 
 import noise
-from console import UserError, progress, warn
+from console import UserError, download_timeout, progress, warn
 
 IN_MEMORY_BYTES = 2 << 30  # up to here a set of decoded images is held as one uint8 tensor, on the device in training
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _PREFETCHED_STEPS = 3  # training batches that threads decode ahead of the step that asks for them
-_DOWNLOAD_TIMEOUT = 60  # seconds without an answer after which a download counts as failed
 _NAMED_FAILURES = 20  # unusable files named in warnings; ImageSet.skipped has them all
 _FAILURES_IN_A_ROW = 100  # files after which training takes the disk to be the trouble, not the files
 
@@ -329,7 +328,7 @@ def _torchvision_pixels(name, split, data_root):
     entry = DATASETS[name]
     flag = {entry.split_flag: split if entry.split_flag == "split" else split == "train"}
     try:
-        with _download_timeout():
+        with download_timeout():  # torchvision sets none of its own
             return torch.as_tensor(getattr(torchvision.datasets, name)(str(data_root), download=True, **flag).data)
     except ImportError:
         raise
@@ -339,19 +338,6 @@ def _torchvision_pixels(name, split, data_root):
             f"{entry.url.format(split=split)} by hand into {Path(data_root, entry.folder)}, deleting what is damaged "
             "there, or give another folder with --data_root"
         ) from error
-
-
-@contextlib.contextmanager
-def _download_timeout():
-    """Lets a stalled download fail: torchvision sets no time limit of its own."""
-    import socket
-
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
 
 
 def _planes(stored):

@@ -3,15 +3,12 @@
 import contextlib
 import http.client
 import os
-import socket
 import sys
 from pathlib import Path
 
 import torch
 
-from console import UserError, warn
-
-_TIMEOUT = 30  # seconds without an answer before a download is given up
+from console import UserError, download_timeout, warn
 
 
 def hub_file(url, name, *, what, user, megabytes, instead):
@@ -34,7 +31,7 @@ def hub_file(url, name, *, what, user, megabytes, instead):
     warn(f"downloading {what} of {user} ({megabytes} MB) to {path}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _socket_timeout(_TIMEOUT):  # a partial download is removed
+        with download_timeout():  # a partial download is removed
             prefix = path.stem.rsplit("-", 1)[-1]
             torch.hub.download_url_to_file(url, str(path), hash_prefix=prefix, progress=sys.stderr.isatty())
     except (OSError, RuntimeError, http.client.HTTPException) as error:  # no network, no space; a wrong hash
@@ -43,16 +40,6 @@ def hub_file(url, name, *, what, user, megabytes, instead):
             f"put it at {path}, or use what works offline: {instead}"
         ) from error
     return path
-
-
-@contextlib.contextmanager
-def _socket_timeout(seconds):
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
 
 
 def read(path, what, remedy):
