@@ -6,7 +6,6 @@ on demand by worker threads otherwise (Pillow releases the interpreter's lock wh
 `TrainingBatches` and `in_order` feed a network from it.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
