@@ -240,11 +240,10 @@ _FEW_STEPS = {
     "eta": 1.0,
     "constraint": "replace",
     "corrector": "none",
-    "steps": 5,
     "t_start": 0.6,
     "t_end": 0.1,
 }
-PRESETS = {"fast": (_FEW_STEPS, 2), "best": (_FEW_STEPS, 10)}
+PRESETS = {"fast": ({**_FEW_STEPS, "steps": 5}, 4), "best": ({**_FEW_STEPS, "steps": 10}, 10)}
 
 
 def preset(name, config):

@@ -11,7 +11,7 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 CHECKPOINT=${CHECKPOINT:-pretrained/fashion_mnist_small.safetensors}
 WORKDIR=${WORKDIR:-results/demo}
 SAMPLER=${SAMPLER:-fast}
-REPS=${REPS:-2} # reconstructions per image
+REPS=${REPS:-4} # reconstructions per image
 STEPS=${STEPS:-} # network evaluations per reconstruction, if not the sampler's own
 METRICS=${METRICS:-MSE,SSIM,STLPIPS}
 
