@@ -11,6 +11,7 @@ from helpers import load_config
 from PIL import Image
 
 import datasets
+import evaluation
 import storage
 import training
 from console import UserError
@@ -128,11 +129,17 @@ def test_training_by_a_published_config(path, memory, tmp_path, capsys):
     assert "2a.jpg is left out" in warnings
     assert ("the next image stands in for it" in warnings) == (memory == 0)  # nobody decoded them all beforehand
     assert "images left out because they could not be used: 1\n" in (tmp_path / "run" / "stdout.txt").read_text()
-    training.evaluate(tree, tmp_path / "run", "eval", tiny.CPU, tmp_path)
+    evaluation.evaluate(tree, tmp_path / "run", "eval", tiny.CPU, tmp_path)
     assert "over 4 images; written to" in capsys.readouterr().out  # no image stands in for another in a mean
 
 
-@pytest.mark.parametrize("call", ["train", "evaluate"])
+CALLS = {
+    "train": lambda *arguments: training.train(*arguments, tiny.CPU, "root", workers=3),
+    "evaluate": lambda *arguments: evaluation.evaluate(*arguments, "eval", tiny.CPU, "root", workers=3),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
 def test_workers_and_category_reach_the_loader(call, tmp_path, monkeypatch):
     def load(source, **options):
         raise UserError(f"{source} {options['category']} {options['workers']} {options['data_root']}")
@@ -141,14 +148,15 @@ def test_workers_and_category_reach_the_loader(call, tmp_path, monkeypatch):
     tree = tiny_tree("ve/church_ncsnpp_continuous.py")
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "checkpoint_1.pth").touch()
-    arguments = {"train": [], "evaluate": ["eval"]}[call]
+    monkeypatch.setattr(storage, "load_ema_weights", lambda *arguments: 0)
     with pytest.raises(UserError, match=r"^LSUN church_outdoor 3 root$"):
-        getattr(training, call)(tree, tmp_path, *arguments, tiny.CPU, "root", workers=3)
+        CALLS[call](tree, tmp_path)
 
 
 MAIN = """
-import console, main, training
-training.train = training.evaluate = lambda *arguments: print(arguments[-2:])
+import console, evaluation, main, training
+training.train = lambda *arguments: print(arguments[3:5])
+evaluation.evaluate = lambda *arguments: print(arguments[4:6])
 main.define_flags()
 console.run(main.main)
 """
