@@ -524,6 +524,8 @@ def main(_):
     sources = {"pos": (FLAGS.in_domain, FLAGS.id_center_crop)}
     if FLAGS.out_of_domain:
         sources["neg"] = (FLAGS.out_of_domain, FLAGS.ood_center_crop)
+    from models import inference
+
     with distributed.start(FLAGS.device or config.device) as (ranks, device):
         if device.type == "cpu":
             console.keep_freed_memory()
@@ -542,7 +544,7 @@ def main(_):
             workers=FLAGS.workers,
             match_resolution=FLAGS.match_resolution,
             memory_gb=FLAGS.memory_gb,
-            precision=FLAGS.precision,
+            precision=inference.resolve(FLAGS.precision, device),  # the manifest tells what it came to
             compiled=FLAGS.compile,
             mask_directory=(FLAGS.mask_save_dir or "") if FLAGS.save_mask else None,
             ranks=ranks,

@@ -12,6 +12,15 @@ PRECISIONS = {
 }
 
 
+def resolve(precision, device):
+    """'fp32' or 'bf16': what a precision comes to on a torch.device, and what a reconstruction depends on.
+
+    Raises:
+        UserError: an unknown precision.
+    """
+    return "bf16" if choose(precision, PRECISIONS, "precision (--precision)")(device) else "fp32"
+
+
 def prepare(net, device, precision="fp32", compiled=False):
     """The network as a function of (x, labels) for inference.
 
@@ -28,7 +37,7 @@ def prepare(net, device, precision="fp32", compiled=False):
     Raises:
         UserError: an unknown precision.
     """
-    reduced = choose(precision, PRECISIONS, "precision (--precision)")(device)
+    reduced = resolve(precision, device) == "bf16"
     net = net.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
     call = torch.compile(net, mode="reduce-overhead" if device.type == "cuda" else "default") if compiled else net
     if compiled:

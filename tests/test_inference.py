@@ -45,6 +45,14 @@ def test_precisions(network):
     assert 0 < (reduced - expected).norm() / expected.norm() < 0.03
 
 
+def test_what_auto_comes_to(monkeypatch):
+    """The manifest records this, so that a GPU does not continue in bfloat16 what a CPU began in float32."""
+    assert [inference.resolve(name, CPU) for name in ("fp32", "bf16", "auto")] == ["fp32", "bf16", "fp32"]
+    for able, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, able=able: able)
+        assert inference.resolve("auto", torch.device("cuda")) == expected
+
+
 @torch.no_grad()
 def test_a_compiled_network_gives_the_same(network):
     compiled = inference.prepare(network, CPU, compiled=True)
