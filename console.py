@@ -169,9 +169,14 @@ def _line_of(error):
     """What to tell of an error that the user can put right; None for a bug."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OSError) and error.errno in _USERS_OS_ERRORS:
-        return f"{error.strerror}: {error.filename or 'while writing'}; {_USERS_OS_ERRORS[error.errno]}"
+    if isinstance(error, OSError) and error.errno in _REMEDIES:
+        return f"{error.strerror}: {error.filename or 'while writing'}; {remedy(error)}"
     return None
+
+
+def remedy(error):
+    """What the user can do about an OSError."""
+    return _REMEDIES.get(error.errno, "check the disk, or choose a folder on another")
 
 
 def fail(message):
@@ -201,12 +206,18 @@ def stay_to_tell():
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-_USERS_OS_ERRORS = {
+_REMEDIES = {
     errno.ENOSPC: "free some space, then run the same command again",
     errno.EDQUOT: "free some space, then run the same command again",
+    errno.EFBIG: "files may not be so large there; choose a folder on another disk, or raise the limit (ulimit -f)",
     errno.EACCES: "choose a folder you may write to",
     errno.EPERM: "choose a folder you may write to",
     errno.EROFS: "choose a folder you may write to",
-    errno.ENOTDIR: "a file stands where a folder is needed",
-    errno.EISDIR: "a folder stands where a file is needed",
+    errno.ENOTDIR: "a file stands where a folder is needed; choose another path",
+    errno.EEXIST: "a file stands where a folder is needed; choose another path",
+    errno.EISDIR: "a folder stands where a file is needed; choose another path",
+    errno.ENAMETOOLONG: "choose a shorter path",
+    errno.ELOOP: "its links go round in a circle; choose another path",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.EIO: "the disk fails; check it, or choose a folder on another",
 }

@@ -360,6 +360,7 @@ def write(folder, results, images, reps, bootstrap):
     Returns:
         list[Result]: the results with the names of their files.
     """
+    import files
     import storage
 
     written = []
@@ -368,7 +369,7 @@ def write(folder, results, images, reps, bootstrap):
         storage.write_scores(folder.path / table, result.tables)
         pictures = images.get(result.metric, {})
         for name, data in pictures.items():
-            storage.write_bytes(folder.path / name, data)
+            files.write_bytes(folder.path / name, data)
         written.append(dataclasses.replace(result, files=[table, *pictures]))
     entries = {
         result.metric: {"roc_auc": result.roc_auc, "interval_95": result.interval, "bootstrap": bootstrap}

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 import datasets
+import files
 import likelihood
 import noise
 import storage
@@ -49,7 +50,7 @@ class Evaluation:
         storage.load_ema_weights(path, net, tree)
         net.eval()
         return {
-            "checkpoint": storage.file_hash(path),
+            "checkpoint": files.file_hash(path),
             "config": storage.what_weights_depend_on(tree),
             "seed": self.config.seed,
             "batch_size": self.batch_size,

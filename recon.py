@@ -413,7 +413,7 @@ def describe_settings(config, ckpt_path, mask_options, reps, seed, precision="fp
 
     Compiling changes nothing but rounding, and is left out.
     """
-    import storage
+    import files
     from configs.base import to_dict
     from models import diffusers_weights
 
@@ -421,7 +421,7 @@ def describe_settings(config, ckpt_path, mask_options, reps, seed, precision="fp
     weights = diffusers_weights.weights_path(ckpt_path) if Path(ckpt_path).is_dir() else ckpt_path
     mask = {name: value for name, value in dataclasses.asdict(mask_options).items() if name != "file_path"}
     if mask_options.file_path:
-        mask["file_hash"] = storage.file_hash(mask_options.file_path)
+        mask["file_hash"] = files.file_hash(mask_options.file_path)
     return {
         "config": {
             "data": {name: tree["data"][name] for name in ("image_size", "num_channels", "centered")},
@@ -429,7 +429,7 @@ def describe_settings(config, ckpt_path, mask_options, reps, seed, precision="fp
             "training": {name: tree["training"][name] for name in ("sde", "continuous")},
             "sampling": tree["sampling"],
         },
-        "checkpoint": storage.file_hash(weights),
+        "checkpoint": files.file_hash(weights),
         "mask": mask,
         "reps_per_image": reps,
         "seed": seed,
@@ -454,12 +454,10 @@ def describe_side(images, batch_size, center_crop):
 
 def save_masks(directory, mask_options, size, reps, seed, sides, batch_size):
     """Writes the masks as PNG, white = known: one a repetition, or one a batch and repetition for random masks."""
-    import io
-
     import torch
     from PIL import Image
 
-    import storage
+    import files
 
     if mask_options.mask_type == "random":
         stacks = {
@@ -471,9 +469,8 @@ def save_masks(directory, mask_options, size, reps, seed, sides, batch_size):
         stacks = {"": (seed,)}
     for prefix, key in stacks.items():
         for rep, mask in enumerate(mask_options.stack(size, reps, *key)):
-            picture = io.BytesIO()
-            Image.fromarray((mask[0] * 255).to(torch.uint8).numpy()).save(picture, "PNG")
-            storage.write_bytes(directory / f"{mask_options.name}_{prefix}rep{rep}.png", picture.getvalue())
+            picture = Image.fromarray((mask[0] * 255).to(torch.uint8).numpy())
+            files.write_png(directory / f"{mask_options.name}_{prefix}rep{rep}.png", picture)
     console.say(f"masks: {directory}")
 
 

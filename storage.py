@@ -1,20 +1,17 @@
 """Every on-disk format: checkpoints, the results folder, its manifest and scores.
 
-Files are written to a temporary name in the same folder, flushed to the disk and renamed, so
-a reader never meets half a file and a killed run loses nothing that stood there before.
-Checkpoints and batches are read weights-only, always.
+Everything is written by `files.write_bytes`, completely or not at all.  Checkpoints and batches are read weights-only,
+always.
 """
 
 import contextlib
 import csv
 import dataclasses
-import hashlib
 import io
 import json
 import os
 import pickle
 import shutil
-import tempfile
 import warnings
 import zipfile
 from pathlib import Path
@@ -23,6 +20,7 @@ import numpy as np
 import torch
 
 from console import UserError
+from files import write_bytes, write_json, write_text
 
 MANIFEST = "manifest.json"
 SIDES = {"pos": "in-domain", "neg": "out-of-domain"}
@@ -38,46 +36,7 @@ _SCALAR_TYPES = [
 ]
 
 
-# ---------------------------------------------------------------------------------------------- atomic writing
-
-
-def write_bytes(path, data):
-    """Writes `data` to `path` completely or not at all, making parent folders.
-
-    Raises:
-        UserError: the folder cannot be written or the disk is full; nothing is left behind.
-    """
-    path = Path(path)
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's own mode is 0600
-        os.replace(temporary, path)
-        temporary = None
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror}; free some space or choose another folder, then run the same "
-            "command again"
-        ) from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-
-
-def write_text(path, text):
-    """`write_bytes` of UTF-8 text."""
-    write_bytes(path, text.encode())
-
-
-def write_json(path, value):
-    """Writes `value` (JSON types) indented, with a newline at the end."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+# ------------------------------------------------------------------------------------------- tensors and arrays
 
 
 def write_tensors(path, value):
@@ -131,12 +90,6 @@ def read_arrays(path, settings):
     return arrays
 
 
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 # -------------------------------------------------------------------------------------------------- reading
 
 
@@ -168,19 +121,6 @@ def read_tensors(path, what):
         raise UserError(f"{what} {path} may not be read; change its permissions") from error
     except Exception as error:  # a damaged file can fail anywhere inside the reader
         raise UserError(f"{what} {path} is damaged or truncated; copy or make it again") from error
-
-
-def file_hash(path):
-    """SHA-256 of a file's bytes as hexadecimal text."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _hash(file)
-
-
-def _hash(file):
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------- checkpoints

@@ -8,6 +8,7 @@ whole batch would give its part, so the gradient is that of one process up to ro
 """
 
 import contextlib
+import io
 import math
 import signal
 import threading
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 
 import datasets
+import files
 import losses
 import models
 import noise
@@ -372,15 +374,11 @@ def to_pixels(images):
 
 def write_samples(folder, images):
     """Writes `sample.np` (N, H, W, C) uint8, as published, and `sample.png`, a grid; images (N, C, H, W) in [0, 1]."""
-    import io
-
     from PIL import Image
     from torchvision.utils import make_grid
 
     array = io.BytesIO()
     np.save(array, to_pixels(images))
-    storage.write_bytes(folder / "sample.np", array.getvalue())
+    files.write_bytes(folder / "sample.np", array.getvalue())
     grid = make_grid(images.cpu().clamp(0, 1), nrow=max(1, math.isqrt(len(images))), padding=2)  # (3, H', W')
-    picture = io.BytesIO()
-    Image.fromarray((grid.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()).save(picture, "PNG")
-    storage.write_bytes(folder / "sample.png", picture.getvalue())
+    files.write_png(folder / "sample.png", Image.fromarray((grid.permute(1, 2, 0) * 255).round().byte().numpy()))

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from torchvision.datasets import FashionMNIST
 
-import storage
+import files
 from console import guard, say
 
 FOOTWEAR = (5, 7, 9)  # the labels of sandals, sneakers and ankle boots
@@ -38,7 +38,7 @@ def write(path, images):
     """Saves images (N, 28, 28) uint8."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, images=images)
-    storage.write_bytes(path, buffer.getvalue())
+    files.write_bytes(path, buffer.getvalue())
     say(f"{path}: {len(images)} images")
 
 

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 
 import detect
+import files
 import metrics
 import recon
 import storage
@@ -221,8 +222,8 @@ def report(options):
     writer = csv.DictWriter(text, rows[0])
     writer.writeheader()
     writer.writerows(rows)
-    storage.write_text(Path(options.folder) / "quality_vs_cost.csv", text.getvalue())
-    storage.write_bytes(Path(options.folder) / "quality_vs_cost.png", plot(rows, options.reference))
+    files.write_text(Path(options.folder) / "quality_vs_cost.csv", text.getvalue())
+    files.write_bytes(Path(options.folder) / "quality_vs_cost.png", plot(rows, options.reference))
     say(f"written: {Path(options.folder) / 'quality_vs_cost.csv'} and .png")
 
 
@@ -286,7 +287,7 @@ def keep(folder, pair, metric_names):
             kept[f"{name}/seconds"] = np.array(seconds)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **kept)
-    storage.write_bytes(KEPT / f"{pair}.npz", buffer.getvalue())
+    files.write_bytes(KEPT / f"{pair}.npz", buffer.getvalue())
     say(f"kept: {KEPT / f'{pair}.npz'}")
 
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 import datasets  # noqa: E402 (the repository's root is on the path only now)
 from console import UserError, fail, say  # noqa: E402
-from storage import write_bytes  # noqa: E402
+from files import write_bytes  # noqa: E402
 
 FILES = {"FashionMNIST": "fashion_mnist.npz", "MNIST": "mnist.npz"}
 

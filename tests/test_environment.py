@@ -37,6 +37,7 @@ LAYERS = [  # from the top; a module imports those below its own layer
     ("models",),
     ("metrics",),
     ("configs", "sde_lib", "masks", "noise", "distributed"),
+    ("files",),
     ("console",),
 ]
 LAYER = {name: index for index, layer in enumerate(LAYERS) for name in layer}

@@ -17,6 +17,7 @@ from tiny import CPU, SIZE, reconstruct
 import console
 import datasets
 import detect
+import files
 import masks
 import noise
 import recon
@@ -142,7 +143,7 @@ def test_reconstruction_is_inpainting_with_the_images_own_noise(made, checkpoint
 def test_manifest(made, checkpoint):
     manifest = json.loads((made / "manifest.json").read_text())
     settings, sides = manifest["settings"], manifest["sides"]
-    assert settings["checkpoint"] == storage.file_hash(checkpoint)
+    assert settings["checkpoint"] == files.file_hash(checkpoint)
     assert (settings["seed"], settings["reps_per_image"]) == (0, 2)
     assert settings["mask"] == {
         "mask_type": "checkerboard_alt", "num_blocks": 4, "patch_size": 4, "ratio": 0.5, "identifier": None,

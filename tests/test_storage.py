@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import pickle
-import resource
 import shutil
 from pathlib import Path
 
@@ -27,107 +26,8 @@ from storage import ResultsFolder
 PUBLISHED = GOLDEN / "train_small_checkpoint.pth"
 
 
-# ---------------------------------------------------------------------------------------------- atomic writing
-
-
-def files(folder):
+def listing(folder):
     return sorted(path.name for path in folder.iterdir())
-
-
-def test_writes_whole_files_and_makes_folders(tmp_path):
-    storage.write_text(tmp_path / "a" / "b" / "c.txt", "grün")
-    storage.write_text(tmp_path / "a" / "b" / "c.txt", "blau")
-    assert (tmp_path / "a" / "b" / "c.txt").read_bytes() == b"blau"
-    storage.write_json(tmp_path / "a" / "d.json", {"x": [1, 2.5, None]})
-    assert json.loads((tmp_path / "a" / "d.json").read_text()) == {"x": [1, 2.5, None]}
-    assert files(tmp_path / "a") == ["b", "d.json"]
-    assert files(tmp_path / "a" / "b") == ["c.txt"]
-
-
-@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664)])
-def test_the_umask_is_respected(mask, mode, tmp_path):
-    before = os.umask(mask)
-    try:
-        storage.write_text(tmp_path / "file", "text")
-        assert os.umask(mask) == mask  # and left as it was
-    finally:
-        os.umask(before)
-    assert (tmp_path / "file").stat().st_mode & 0o777 == mode
-
-
-def failing(number):
-    def fail(*args, **kwargs):
-        raise OSError(number, os.strerror(number))
-
-    return fail
-
-
-class FullFile:
-    """A file on a disk that is full."""
-
-    def __init__(self, handle, mode):
-        self.handle = handle
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        os.close(self.handle)
-
-    write = staticmethod(failing(errno.ENOSPC))
-
-
-WRITE_FAILURES = {
-    "no room for the data": ("fdopen", FullFile),
-    "no room when it is flushed": ("fsync", failing(errno.ENOSPC)),
-    "quota": ("fsync", failing(errno.EDQUOT)),
-    "no permission to rename": ("replace", failing(errno.EACCES)),
-}
-
-
-@pytest.mark.parametrize("name", WRITE_FAILURES)
-def test_a_failing_write_leaves_the_old_file_alone(name, tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    storage.write_bytes(path, b"old")
-    monkeypatch.setattr(storage.os, *WRITE_FAILURES[name])
-    with pytest.raises(UserError, match=rf"^cannot write {path}: .*; free some space or choose another folder"):
-        storage.write_bytes(path, b"new")
-    monkeypatch.undo()
-    assert path.read_bytes() == b"old"
-    assert files(tmp_path) == ["file"]
-
-
-def test_a_write_that_the_system_refuses_midway(tmp_path):
-    """A limit on the size of files: the kernel itself takes the first part and refuses the rest."""
-    path = tmp_path / "file"
-    storage.write_bytes(path, b"old")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    try:
-        with pytest.raises(UserError, match="cannot write"):
-            storage.write_bytes(path, bytes(5000))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert path.read_bytes() == b"old"
-    assert files(tmp_path) == ["file"]
-
-
-def test_an_interrupted_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
-    def interrupt(handle):
-        raise KeyboardInterrupt
-
-    storage.write_bytes(tmp_path / "file", b"old")
-    monkeypatch.setattr(storage.os, "fsync", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        storage.write_bytes(tmp_path / "file", b"new")
-    assert (tmp_path / "file").read_bytes() == b"old"
-    assert files(tmp_path) == ["file"]
-
-
-def test_a_folder_that_cannot_be_made(tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match=r"cannot write .*/file/below/x: (Not a directory|File exists)"):
-        storage.write_text(tmp_path / "file" / "below" / "x", "text")
 
 
 # ------------------------------------------------------------------------------------------------------ reading
@@ -182,17 +82,9 @@ def test_files_that_cannot_be_read(name, tmp_path, recwarn):
 
 def test_a_file_without_permission(tmp_path, monkeypatch):
     torch.save({}, tmp_path / "file.pth")
-    monkeypatch.setattr(storage.torch, "load", failing(errno.EACCES))
+    monkeypatch.setattr(storage.torch, "load", tiny.failing(errno.EACCES))
     with pytest.raises(UserError, match="may not be read; change its permissions"):
         storage.read_tensors(tmp_path / "file.pth", "checkpoint")
-
-
-def test_hash(tmp_path):
-    (tmp_path / "file").write_bytes(b"abc")
-    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, example B.1
-    assert storage.file_hash(tmp_path / "file") == expected
-    with (tmp_path / "file").open("rb") as file:
-        assert storage._hash(file) == expected  # what Python 3.10 uses
 
 
 MADE_FROM = {"seed": 1, "config": {"sizes": [1, 2]}}
@@ -621,14 +513,14 @@ def test_adopting_what_a_neighbour_made(folder, tmp_path):
     assert other.adopt("neg", SETTINGS, entry()) == 2
     for index in range(2):  # the other side's, too: noise and masks do not depend on it
         assert other.batch_path("neg", index).samefile(folder.batch_path("pos", index))
-    assert files(other.path / "neg") == ["batch_0.pth", "batch_1.pth"]
+    assert listing(other.path / "neg") == ["batch_0.pth", "batch_1.pth"]
     assert other.adopt("neg", SETTINGS, entry()) == 0
     fill(folder, value=9)  # written anew, not in place
     assert other.read_batch("neg", 0)[0].max() == 0.5
 
 
 def test_adopting_across_file_systems(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(storage.os, "link", failing(errno.EXDEV))
+    monkeypatch.setattr(storage.os, "link", tiny.failing(errno.EXDEV))
     other = ResultsFolder(tmp_path / "second" / "center_reps2")
     assert other.adopt("pos", SETTINGS, entry()) == 2
     assert not other.batch_path("pos", 0).samefile(folder.batch_path("pos", 0))
@@ -638,14 +530,14 @@ def test_adopting_across_file_systems(folder, tmp_path, monkeypatch):
 def test_adopting_to_a_full_disk(folder, tmp_path, monkeypatch):
     def half(source, target):
         target.write_bytes(source.read_bytes()[:100])
-        failing(errno.ENOSPC)()
+        tiny.failing(errno.ENOSPC)()
 
-    monkeypatch.setattr(storage.os, "link", failing(errno.EXDEV))
+    monkeypatch.setattr(storage.os, "link", tiny.failing(errno.EXDEV))
     monkeypatch.setattr(storage.shutil, "copyfile", half)
     other = ResultsFolder(tmp_path / "second" / "center_reps2")
     with pytest.raises(OSError, match="No space left"):
         other.adopt("pos", SETTINGS, entry())
-    assert files(other.path / "pos") == []
+    assert listing(other.path / "pos") == []
 
 
 def test_adopting_only_what_is_the_same_and_whole(folder, tmp_path):

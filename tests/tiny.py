@@ -105,6 +105,15 @@ def snapshot(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def failing(number):
+    """A function that fails as the operating system does with the error of that number."""
+
+    def fail(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
 def same(a, b):
     """Whether two nests of dicts, lists, tensors and plain values are equal to the bit."""
     if torch.is_tensor(a):

@@ -1,0 +1,144 @@
+"""Files and folders: written completely or not at all, owned by one run at a time, marked as this program's.
+
+A file is written to a temporary name in its own folder, flushed to the disk and renamed, so a reader never meets half
+a file and a killed run loses nothing that stood there before.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import os
+import secrets
+import socket
+from pathlib import Path
+
+from console import UserError, remedy, warn
+
+MARK = ".lift-map-detect"  # in folders that this program writes: what is below is no input, and its lock is the owner's
+_TEMPORARY = ".lmd-{}.tmp"
+_NOTE = "This folder is written by Lift, Map, Detect. Images in it are left out when a folder around it is read.\n"
+
+
+# ---------------------------------------------------------------------------------------------- atomic writing
+
+
+def write_bytes(path, data):
+    """Writes `data` to `path` completely or not at all, making parent folders.
+
+    Raises:
+        UserError: the folder cannot be written, the disk is full or fails; nothing is left behind.
+    """
+    path = Path(path)
+    temporary = path.with_name(_TEMPORARY.format(secrets.token_hex(8)))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; {remedy(error)}") from error
+    finally:
+        with contextlib.suppress(OSError):  # it is not there after success
+            os.unlink(temporary)
+
+
+def write_text(path, text):
+    """`write_bytes` of UTF-8 text."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path, value):
+    """Writes `value` (JSON types) indented, with a newline at the end."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_png(path, picture):
+    """Writes a PIL image as PNG."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    write_bytes(path, buffer.getvalue())
+
+
+def remove_temporaries(folder):
+    """Removes what killed writes left in a folder that this process owns, and in what is below and nobody else's."""
+    for parent, below, names in os.walk(folder):
+        below[:] = [name for name in below if not _owned_by_another(Path(parent, name))]
+        for name in names:
+            if name.startswith(".lmd-") and name.endswith(".tmp"):
+                with contextlib.suppress(OSError):
+                    os.unlink(Path(parent, name))
+
+
+# ---------------------------------------------------------------------------------------------------- ownership
+
+
+@contextlib.contextmanager
+def owned(folder):
+    """Within it this process alone writes to the folder, which is made if it is not there, marked, and tidied.
+
+    The lock is the operating system's, on the folder's mark: it ends with the process, however that ends.
+
+    Args:
+        folder: a work or results folder; its own subfolders may have other owners.
+
+    Raises:
+        UserError: another run writes there, or the folder cannot be written to.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / MARK).open("a+")
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; {remedy(error)}") from error
+    with file:
+        if not _lock(file):
+            file.seek(0)
+            owner = (file.read().splitlines() or ["another run"])[-1]
+            raise UserError(f"{folder} is being written to by {owner}; wait until it ends, or choose another folder")
+        file.truncate(0)
+        file.write(f"{_NOTE}process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        remove_temporaries(folder)
+        yield
+
+
+def _lock(file):
+    """Takes the lock of an open file, unless another process has it; returns whether."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:  # some network file systems have no locks
+        warn(f"{file.name} cannot be locked ({error.strerror}): start one run at a time in this folder")
+    return True
+
+
+def _owned_by_another(folder):
+    try:
+        with (folder / MARK).open() as file:
+            return not _lock(file)
+    except OSError:
+        return False
+
+
+def mark(folder):
+    """Marks a folder as this program's: made if it is not there, left as it is if it holds files of another kind."""
+    folder = Path(folder)
+    if not folder.is_dir() or not any(folder.iterdir()):
+        write_text(folder / MARK, _NOTE)
+
+
+# ------------------------------------------------------------------------------------------------------ content
+
+
+def file_hash(path):
+    """SHA-256 of a file's bytes as hexadecimal text."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
