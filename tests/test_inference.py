@@ -62,7 +62,7 @@ def test_a_compiled_network_gives_the_same(network):
 def test_what_cannot_be_prepared_is_told(network, monkeypatch):
     from torch._dynamo.exc import TorchDynamoException
 
-    with pytest.raises(UserError, match=r"unknown precision .*'fp16'; choose one of: fp32, bf16, auto"):
+    with pytest.raises(UserError, match=r"unknown precision .*'fp16'; choose one of: fp32, tf32, bf16, auto"):
         inference.prepare(network, CPU, "fp16")
 
     def broken(*arguments):
