@@ -102,8 +102,13 @@ def _define_sampler_flags():
         "auto",
         "fp32, tf32 (GPUs), bf16 (faster, about the same scores), or auto: bf16 on a GPU that has it, else fp32.",
     )
-    choice = "auto, on or off: compile the network first, faster for long runs; auto does so on a GPU, for long runs."
-    flags.DEFINE_flag(flags.Flag(CompileChoice(), None, "compile", "auto", choice, boolean=True))
+    flags.DEFINE_flag(compile_flag())
+
+
+def compile_flag():
+    """--compile, which takes a value and, as a switch would, none."""
+    text = "auto, on or off: compile the network first, faster for long runs; auto does so for long runs on a GPU."
+    return flags.Flag(CompileChoice(), flags.ArgumentSerializer(), "compile", "auto", text, boolean=True)
 
 
 class CompileChoice(flags.ArgumentParser):

@@ -66,7 +66,7 @@ def told(device, remedy):
     except Exception as error:
         if not ran_out(error):
             raise
-    raise UserError(f"{device} has too little memory {remedy}")
+    raise UserError(f"{device} has too little memory {remedy}") from None
 
 
 def check_budget(memory_gb):

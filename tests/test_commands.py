@@ -212,6 +212,33 @@ def test_recon_flags_have_their_effects():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ([], "auto"),
+        (["--compile"], "on"),  # as it was when it was a switch
+        (["--nocompile"], "off"),
+        (["--compile=true"], "on"),
+        (["--compile=Off"], "off"),
+        (["--compile=auto"], "auto"),
+        (["--compile=always"], "choose one of: auto, on or off"),
+    ],
+)
+def test_the_ways_to_write_compile(written, expected):
+    from absl import flags
+
+    import recon
+
+    values = flags.FlagValues()
+    flags.DEFINE_flag(recon.compile_flag(), values)
+    if " " in expected:
+        with pytest.raises(flags.IllegalFlagValueError, match=expected):
+            values(["recon.py", *written])
+    else:
+        values(["recon.py", *written])
+        assert values.compile == expected
+
+
 @pytest.mark.parametrize("name", ["fast", "best"])
 def test_a_preset_brings_its_settings_and_repetitions_and_flags_win(name):
     values, reps = sampling.PRESETS[name]
