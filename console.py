@@ -226,7 +226,10 @@ def define_config(help_text):
     """Defines `--config`, a file of which every value can be overridden by `--config.section.field=value`."""
     from ml_collections.config_flags import config_flags
 
-    config_flags.DEFINE_config_file("config", None, help_text)
+    try:
+        config_flags.DEFINE_config_file("config", None, help_text)
+    except (flags.Error, ValueError) as error:  # it reads a --flagfile already
+        fail(error)
     flags.FLAGS["config"].parser = _ConfigFile()  # ml_collections' own lets what a file raises through
 
 
@@ -239,12 +242,12 @@ def read_config(path):
     Raises:
         UserError: there is no such file, it fails, or what it returns is no config tree; names the line.
     """
-    from ml_collections import ConfigDict
+    from ml_collections import ConfigDict, FrozenConfigDict
 
-    path, *argument = _split_config(expand(path))
+    path, argument, source = _config_source(expand(path))
     names = {"__name__": "config", "__file__": path}
     try:
-        exec(compile(_config_source(path), path, "exec"), names)
+        exec(compile(source, path, "exec"), names)
         if not callable(names.get("get_config")):
             raise UserError(f"the config {path} has no function get_config; {_EXAMPLES}")
         config = names["get_config"](*argument)
@@ -255,7 +258,7 @@ def read_config(path):
     except Exception as error:
         reason = f"{type(error).__name__}{_line_in(path, error)}: {error}"
         raise UserError(f"the config {path} fails with {reason}; correct it ({_EXAMPLES})") from error
-    if not isinstance(config, ConfigDict):
+    if not isinstance(config, ConfigDict) or isinstance(config, FrozenConfigDict):
         raise UserError(
             f"get_config of {path} returns {_kind(config)}, not an ml_collections.ConfigDict; {_EXAMPLES}, or wrap it: "
             "configs.base.from_dict(values)"
@@ -270,15 +273,13 @@ def _kind(value):
     return "nothing" if value is None else f"a {type(value).__name__}"
 
 
-def _split_config(path):
-    return [path] if Path(path).exists() else path.split(":", 1)
-
-
 def _config_source(path):
+    """A config file's path, what to call its get_config with, and its bytes, for `path` or `path:text`."""
     try:
+        path, argument = (path, []) if Path(path).exists() else (path.split(":", 1)[0], path.split(":", 1)[1:])
         if Path(path).exists() and not Path(path).is_file():
             raise OSError(f"'{path}' is no file")
-        return Path(path).read_bytes()
+        return path, argument, Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"no config can be read ({error}); give --config a file such as those in configs/") from error
 

@@ -22,6 +22,7 @@ import numpy as np
 import console
 from console import UserError
 
+MOST_RESAMPLES = 10_000_000
 COLOURS = {"pos": "tab:blue", "neg": "tab:orange"}
 
 
@@ -150,6 +151,8 @@ def _check_options(metric_names, reps, bootstrap, grid_images):
     for name, value, lowest in (("reps", reps, 1), ("bootstrap", bootstrap, 0), ("grid_images", grid_images, 0)):
         if value < lowest:
             raise UserError(f"--{name} must be at least {lowest}, not {value}")
+    if bootstrap > MOST_RESAMPLES:
+        raise UserError(f"--bootstrap must be at most {MOST_RESAMPLES}, not {bootstrap}: more make no difference")
 
 
 def open_folder(result_path):
