@@ -12,7 +12,6 @@ import dataclasses
 from pathlib import Path
 
 from absl import flags
-from ml_collections.config_flags import config_flags
 
 import console
 import distributed
@@ -24,11 +23,9 @@ FLAGS = flags.FLAGS
 
 def define_flags():
     """The command line; inside a function so that importing this module defines nothing."""
-    config_flags.DEFINE_config_file(
-        "config", None, "The config that the model was trained with; values can be overridden."
-    )
-    flags.DEFINE_string("workdir", None, "Folder of the results: {workdir}/{mask}_reps{R}/.")
-    flags.DEFINE_string(
+    console.define_config("The config that the model was trained with; values can be overridden.")
+    console.define_path("workdir", None, "Folder of the results: {workdir}/{mask}_reps{R}/.")
+    console.define_path(
         "ckpt_path", None, "The checkpoint (.pth), EMA weights (.safetensors), or a folder of diffusers'."
     )
     flags.DEFINE_integer(
@@ -49,7 +46,7 @@ def define_flags():
         False,
         "Reduce both sides to the smallest native resolution of either first, so that blur cannot separate them.",
     )
-    flags.DEFINE_string("data_root", "./data", "Where data sets lie, or are downloaded to.")
+    console.define_path("data_root", "./data", "Where data sets lie, or are downloaded to.")
     flags.DEFINE_integer(
         "workers", None, "Threads that decode images; by default one a processor, up to 32.", lower_bound=1
     )
@@ -73,10 +70,10 @@ def _define_mask_flags():
     flags.DEFINE_integer("mask_num_blocks", 4, "Checkerboards: blocks an edge.")
     flags.DEFINE_integer("mask_patch_size", 4, "Random masks: pixels an edge of a patch.")
     flags.DEFINE_float("mask_ratio", 0.5, "Random masks: share of known patches.")
-    flags.DEFINE_string(
+    console.define_path(
         "mask_file_path", None, "Your own mask: a picture (white = known) or array; implies mask_type file."
     )
-    flags.DEFINE_string("mask_save_dir", None, "Where --save_mask writes; by default masks/ in the results folder.")
+    console.define_path("mask_save_dir", None, "Where --save_mask writes; by default masks/ in the results folder.")
     flags.DEFINE_string("mask_identifier", None, "A tag in the names of the results folder and the saved masks.")
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import console
 import datasets
 import files
 import losses
@@ -302,18 +303,16 @@ class Log:
 
         try:
             workdir.mkdir(parents=True, exist_ok=True)
-            self.file = (workdir / "stdout.txt").open("a")
+            self.file = (workdir / "stdout.txt").open("a", encoding="utf-8")
             self.writer = SummaryWriter(workdir / "tensorboard", purge_step=first_step or None)
         except OSError as error:
-            raise UserError(f"cannot write to {workdir}: {error.strerror}; choose another --workdir") from error
+            raise UserError(f"cannot write to {workdir}: {error.strerror}; {console.remedy(error)}") from error
 
     def line(self, text):
         """Writes a line with the time of day."""
         stamped = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}"
-        from tqdm import tqdm
-
-        tqdm.write(stamped)
-        print(stamped, file=self.file, flush=True)
+        console.log(stamped)
+        print(console.printable(stamped), file=self.file, flush=True)
 
     def scalar(self, name, value, step):
         """Writes `step: N, name: value`."""

@@ -100,7 +100,7 @@ def names_with_function(node, function=None):
 
 def test_flags_stay_in_main():
     """Library functions never see the command line; console.run alone parses it."""
-    allowed = {*((name, "main") for name in COMMANDS), ("console", "run")}
+    allowed = {*((name, "main") for name in COMMANDS), ("console", "run"), ("console", "define_config")}
     wrong = []
     for path, tree in PROGRAM.items():
         body = [node for node in tree.body if ast.unparse(node) != "FLAGS = flags.FLAGS"]
