@@ -38,27 +38,30 @@ class ImageSet:
     """Images of one size, in the order of their source.
 
     Attributes:
-        name: stable identity, the key of the noise: the table's name, or the stem of the file or folder.
-        positions: (N,) int64, each usable image's index in its whole source, so that a file which cannot be used
-            changes nothing about the others.
+        name: what the set is called: the table's name, or the stem of the file or folder.
+        count: the number of images N, those that can be used.
         skipped: (path, reason) of the files that cannot be used; grows while a set that was not checked is read.
         shape: (C, H, W).
         store: holds the pixels, see `_Memory` and `_OnDemand`.
         native: the smallest height or width of any of the images before they got their size (but after a named
             set's own cut); None where the files were not checked.
         through: pixels an edge that all images were reduced to before they got their size, or None.
+        labels: the images' paths as the user knows them, in order; None where they are no files.
+        treatment: what was done to each picture, JSON types.
     """
 
     name: str
-    positions: torch.Tensor
+    count: int
     skipped: list
     shape: tuple
     store: object
     native: int | None = None
     through: int | None = None
+    labels: list | None = None
+    treatment: dict = dataclasses.field(default_factory=dict)
 
     def __len__(self):
-        return len(self.positions)
+        return self.count
 
     def read(self, start, stop):
         """Images start..stop-1, (B, C, H, W) uint8; fewer where the set ends before.
@@ -75,7 +78,7 @@ class ImageSet:
     @functools.cached_property
     def fingerprint(self):
         """Content identity `name:count:hash`: of the pixels in memory, else of the files' names, sizes and the crop."""
-        digest = hashlib.blake2b(repr((self.name, self.shape, self.positions.tolist())).encode(), digest_size=8)
+        digest = hashlib.blake2b(repr((self.name, self.shape, self.count)).encode(), digest_size=8)
         self.store.hash_into(digest)
         return f"{self.name}:{len(self)}:{digest.hexdigest()}"
 
@@ -365,7 +368,7 @@ def _small_images(name, pixels, form):
         store = _Memory(finish(pixels))
     else:
         store = _OnDemand(lambda row: finish(pixels[row : row + 1])[0], identity, form.pool())
-    return ImageSet(name, torch.arange(len(pixels)), [], form.shape, store, native, form.through)
+    return ImageSet(name, len(pixels), [], form.shape, store, native, form.through)
 
 
 def _crop_all(pixels, size):
@@ -511,13 +514,14 @@ def _load_files(name, labels, paths, form):
     if not form.check and not form.fits_in_memory(limit):
         skipped = []
         store = _OnDemand(_standing_in(name, labels, paths[:limit], form, skipped), None, form.pool())
-        return ImageSet(name, torch.arange(limit), skipped, form.shape, store, through=form.through)
+        return ImageSet(name, limit, skipped, form.shape, store, through=form.through)
     rows, skipped, sizes, pixels = _scan(labels, paths, limit, form)
     if not rows:
         label, reason = skipped[0]
         raise UserError(f"none of the {len(skipped)} images of '{name}' is usable; the first, {label}: {reason}")
     store = _Memory(pixels) if pixels is not None else _files_on_demand(rows, labels, paths, form)
-    return ImageSet(name, torch.tensor(rows), skipped, form.shape, store, min(sizes), form.through)
+    used = [labels[row] for row in rows]
+    return ImageSet(name, len(rows), skipped, form.shape, store, min(sizes), form.through, used)
 
 
 def _scan(labels, paths, limit, form):
@@ -692,7 +696,7 @@ def _load_array(path, array_name, form):
     if form.fits_in_memory(len(values)):
         store = _Memory(_gather(store, len(values), form))
     native = min(values.shape[1:3])
-    return ImageSet(name, torch.arange(len(values)), [], form.shape, store, native, form.through)
+    return ImageSet(name, len(values), [], form.shape, store, native, form.through)
 
 
 def _read_array(path, array_name):

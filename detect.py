@@ -10,8 +10,11 @@ their score.  Batch files are read one at a time; only distances are kept.
 """
 
 import dataclasses
+import functools
 import io
 import os
+import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,7 @@ import numpy as np
 import console
 from console import UserError
 
+MOST_RESAMPLES = 10_000_000
 COLOURS = {"pos": "tab:blue", "neg": "tab:orange"}
 
 
@@ -34,6 +38,7 @@ class Result:
             (N,) and distances (R, N); larger = further.
         roc_auc: in [0, 1]; 1 when every in-domain image is closer than every other.
         interval: 95% bootstrap interval of the ROC-AUC, or None where no resamples were asked for.
+        options: what the distances depend on besides the images, JSON types, as in `metrics.Metric`.
         files: names of the files written beside the batches.
     """
 
@@ -43,6 +48,7 @@ class Result:
     tables: dict
     roc_auc: float
     interval: tuple | None
+    options: dict
     files: list
 
 
@@ -52,7 +58,7 @@ def define_flags():
 
     from metrics import METRICS
 
-    flags.DEFINE_string("result_path", None, "Results folder of recon.py, the one with pos/ and neg/.", required=True)
+    console.define_path("result_path", None, "Results folder of recon.py, the one with pos/ and neg/.", required=True)
     flags.DEFINE_list("metric", ["LPIPS"], f"Distances, separated by commas: {', '.join(METRICS)}.")
     flags.DEFINE_enum(
         "resize_type",
@@ -60,7 +66,7 @@ def define_flags():
         ["nearest", "bicubic", "none"],
         "SIMCLR: how images are resized to 224x224, if at all.",
     )
-    flags.DEFINE_string(
+    console.define_path(
         "simclr_path", None, "SIMCLR: weights of a SimCLRv2 ResNet; by default pretrained/r50_1x_sk1.pth."
     )
     flags.DEFINE_integer("reps", 1, "Repetitions per image to use: the first ones, at most as many as were made.")
@@ -118,6 +124,7 @@ def detect(
 
     Raises:
         UserError: a wrong argument, or a folder that is incomplete, damaged or inconsistent; nothing is written then.
+            A picture that cannot be made is a warning alone: the scores are there by then.
     """
     import metrics
     import storage
@@ -130,10 +137,12 @@ def detect(
     options = {"SIMCLR": {"resize_type": resize_type, "path": simclr_path}}
     tools = [metrics.create(name, device, **options.get(name, {})) for name in metric_names]
     tables = measure(folder, tools, reps, device)
+    _tell_repetitions(folder, reps)
     names = _side_names(folder)
     results = [judge(tool, names, tables[tool.name], bootstrap) for tool in tools]
-    images = draw(folder, results, grid_images) if plots else {}
-    return write(folder, results, images, reps, bootstrap)
+    pictures = plan(folder, results, grid_images) if plots else {}
+    write(folder, results, reps, bootstrap)
+    return [_with_files(folder, result, pictures.get(result.metric, {})) for result in results]
 
 
 def _check_options(metric_names, reps, bootstrap, grid_images):
@@ -142,6 +151,8 @@ def _check_options(metric_names, reps, bootstrap, grid_images):
     for name, value, lowest in (("reps", reps, 1), ("bootstrap", bootstrap, 0), ("grid_images", grid_images, 0)):
         if value < lowest:
             raise UserError(f"--{name} must be at least {lowest}, not {value}")
+    if bootstrap > MOST_RESAMPLES:
+        raise UserError(f"--bootstrap must be at most {MOST_RESAMPLES}, not {bootstrap}: more make no difference")
 
 
 def open_folder(result_path):
@@ -168,6 +179,16 @@ def open_folder(result_path):
     if not os.access(folder.path, os.W_OK):
         raise UserError(f"{folder.path} may not be written to, and the scores go there; copy it or change permissions")
     return folder
+
+
+def _tell_repetitions(folder, reps):
+    """Says so where more repetitions were made than are used; the manifest or the folder's name tells how many."""
+    made = (folder.manifest() or {}).get("settings", {}).get("reps_per_image")
+    if not isinstance(made, int):
+        name = re.search(r"_reps(\d{1,9})$", folder.path.resolve().name)
+        made = int(name[1]) if name else reps
+    if made > reps:
+        console.warn(f"using {reps} of {made} repetitions; --reps {made} uses all")
 
 
 # ---------------------------------------------------------------------------------------------------- distances
@@ -301,7 +322,7 @@ def judge(tool, names, tables, bootstrap):
     labels, closeness = _labelled(tables)
     interval = bootstrap_interval(tables["pos"]["score"], tables["neg"]["score"], bootstrap) if bootstrap else None
     label = f"1 - {tool.name}" if tool.similarity else tool.name
-    return Result(tool.name, label, names, tables, float(roc_auc_score(labels, closeness)), interval, [])
+    return Result(tool.name, label, names, tables, float(roc_auc_score(labels, closeness)), interval, tool.options, [])
 
 
 def _side_names(folder):
@@ -355,36 +376,32 @@ def bootstrap_interval(pos, neg, resamples, level=0.95):
     return float(low), float(high)
 
 
-def write(folder, results, images, reps, bootstrap):
-    """Writes scores, pictures and, last, the summary beside the batches.
+def write(folder, results, reps, bootstrap):
+    """Writes the scores and the summary beside the batches, and warns of earlier ones that are no longer there.
 
     Args:
         folder: a `storage.ResultsFolder`.
         results: list of `Result`.
-        images: `{metric: {file name: PNG bytes}}`.
         reps: repetitions used.
         bootstrap: resamples drawn.
-
-    Returns:
-        list[Result]: the results with the names of their files.
     """
     import files
     import storage
 
-    written = []
+    entries = {}
     for result in results:
-        table = f"scores_{result.metric}.csv"
-        storage.write_scores(folder.path / table, result.tables)
-        pictures = images.get(result.metric, {})
-        for name, data in pictures.items():
-            files.write_bytes(folder.path / name, data)
-        written.append(dataclasses.replace(result, files=[table, *pictures]))
-    entries = {
-        result.metric: {"roc_auc": result.roc_auc, "interval_95": result.interval, "bootstrap": bootstrap}
-        for result in results
-    }
-    storage.write_results(folder.path, _shared(folder, results[0].tables, reps), entries)
-    return written
+        entry = {"roc_auc": result.roc_auc, "interval_95": result.interval, "bootstrap": bootstrap}
+        entries[result.metric] = {**entry, "options": result.options} if result.options else entry
+    with files.alone(folder.path):  # tables and summary are of one run
+        for result in results:
+            storage.write_scores(folder.path / _table_name(result), result.tables)
+        lost = storage.write_results(folder.path, _shared(folder, results[0].tables, reps), entries)
+    for line in lost:
+        console.warn(line)
+
+
+def _table_name(result):
+    return f"scores_{result.metric}.csv"
 
 
 def _shared(folder, tables, reps):
@@ -407,21 +424,35 @@ def _summary(entry):
 # ------------------------------------------------------------------------------------------------------ pictures
 
 
-def draw(folder, results, grid_images):
-    """All pictures as PNG bytes: `{metric: {file name: bytes}}`.
+def plan(folder, results, grid_images):
+    """What there is to draw: `{metric: {file name: function that gives the figure}}`.
 
     Raises:
         UserError: a batch file has no masked images to show.
     """
     groups = {result.metric: _groups(result.tables, grid_images) for result in results}
     shown = _read_pictures(folder, {pick for group in groups.values() for picks in group.values() for pick in picks})
-    images = {}
+    figures = {}
     for result in results:
-        figures = {"roc": _roc(result), "histogram": _histogram(result)}
+        makers = {"roc": functools.partial(_roc, result), "histogram": functools.partial(_histogram, result)}
         if grid_images:
-            figures["pictures"] = _grid(result, groups[result.metric], shown)
-        images[result.metric] = {f"{name}_{result.metric}.png": _png(figure) for name, figure in figures.items()}
-    return images
+            makers["pictures"] = functools.partial(_grid, result, groups[result.metric], shown)
+        figures[result.metric] = {f"{name}_{result.metric}.png": maker for name, maker in makers.items()}
+    return figures
+
+
+def _with_files(folder, result, pictures):
+    """The result with the names of its files, once its pictures, `{file name: function}`, are drawn and written."""
+    import files
+
+    written = [_table_name(result)]
+    for name, make in pictures.items():
+        try:
+            files.write_bytes(folder.path / name, _png(make()))
+            written.append(name)
+        except Exception as error:  # whatever matplotlib raises: the scores, which are written, do not hang on it
+            console.warn(f"{name} is left out, the scores are there: {error or type(error).__name__}")
+    return dataclasses.replace(result, files=written)
 
 
 def _groups(tables, count):
@@ -478,8 +509,16 @@ def _figure(width, height):
 
 def _png(figure):
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a box stands for it
+        figure.savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()
+
+
+def _text(name):
+    """A name as matplotlib shows it as it is: printable, of bearable length, and $ no sign of a formula."""
+    name = console.printable(name)
+    return (name if len(name) <= 60 else f"{name[:40]}...{name[-17:]}").replace("$", r"\$")
 
 
 def _roc(result):
@@ -513,7 +552,7 @@ def _histogram(result):
     axes = figure.add_subplot()
     for side, values in scores.items():
         share = np.full(len(values), 100 / len(values))
-        label = f"{result.names[side]} ({len(values)} images)"
+        label = f"{_text(result.names[side])} ({len(values)} images)"
         axes.hist(values, edges, weights=share, color=COLOURS[side], alpha=0.55, label=label)
     axes.set(title=_auc_text(result), ylabel="% of the side's images")
     axes.set_xlabel(f"score: median distance over repetitions ({result.label}; larger = more out-of-domain)")
@@ -528,7 +567,9 @@ def _grid(result, groups, pictures):
     figure = _figure(max(2 * columns * 0.85 + 2, 9), 7)
     axes = figure.subplots(2, 2)
     for number, ((side, group), picks) in enumerate(groups.items()):
-        title = f"{result.names[side]}, {group} out-of-domain ({'lowest' if group == 'least' else 'highest'} scores)"
+        title = (
+            f"{_text(result.names[side])}, {group} out-of-domain ({'lowest' if group == 'least' else 'highest'} scores)"
+        )
         scores = sorted(result.tables[side]["score"], reverse=group == "most")[: len(picks)]
         _group(axes.flat[number], [pictures[pick] for pick in picks], scores, columns)
         axes.flat[number].set_title(title, color=COLOURS[side])

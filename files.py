@@ -47,8 +47,8 @@ def write_bytes(path, data):
 
 
 def write_text(path, text):
-    """`write_bytes` of UTF-8 text."""
-    write_bytes(path, text.encode())
+    """`write_bytes` of UTF-8 text; bytes of file names that are no UTF-8 become escapes such as \\udce9."""
+    write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def write_json(path, value):
@@ -104,6 +104,21 @@ def owned(folder):
         file.flush()
         remove_temporaries(folder)
         yield
+
+
+@contextlib.contextmanager
+def alone(folder):
+    """A short section in which no other process is in such a section of the same folder; waits for its turn.
+
+    The lock is on the folder itself, so that no file is left; it ends with the process.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems have no locks of folders
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _lock(file):

@@ -6,7 +6,6 @@ On several GPUs: torchrun --nproc_per_node=8 main.py ...
 """
 
 from absl import flags
-from ml_collections.config_flags import config_flags
 
 import console
 import distributed
@@ -16,13 +15,13 @@ FLAGS = flags.FLAGS
 
 def define_flags():
     """The command line; inside a function so that importing this module defines nothing."""
-    config_flags.DEFINE_config_file("config", None, "The config file; any value: --config.training.batch_size=64.")
-    flags.DEFINE_string("workdir", None, "Folder of checkpoints, logs and samples; a run found there is continued.")
+    console.define_config("The config file; any value: --config.training.batch_size=64.")
+    console.define_path("workdir", None, "Folder of checkpoints, logs and samples; a run found there is continued.")
     flags.DEFINE_enum(
         "mode", None, ["train", "eval"], "train: train; eval: evaluate the checkpoints as config.eval says."
     )
     flags.DEFINE_string("eval_folder", "eval", "Folder below workdir for the results of --mode eval.")
-    flags.DEFINE_string("data_root", "./data", "Where data sets lie, or are downloaded to.")
+    console.define_path("data_root", "./data", "Where data sets lie, or are downloaded to.")
     flags.DEFINE_integer(
         "workers", None, "Threads that decode images; by default one a processor, up to 32.", lower_bound=1
     )

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from console import UserError
+from console import UserError, shell
 from files import write_bytes, write_json, write_text
 
 MANIFEST = "manifest.json"
@@ -323,7 +323,7 @@ def _check_weights(path, found, net, compare_buffers):
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(
             f"{path} does not fit the config: {'; '.join(problems[:3])}{more}; use the config it was made with "
-            f"('python scripts/inspect_checkpoint.py {path}' says which it fits)"
+            f"(`{shell('python', 'scripts/inspect_checkpoint.py', path)}` says which it fits)"
         )
 
 
@@ -519,12 +519,29 @@ def _link(source, target):
 
 
 def write_csv(path, header, rows):
-    """Writes a table: `header` a list of names, `rows` an iterable of lists."""
+    """Writes a table: `header` a list of names, `rows` an iterable of lists.
+
+    Text that a spreadsheet would take for a formula gets an apostrophe in front, which spreadsheets do not show.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
-    writer.writerows(rows)
+    writer.writerows([_harmless(cell) for cell in row] for row in rows)
     write_text(path, text.getvalue())
+
+
+def _harmless(cell):
+    """A cell of a table; a name that begins as a formula does is made text."""
+    if not isinstance(cell, str) or not cell.startswith(_FORMULA):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell  # a negative number
+
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 RESULTS = "results.json"
@@ -551,7 +568,7 @@ def _score_rows(side, table):
 
 def read_scores(path):
     """The tables that `write_scores` wrote, as NumPy arrays."""
-    with Path(path).open(newline="") as file:
+    with Path(path).open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     sides = {}
     for side in dict.fromkeys(row["side"] for row in rows):
@@ -576,7 +593,7 @@ def read_results(folder):
     if not path.is_file():
         return None
     try:
-        results = json.loads(path.read_text())
+        results = json.loads(path.read_text(encoding="utf-8"))
         return {**results, "metrics": dict(results["metrics"])}
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise UserError(f"{path} cannot be read; delete it and run detect.py again") from error
@@ -591,13 +608,23 @@ def write_results(folder, shared, metrics):
     Args:
         folder: the results folder.
         shared: a dict of JSON types.
-        metrics: `{name: {...}}`, JSON types.
+        metrics: `{name: {...}}`, JSON types; what a distance depends on is in its entry `options`.
 
     Returns:
-        Path: the file written.
+        list: a line for the user of each reason for which earlier metrics go or are replaced by others.
     """
-    shared, earlier = json.loads(json.dumps(shared)), read_results(folder) or {"metrics": {}}
-    kept = earlier.pop("metrics") if {**earlier, "metrics": None} == {**shared, "metrics": None} else {}
-    path = Path(folder) / RESULTS
-    write_json(path, {**shared, "metrics": {**kept, **metrics}})
-    return path
+    shared, metrics = json.loads(json.dumps([shared, metrics]))
+    earlier = read_results(folder) or {**shared, "metrics": {}}
+    old = earlier.pop("metrics")
+    others, lines = ", ".join(name for name in old if name not in metrics), []
+    if (differing := differences(earlier, shared)) and others:
+        lines.append(f"{RESULTS} no longer tells of {others}, measured otherwise ({'; '.join(differing[:4])})")
+    for name in old.keys() & metrics.keys():
+        if changed := differences(_options(old[name]), _options(metrics[name])):
+            lines.append(f"earlier {name} scores were made with other options and are replaced ({'; '.join(changed)})")
+    write_json(Path(folder) / RESULTS, {**shared, "metrics": {**({} if differing else old), **metrics}})
+    return lines
+
+
+def _options(entry):
+    return entry.get("options", {}) if isinstance(entry, dict) else {}

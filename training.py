@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import console
 import datasets
 import files
 import losses
@@ -315,18 +316,16 @@ class Log:
 
         try:
             workdir.mkdir(parents=True, exist_ok=True)
-            self.file = (workdir / "stdout.txt").open("a")
+            self.file = (workdir / "stdout.txt").open("a", encoding="utf-8")
             self.writer = SummaryWriter(workdir / "tensorboard", purge_step=first_step or None)
         except OSError as error:
-            raise UserError(f"cannot write to {workdir}: {error.strerror}; choose another --workdir") from error
+            raise UserError(f"cannot write to {workdir}: {error.strerror}; {console.remedy(error)}") from error
 
     def line(self, text):
         """Writes a line with the time of day."""
         stamped = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}"
-        from tqdm import tqdm
-
-        tqdm.write(stamped)
-        print(stamped, file=self.file, flush=True)
+        console.log(stamped)
+        print(console.printable(stamped), file=self.file, flush=True)
 
     def scalar(self, name, value, step):
         """Writes `step: N, name: value`."""
@@ -351,7 +350,7 @@ def draw_samples(trainer, count, word, first=0):
     sample = _sampler(config, sde)
     shape = (config.data.num_channels, config.data.image_size, config.data.image_size)
     numbers = torch.arange(first, first + count)
-    keys = noise.image_keys(noise.key(config.seed, word), "samples", numbers, reps=[0])
+    keys = noise.image_keys(noise.key(config.seed, word, "samples"), numbers, reps=[0])
     source = noise.KeyedNoise(keys, shape, trainer.device)
     return datasets.to_data_range(sample(trainer.model, source), config.data.centered)
 

@@ -109,7 +109,7 @@ def _mask(x):
 
 
 def _source(x):
-    return noise.KeyedNoise(noise.image_keys(0, "benchmark", torch.arange(len(x)), [0]), x.shape[1:], x.device)
+    return noise.KeyedNoise(noise.image_keys(0, torch.arange(len(x)), [0]), x.shape[1:], x.device)
 
 
 def keyed_noise(config, sde, x):

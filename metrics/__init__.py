@@ -27,12 +27,14 @@ class Metric(abc.ABC):
     Attributes:
         name: the key in `METRICS`.
         similarity: whether the published closeness is 1 - distance; False where it is -distance.
+        options: what its distances depend on besides the images, JSON types; kept with the results.
         pixels_at_once: how many, height times width times images, to describe at a time: few large operations, and
             descriptions of some 100 MB.
     """
 
     name = None
     similarity = False
+    options = {}
     pixels_at_once = 1 << 20
 
     def __call__(self, orig, recon):

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from console import UserError, choose
+import files
+from console import UserError, choose, shell
 from metrics import Metric, simclr_resnet, weights
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "pretrained" / "r50_1x_sk1.pth"
@@ -37,7 +38,9 @@ class SimCLR(Metric):
         """
         self.device = device
         self.resize = choose(resize_type, RESIZE, "resize_type")
-        self.network = read_network(WEIGHTS if path is None else Path(path)).to(device)
+        path = WEIGHTS if path is None else Path(path)
+        self.network = read_network(path).to(device)
+        self.options = {"resize_type": resize_type, "weights": files.file_hash(path)}
 
     @torch.no_grad()
     def prepare(self, images):
@@ -72,10 +75,10 @@ def read_network(path):
     if not path.is_file():
         raise UserError(
             f"SIMCLR needs the weights of SimCLRv2, and there are none at {path}; copy Google's checkpoint by "
-            f"'gsutil cp -r {SOURCE}/{WEIGHTS.stem} .' and convert it by 'python -m metrics.convert_simclr "
-            f"{WEIGHTS.stem} {path}', or use what works offline: --metric MSE,SSIM"
+            f"`gsutil cp -r {SOURCE}/{WEIGHTS.stem} .` and convert it by `{_conversion(path)}`, or use what works "
+            "offline: --metric MSE,SSIM"
         )
-    remedy = f"convert Google's checkpoint again by 'python -m metrics.convert_simclr {WEIGHTS.stem} {path}'"
+    remedy = f"convert Google's checkpoint again by `{_conversion(path)}`"
     content = weights.read(path, "the SimCLRv2 weights", remedy)
     tensors = content.get("resnet") if isinstance(content, dict) else None
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
@@ -86,6 +89,10 @@ def read_network(path):
     tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
     network.load_state_dict(tensors, assign=True)
     return network.eval().requires_grad_(False)
+
+
+def _conversion(path):
+    return shell("python", "-m", "metrics.convert_simclr", WEIGHTS.stem, path)
 
 
 def build(shapes, path, remedy):

@@ -1,0 +1,176 @@
+"""Wrong command lines of the three commands: one line that says what to do, exit code 2, nothing written."""
+
+import json
+import os
+import re
+
+import numpy as np
+import pytest
+import tiny
+from helpers import ROOT
+
+import console
+
+CONFIG = f"--config={ROOT / tiny.CONFIG_FILE}"
+TRAIN = ["main", "--mode=train", "--workdir=out", "--device=cpu"]
+EVAL = ["main", "--mode=eval", "--workdir=out", "--device=cpu", CONFIG]
+RECON = ["recon", CONFIG, "--workdir=out", "--ckpt_path=k.pth", "--in_domain=photos.npz", "--device=cpu"]
+DETECT = ["detect", "--device=cpu"]
+CONFIGS = {  # file -> what is in it
+    "syntax.py": "def get_config(:\n",
+    "raises.py": "import math\n\n\ndef get_config():\n    return math.sqrt(-1)\n",
+    "name.py": "x = 1\ny = undefined\n",
+    "import.py": "import no_such_package\n",
+    "exits.py": "import sys\n\nsys.exit(0)\n",
+    "exits_later.py": "def get_config():\n    raise SystemExit('bye')\n",
+    "lacks.py": "config = {}\n",
+    "no_function.py": "get_config = 3\n",
+    "dict.py": "def get_config():\n    return {'seed': 1}\n",
+    "none.py": "def get_config():\n    pass\n",
+    "takes.py": "def get_config(which):\n    pass\n",
+    "recursion.py": "def get_config():\n    return get_config()\n",
+    "assertion.py": "assert False\n",
+    "type_error.py": "def get_config():\n    return 1 + 'a'\n",
+    "os_error.py": "open('nowhere.txt')\n",
+    "empty.py": "",
+    "frozen.py": "from ml_collections import FrozenConfigDict as F\n\n\ndef get_config():\n    return F({'a': 1})\n",
+    "two\nlines.py": "a = b\n",
+}
+LONG = "n" * 300
+SMALL = ROOT / "tests" / "golden" / "results_small"
+
+ROWS = {
+    # config files
+    "syntax": ([*TRAIN, "--config=syntax.py"], r"the config syntax\.py fails with SyntaxError in line 1: .*correct it"),
+    "raises": ([*TRAIN, "--config=raises.py"], r"raises\.py fails with ValueError in line 5: math domain error; corr"),
+    "undefined name": ([*TRAIN, "--config=name.py"], r"name\.py fails with NameError in line 2: name 'undefined' is"),
+    "import": ([*TRAIN, "--config=import.py"], r"import\.py fails with ModuleNotFoundError in line 1: No module named"),
+    "exits": ([*TRAIN, "--config=exits.py"], r"the config exits\.py ends the program in line 3; take the exit out"),
+    "exits later": ([*TRAIN, "--config=exits_later.py"], r"exits_later\.py ends the program in line 2; take the exit"),
+    "lacks": ([*TRAIN, "--config=lacks.py"], r"lacks\.py has no function get_config; the files in configs/ show how"),
+    "no function": ([*TRAIN, "--config=no_function.py"], r"no_function\.py has no function get_config"),
+    "plain dict": ([*TRAIN, "--config=dict.py"], r"get_config of dict\.py returns a dict, not an ml_collections\.Conf"),
+    "nothing": ([*TRAIN, "--config=none.py"], r"get_config of none\.py returns nothing, not an ml_collections\.Config"),
+    "frozen": ([*TRAIN, "--config=frozen.py"], r"get_config of frozen\.py returns a FrozenConfigDict, not an ml_coll"),
+    "takes": ([*TRAIN, "--config=takes.py"], r"takes\.py fails with TypeError.*missing 1 required positional argument"),
+    "recursion": ([*TRAIN, "--config=recursion.py"], r"recursion\.py fails with RecursionError in line 2"),
+    "assertion": ([*TRAIN, "--config=assertion.py"], r"assertion\.py fails with AssertionError in line 1"),
+    "type error": ([*TRAIN, "--config=type_error.py"], r"type_error\.py fails with TypeError in line 2"),
+    "os error": ([*TRAIN, "--config=os_error.py"], r"os_error\.py fails with FileNotFoundError in line 1: .*nowhere"),
+    "empty config file": ([*TRAIN, "--config=empty.py"], r"empty\.py has no function get_config"),
+    "two lines": ([*TRAIN, "--config=two\nlines.py"], r"two lines\.py fails with NameError in line 1"),
+    "binary": ([*TRAIN, "--config=photos.npz"], r"the config photos\.npz fails with SyntaxError"),
+    "folder": ([*TRAIN, "--config=."], r"no config can be read \('\.' is no file\); give --config a file such as"),
+    "pipe": ([*TRAIN, "--config=pipe"], r"no config can be read \('pipe' is no file\)"),
+    "missing": ([*TRAIN, "--config=nowhere.py"], r"no config can be read \(.*'nowhere\.py'\); give --config a file"),
+    "missing at home": ([*TRAIN, "--config=~/nowhere.py"], r"no config can be read \(.*'/[^~]*/nowhere\.py'\)"),
+    "too long a config": ([*TRAIN, f"--config={LONG}"], r"no config can be read \(.*File name too long"),
+    "a text for a config that takes none": ([*TRAIN, f"{CONFIG}:text"], r"TypeError: get_config\(\) takes 0"),
+    "empty config": ([*TRAIN, "--config="], "no config can be read"),
+    "config in recon": ([*RECON, "--config=dict.py"], r"get_config of dict\.py returns a dict"),
+    "field of a section": ([*TRAIN, CONFIG, "--config.model=3"], "--config.model=3"),
+    "field before the config": ([*TRAIN, "--config.seed=3", CONFIG], "config.seed"),
+    "field of a text": ([*TRAIN, CONFIG, "--config.seed=abc"], "--config.seed=abc: invalid literal"),
+    "empty field": ([*TRAIN, CONFIG, "--config.data.dataset="], r"flag --config\.data\.dataset is empty"),
+    "field with a zero byte": ([*TRAIN, CONFIG, "--config.data.dataset=a\0b"], r"--config\.data\.dataset holds a zero"),
+    # paths
+    "empty workdir": ([*TRAIN, CONFIG, "--workdir="], "flag --workdir is empty; give it a value or leave it out"),
+    "blank workdir": ([*TRAIN, CONFIG, "--workdir= "], "flag --workdir is empty"),
+    "workdir with a zero byte": ([*TRAIN, CONFIG, "--workdir=a\0b"], "flag --workdir holds a zero byte"),
+    "too long a workdir": ([*TRAIN, CONFIG, f"--workdir={LONG}"], "File name too long"),
+    "workdir below a file": ([*TRAIN, CONFIG, "--workdir=photos.npz/x", "--config.data.dataset=photos.npz"], ""),
+    "empty data_root": ([*TRAIN, CONFIG, "--data_root="], "flag --data_root is empty"),
+    "empty eval_folder": ([*EVAL, "--eval_folder="], "flag --eval_folder is empty"),
+    "empty workdir of recon": ([*RECON, "--workdir="], "flag --workdir is empty"),
+    "empty ckpt_path": ([*RECON, "--ckpt_path="], "flag --ckpt_path is empty"),
+    "empty in_domain": ([*RECON, "--in_domain="], "flag --in_domain is empty"),
+    "empty out_of_domain": ([*RECON, "--out_of_domain="], "flag --out_of_domain is empty"),
+    "empty mask file": ([*RECON, "--mask_file_path="], "flag --mask_file_path is empty"),
+    "empty mask folder": ([*RECON, "--save_mask", "--mask_save_dir="], "flag --mask_save_dir is empty"),
+    "empty identifier": ([*RECON, "--mask_identifier="], "flag --mask_identifier is empty"),
+    "zero byte in in_domain": ([*RECON, "--in_domain=a\0b"], "flag --in_domain holds a zero byte"),
+    "too long a checkpoint": ([*RECON, f"--ckpt_path={LONG}"], "File name too long|is missing|no checkpoint"),
+    "too long a mask": ([*RECON, f"--mask_file_path={LONG}"], ""),
+    "empty result_path": ([*DETECT, "--result_path="], "flag --result_path is empty"),
+    "too long a result_path": ([*DETECT, f"--result_path={LONG}"], "File name too long"),
+    "no results folder": ([*DETECT, "--result_path=nowhere"], "there is no results folder at nowhere"),
+    "result_path at home": ([*DETECT, "--result_path=~/nowhere"], "there is no results folder at /[^~]*/nowhere"),
+    "result_path is a file": ([*DETECT, "--result_path=photos.npz"], "there is no results folder at photos.npz"),
+    "empty simclr_path": ([*DETECT, "--result_path=.", "--simclr_path="], "flag --simclr_path is empty"),
+    # numbers
+    "memory nan": ([*RECON, "--memory_gb=nan"], "flag --memory_gb=nan: a number within 64 bits is expected"),
+    "memory inf": ([*RECON, "--memory_gb=inf"], "flag --memory_gb=inf: a number within 64 bits is expected"),
+    "memory below 0": ([*RECON, "--memory_gb=-1"], "--memory_gb=-1"),
+    "ratio nan": ([*RECON, "--mask_type=random", "--mask_ratio=nan"], "flag --mask_ratio=nan: a number within 64"),
+    "t_start nan": ([*RECON, "--t_start=nan"], "flag --t_start=nan: a number"),
+    "t_end inf": ([*RECON, "--t_end=-inf"], "flag --t_end=-inf: a number"),
+    "eta nan": ([*RECON, "--eta=NaN"], "flag --eta=nan: a number"),
+    "huge batch": ([*RECON, f"--batch_size={10**30}"], "flag --batch_size=10{30}: a number within 64 bits is expected"),
+    "huge seed": ([*TRAIN, CONFIG, f"--seed={10**30}"], "flag --seed=10{30}: a number within 64 bits"),
+    "huge reps": ([*DETECT, "--result_path=.", f"--reps={10**30}"], "flag --reps=10{30}: a number within 64 bits"),
+    "no reps": ([*DETECT, "--result_path=.", "--reps=0"], "--reps must be at least 1, not 0"),
+    "too many resamples": ([*DETECT, "--result_path=.", "--bootstrap=10000001"], "--bootstrap must be at most 1"),
+    "text for a number": ([*RECON, "--batch_size=many"], "--batch_size=many: invalid literal"),
+    "fraction for an integer": ([*RECON, "--batch_size=2.5"], "--batch_size=2.5: invalid literal"),
+    "workers": ([*TRAIN, CONFIG, "--workers=-1"], "--workers=-1: -1 is not a positive integer"),
+    # choices and combinations
+    "mode": (["main", CONFIG, "--workdir=out", "--mode=trian"], "--mode=trian: value should be one of <train|eval>"),
+    "device": (["main", CONFIG, "--workdir=out", "--mode=train", "--device=gpu"], "unknown device 'gpu'; choose"),
+    "empty device": (["main", CONFIG, "--workdir=out", "--mode=train", "--device="], "flag --device is empty"),
+    "detect device": (["detect", f"--result_path={SMALL}", "--metric=MSE", "--device=gpu"], "unknown device 'gpu'"),
+    "metric": ([*DETECT, "--result_path=.", "--metric=PSNR"], "unknown metric 'PSNR'; choose one of: MSE, SSIM"),
+    "no metric": ([*DETECT, "--result_path=.", "--metric="], "--metric names no metric|unknown metric ''"),
+    "metric with an escape": ([*DETECT, "--result_path=.", "--metric=\x1b[31m"], r"unknown metric '\\x1b\[31M'"),
+    "resize type": ([*DETECT, "--result_path=.", "--resize_type=linear"], "--resize_type=linear: value should be one"),
+    "boolean": ([*RECON, "--save_mask=perhaps"], r"--save_mask=perhaps: \('Non-boolean argument to boolean flag"),
+    "unknown flag": ([*RECON, "--reps=3"], "Unknown command line flag 'reps'"),
+    "unknown flag with an escape": ([*TRAIN, "--\x1b[31mx=1"], r"Unknown command line flag '\\x1b\[31mx'"),
+    "flag without value": (["detect", "--result_path"], "Missing value for flag --result_path"),
+    "a word too many": ([*DETECT, "--result_path=.", "\x1b[31m"], r"unexpected argument '\\x1b\[31m'; flags are"),
+    "no flags": (["main"], "Flag --"),
+    "no flags of detect": (["detect"], "Flag --result_path must have a value other than None"),
+    "flag file": ([*TRAIN, "--flagfile=nowhere"], "Unable to open flagfile: .*'nowhere'"),
+    "flag file that is a folder": ([*TRAIN, "--flagfile=."], "Unable to open flagfile"),
+    "binary flag file": ([*TRAIN, "--flagfile=photos.npz"], "decode"),
+    "flag file of detect": ([*DETECT, "--flagfile=nowhere"], "Unable to open flagfile: .*'nowhere'"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """Name -> exit code, standard output, standard error, and what is in the folder then."""
+    folders, rows = {}, []
+    for name, (words, _) in ROWS.items():
+        folders[name] = tmp_path_factory.mktemp("row")
+        fill(folders[name])
+        rows.append([words[0], words[1:], str(folders[name])])
+    table = tmp_path_factory.mktemp("table") / "rows.json"
+    table.write_text(json.dumps(rows))
+    code, out, err = tiny.command("tests/forked.py", table)
+    assert code == 0, err
+    return dict(zip(ROWS, zip(json.loads(out), folders.values(), strict=True), strict=True))
+
+
+def fill(folder):
+    """What the rows name."""
+    for name, text in CONFIGS.items():
+        (folder / name).write_text(text)
+    np.savez(folder / "photos.npz", images=tiny.pictures(4))
+    os.mkfifo(folder / "pipe")
+
+
+def before():
+    return {*CONFIGS, "photos.npz", "pipe"}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_one_line_that_says_what_to_do(name, outcomes):
+    (code, out, err), folder = outcomes[name]
+    assert code == console.EXIT_USER_ERROR, err
+    assert out == ""
+    assert err.startswith("error: "), err
+    assert err.count("\n") == 1, err
+    assert "Traceback" not in err
+    assert re.search(ROWS[name][1], err), err
+    assert "\x1b" not in err
+    assert {path.name for path in folder.iterdir()} == before()
