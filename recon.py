@@ -212,7 +212,7 @@ class Reconstructor:
             rows = torch.arange(done, min(done + self._rows_at_once(batch), len(recon)))
             filled = memory.attempt(self._inpaint, data, device_masks, keys, rows, on_step)
             if filled is None:
-                self._halve_rows(batch)
+                self._halve_rows(batch, len(rows))
                 continue
             done += len(rows)
             recon[rows[0] : done].copy_(filled, non_blocking=True)
@@ -255,11 +255,10 @@ class Reconstructor:
 
         self.rows = memory.rows_that_fit(work, self.device, self.reps * images, memory_gb)
 
-    def _halve_rows(self, batch):
-        """After memory ran out: go on with half as many trajectories at once."""
-        before = self._rows_at_once(batch)
-        self.rows = max(1, before // 2)
-        if self._rows_at_once(batch) >= before:
+    def _halve_rows(self, batch, tried):
+        """After memory ran out: go on with half as many trajectories at once as were tried."""
+        self.rows = max(1, tried // 2)
+        if self._rows_at_once(batch) >= tried:
             raise console.UserError(f"{self.device} has too little memory for this batch; lower --batch_size")
 
     def _rows_at_once(self, batch):

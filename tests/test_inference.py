@@ -321,6 +321,12 @@ def test_out_of_memory_halves_the_trajectories_and_changes_nothing():
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
     assert tried[:2] == [8, 4]
     assert set(tried[2:]) == {2}
+    bold, tried = reconstructor(limit=3)
+    bold.rows = 10**6  # 10 of which there are
+    for mine, theirs in zip(bold(pixels, 0), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
+    assert tried[:2] == [10, 5]
+    assert set(tried[2:]) == {2}
 
 
 FAILURES = {
