@@ -50,10 +50,24 @@ def folder(tmp_path):
     return tmp_path / "pictures"
 
 
+@pytest.fixture(autouse=True)
+def nothing_was_said():
+    """What is told once a run is told in every test."""
+    datasets._say_once.cache_clear()
+
+
 @pytest.fixture
 def on_demand(monkeypatch):
     """No set of images is small enough to be kept."""
     monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 0)
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The files that were read, in the order in which that began."""
+    names, read = [], datasets.read_file
+    monkeypatch.setattr(datasets, "read_file", lambda path: names.append(path.name) or read(path))
+    return names
 
 
 # ------------------------------------------------------------------------------------------------------- the crop
@@ -92,22 +106,16 @@ def _write_animated(path):
     Image.fromarray(RAMP).save(path, save_all=True, append_images=[Image.fromarray(255 - RAMP)], lossless=True)
 
 
-def _write_transparent(path):
-    ramp = Image.fromarray(RAMP)
-    Image.merge("RGBA", [ramp, ramp, ramp, Image.new("L", (32, 32), 7)]).save(path)
-
-
-def _write_rotated(path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: the camera was turned
-    Image.fromarray(RAMP).save(path, exif=exif)
-
-
 FORMATS = {
     "grey.png": lambda path: Image.fromarray(RAMP).save(path),
     "colour.webp": lambda path: Image.fromarray(RAMP).convert("RGB").save(path, lossless=True),
     "palette.png": lambda path: Image.fromarray(RAMP).convert("P").save(path),
-    "transparent.png": _write_transparent,
+    "no ending": lambda path: Image.fromarray(RAMP).save(path, "PNG"),
+    "lies.jpg": lambda path: Image.fromarray(RAMP).save(path, "PNG"),
+    "scan.tga": lambda path: Image.fromarray(RAMP).save(path),
+    "old.pcx": lambda path: Image.fromarray(RAMP).save(path),
+    "modern.jp2": lambda path: Image.fromarray(RAMP).save(path),
+    "quick.qoi": lambda path: Image.fromarray(RAMP).convert("RGB").save(path),
     "deep.png": _write_16_bit,
     "deep.tif": _write_16_bit,
     "deep_big_endian.pgm": _write_16_bit,
@@ -115,7 +123,6 @@ FORMATS = {
     "animated.png": _write_animated,
     "animated.webp": _write_animated,
     "pages.tiff": _write_animated,
-    "rotated.png": _write_rotated,
     "upper.BMP": lambda path: Image.fromarray(RAMP).save(path),
 }
 
@@ -231,18 +238,35 @@ def test_a_list_resolves_paths_beside_itself_then_here(folder, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("limit", [0, 2 << 30])
-def test_max_images_takes_the_first_usable_and_stops(limit, folder, monkeypatch):
+def test_max_images_takes_evenly_spread_usable_ones_and_no_more(limit, tmp_path, monkeypatch, opened, capsys):
+    """Of class folders all are among them; a damaged one is stood in for, and the order stays that of the source."""
     monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", limit)
-    (folder / "a" / "x.png").write_bytes(b"damaged")
-    for index in range(100):
-        noise_picture(index).save(folder / f"more{index:03}.png")
-    opened = []
-    decode = datasets.decode_file
-    monkeypatch.setattr(datasets, "decode_file", lambda path: opened.append(path) or decode(path))
-    images = load(folder, max_images=3)
-    assert images.positions.tolist() == [0, 2, 3]
-    assert len(opened) == 4  # the damaged one and no more than was needed
-    assert images.read(0, 100).shape == (3, 3, 32, 32)
+    for index in range(40):
+        (tmp_path / "p" / f"class{index // 10}").mkdir(parents=True, exist_ok=True)
+        noise_picture(index).save(tmp_path / "p" / f"class{index // 10}" / f"{index:02}.png")
+    (tmp_path / "p" / "class1" / "10.png").write_bytes(b"damaged")
+    images = load(tmp_path / "p", max_images=4)
+    assert images.labels == ["class0/00.png", "class1/11.png", "class2/20.png", "class3/30.png"]
+    assert len(opened) == 5  # the damaged one and no more than was needed
+    assert torch.equal(
+        read_all(images), torch.stack([chw(datasets.crop(noise_picture(i), 32)) for i in (0, 11, 20, 30)])
+    )
+    assert "'p': 4 of 40 images are used, evenly spread (--max_images)" in capsys.readouterr().out
+    assert len(load(tmp_path / "p", max_images=50)) == 39
+    assert "evenly" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("usable", [{0, 1, 2}, {9}, set(), set(range(3, 20)), set(range(0, 20, 2))])
+@pytest.mark.parametrize("limit", [1, 3, 7, 20])
+def test_every_file_is_tried_before_there_are_too_few(usable, limit):
+    found, failed, tried = {}, {}, []
+    for piece in datasets._turns(20, limit, 4, found, failed):
+        assert 0 < len(piece) <= 4
+        tried += piece
+        found.update((row, None) for row in piece if row in usable)
+        failed.update((row, None) for row in piece if row not in usable)
+    assert len(tried) == len(set(tried))
+    assert len(found) == min(limit, len(usable))
 
 
 def test_decoded_on_demand_is_the_same_as_kept(folder, monkeypatch):
@@ -259,9 +283,11 @@ def test_fingerprints_tell_contents_apart(limit, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", limit)
     first = load(folder).fingerprint
     assert first == load(folder, workers=1).fingerprint
-    assert first.startswith("pictures:7:")
-    folder.rename(tmp_path / "moved")
+    assert first.startswith("7:")
+    folder.rename(tmp_path / "moved")  # what it is called is no content
+    assert first == load(tmp_path / "moved").fingerprint
     (tmp_path / "moved").rename(folder)
+    (folder / "f.png").rename(folder / "g.png")
     assert first == load(folder).fingerprint
     assert first != load(folder, max_images=6).fingerprint
     assert first != load(folder, image_size=16).fingerprint
@@ -398,7 +424,8 @@ def test_cifar(name, split, tmp_path, monkeypatch):
     images = load(name, split=split, data_root=tmp_path)
     assert images.name == name
     assert torch.equal(read_all(images), pixels)
-    assert torch.equal(read_all(load(name, split=split, data_root=tmp_path, max_images=2)), pixels[:2])
+    spread = pixels[[0, len(pixels) // 2]]
+    assert torch.equal(read_all(load(name, split=split, data_root=tmp_path, max_images=2)), spread)
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -631,14 +658,6 @@ def test_workers_change_nothing(folder, on_demand):
             assert torch.equal(first.batch(step), second.batch(step))
 
 
-@pytest.fixture
-def opened(monkeypatch):
-    """The files that were decoded, in the order in which that began."""
-    names, decode = [], datasets.decode_file
-    monkeypatch.setattr(datasets, "decode_file", lambda path: names.append(path.name) or decode(path))
-    return names
-
-
 def test_reading_decodes_what_is_asked_for_alone(folder, on_demand, opened):
     images = load(folder)
     assert len(opened) == 7  # the check
@@ -717,7 +736,10 @@ def test_arrays_go_through_the_crop(shape, suffix, limit, channels, tmp_path, mo
     values = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     path = tmp_path / f"pack.{suffix}"
     np.save(path, values) if suffix == "npy" else np.savez(path, values)
-    cropped = [datasets.crop(Image.fromarray(row.squeeze()), 32) for row in values]
+    pictures = [Image.fromarray(row.squeeze()) for row in values]
+    if shape[-1] == 4:
+        pictures = [Image.alpha_composite(Image.new("RGBA", each.size, "white"), each) for each in pictures]
+    cropped = [datasets.crop(picture, 32) for picture in pictures]
     if channels == 1:
         cropped = [picture.convert("L") for picture in cropped]
     expected = torch.stack(
@@ -725,7 +747,7 @@ def test_arrays_go_through_the_crop(shape, suffix, limit, channels, tmp_path, mo
     )
     images = load(path, num_channels=channels)
     assert torch.equal(read_all(images), expected)
-    assert torch.equal(read_all(load(path, num_channels=channels, max_images=2)), expected[:2])
+    assert torch.equal(read_all(load(path, num_channels=channels, max_images=2)), expected[[0, 2]])
     assert images.fingerprint == load(path, num_channels=channels).fingerprint
 
 
@@ -744,7 +766,7 @@ def test_one_of_several_arrays(tmp_path):
     ("values", "message"),
     [
         (np.zeros((2, 32, 32, 3)), "holds float64"),
-        (np.zeros((2, 3, 32, 32), np.uint8), "shape 2x3x32x32"),
+        (np.zeros((2, 2, 32, 32), np.uint8), "shape 2x2x32x32"),
         (np.zeros((32, 32), np.uint8), "shape 32x32"),
         (np.zeros((0, 32, 32), np.uint8), "shape 0x32x32"),
         (np.array([print]), "no plain arrays"),
@@ -1006,7 +1028,8 @@ def test_batches_under_way_are_given_up_with_the_feed(folder, on_demand):
 
 @pytest.mark.parametrize("size", [0, 12])
 def test_a_batch_that_cannot_be_filled(size):
-    with pytest.raises(UserError, match=f"a batch of {size} cannot be taken from the 11 images of 'numbered'"):
+    message = f"a batch of {size} cannot be taken from the 11 images of 'numbered'; choose a batch size from 1 to 11"
+    with pytest.raises(UserError, match=message):
         feed(numbered(11), size)
 
 
