@@ -682,7 +682,7 @@ def _readings(line):
             yield from (plain, plain.replace("\\", "/"))
 
 
-_LABELLED = re.compile(r"(?P<path>.*\S)(\s*[,;\t]\s*|\s+)[^\s,;/]+")
+_LABELLED = re.compile(r"(?P<path>.*[^\s,;])(\s*[,;]\s*|\s+)[^\s,;/]+")
 
 
 def _lines(path):

@@ -215,7 +215,7 @@ def test_arrays_that_inflate_hugely_are_not_unpacked(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "MOST_BYTES", 1 << 20)
     with monkeypatch.context() as patch:
         patch.setattr(np, "load", None)  # it is not come to that
-        with pytest.raises(ValueError, match="unpacks to 0.0 GB, more than"):
+        with pytest.raises(ValueError, match=r"unpacks to 0\.0 GB, more than"):
             images.read_array(path, "x")
         with pytest.raises(ValueError, match="more than"):
             images.read_array(tmp_path / "x.npy", most=1000)
