@@ -22,7 +22,9 @@ import training
 from configs.base import to_dict
 from console import UserError, choose, progress, say
 from metrics import fidelity
+from models import inference, memory
 
+PRECISION = "fp32"  # of everything that is computed here
 BPD_REPEATS = {"train": 1, "test": 5}  # dequantisations of each image, as published
 
 
@@ -56,6 +58,7 @@ class Evaluation:
             "seed": self.config.seed,
             "noise": noise.SCHEME,
             "batch_size": self.batch_size,
+            "precision": PRECISION,
         }
 
 
@@ -80,19 +83,15 @@ def evaluate(config, workdir, eval_folder, device, data_root, workers=None):
     parts = _enabled(config)
     trainer = training.Trainer(config, workdir, device, data_root, workers)
     run = Evaluation(trainer, trainer.workdir / eval_folder)
-    origins = {}
-    try:
+    origins, largest = {}, f"for {config.eval.batch_size} images at once"
+    remedy = f"{largest}; lower --config.eval.batch_size and choose another --eval_folder"
+    with memory.told(device, remedy), inference.arithmetic(PRECISION):
         for k, path in _checkpoints(config, trainer.workdir / "checkpoints").items():
             origins[k] = run.load(path)
             for part in parts:
                 part(run, k, origins[k])
         if write_samples in parts:
             write_reports(run, origins)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"{device} has too little memory for {config.eval.batch_size} images at once; lower "
-            "--config.eval.batch_size and choose another --eval_folder"
-        ) from error
 
 
 def _enabled(config):

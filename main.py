@@ -39,8 +39,10 @@ def main(_):
             console.keep_freed_memory()
         if FLAGS.mode == "train":
             import training
+            from models import memory
 
-            training.train(config, FLAGS.workdir, device, FLAGS.data_root, FLAGS.workers, ranks)
+            with memory.told(device, "for this training; lower --config.training.batch_size"):
+                training.train(config, FLAGS.workdir, device, FLAGS.data_root, FLAGS.workers, ranks)
         elif ranks.world_size > 1:
             raise console.UserError("--mode eval runs in one process; start it without torchrun")
         else:

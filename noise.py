@@ -156,7 +156,7 @@ def normal(keys, weyl, count):
     Returns:
         (B, count) float32; the largest magnitude is 6.66.
     """
-    rows = len(keys) if keys.is_cuda else max(1, _CPU_CHUNK // max(1, count))
+    rows = len(keys) if keys.device.type != "cpu" else max(1, _CPU_CHUNK // max(1, count))
     out = torch.empty(len(keys), 2 * len(weyl), device=keys.device)
     state = torch.empty(min(rows, len(keys)), len(weyl), dtype=torch.int64, device=keys.device)
     scratch = torch.empty_like(state)

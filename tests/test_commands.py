@@ -115,7 +115,7 @@ FLAGS = {
         "max_images": None, "match_resolution": "false", "data_root": "./data", "workers": None,
         "seed": None, "device": None, "memory_gb": None,
         "sampler": None, "steps": None, "time_grid": None, "t_start": None, "t_end": None, "eta": None,
-        "constraint": None, "returns": None, "lift": None, "precision": "fp32", "compile": "false",
+        "constraint": None, "returns": None, "lift": None, "precision": "auto", "compile": "auto",
     },
     "detect.py": {"result_path": None, "metric": "LPIPS", "reps": "1", "device": "auto", "resize_type": "bicubic"},
 }  # fmt: skip
@@ -169,7 +169,7 @@ DEFAULTS = {
     "width": 32, "ckpt_path": "c.pth", "workdir": "w", "sources": {"pos": ["MNIST", True]}, "reps": 1,
     "batch_size": 100, "seed": 42, "device": {"type": "auto"}, "max_images": None, "data_root": "./data",
     "workers": None, "match_resolution": False, "memory_gb": None, "ranks": vars(distributed.ALONE),
-    "precision": "fp32", "compiled": False, "sampling": {}, "mask_directory": None, "mask_options": {
+    "precision": "auto", "compiled": "auto", "sampling": {}, "mask_directory": None, "mask_options": {
         "mask_type": "center", "num_blocks": 4, "patch_size": 4, "ratio": 0.5, "file_path": None, "identifier": None,
     },
 }  # fmt: skip
@@ -200,7 +200,7 @@ def test_recon_flags_have_their_effects():
             "sampler": "ddim", "steps": 7, "time_grid": "lambda", "t_start": 0.8, "t_end": 0.1, "eta": 0.5,
             "constraint": "project", "returns": 1, "lift": "both",
         },
-        "precision": "bf16", "compiled": True,
+        "precision": "bf16", "compiled": "on",
         "width": 64, "ckpt_path": "c.pth", "workdir": "w", "reps": 10, "batch_size": 200, "seed": 7,
         "device": {"type": "cpu"},
         "sources": {"pos": ["MNIST", False], "neg": ["SVHN", False]}, "max_images": 3, "data_root": "d",
@@ -210,6 +210,33 @@ def test_recon_flags_have_their_effects():
             "identifier": "tag",
         },
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ([], "auto"),
+        (["--compile"], "on"),  # as it was when it was a switch
+        (["--nocompile"], "off"),
+        (["--compile=true"], "on"),
+        (["--compile=Off"], "off"),
+        (["--compile=auto"], "auto"),
+        (["--compile=always"], "choose one of: auto, on or off"),
+    ],
+)
+def test_the_ways_to_write_compile(written, expected):
+    from absl import flags
+
+    import recon
+
+    values = flags.FlagValues()
+    flags.DEFINE_flag(recon.compile_flag(), values)
+    if " " in expected:
+        with pytest.raises(flags.IllegalFlagValueError, match=expected):
+            values(["recon.py", *written])
+    else:
+        values(["recon.py", *written])
+        assert values.compile == expected
 
 
 @pytest.mark.parametrize("name", ["fast", "best"])
