@@ -10,6 +10,8 @@ from ml_collections.config_flags import config_flags
 
 import console
 import distributed
+from configs.base import check
+from configs.fields import SEED, check_value
 
 FLAGS = flags.FLAGS
 
@@ -34,7 +36,9 @@ def define_flags():
 def main(_):
     config = FLAGS.config
     if FLAGS.seed is not None:
+        check_value("--seed", FLAGS.seed, SEED)
         config.seed = FLAGS.seed
+    check(config)
     with distributed.start(FLAGS.device or config.device) as (ranks, device):
         if device.type == "cpu":
             console.keep_freed_memory()

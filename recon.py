@@ -16,6 +16,8 @@ from ml_collections.config_flags import config_flags
 
 import console
 import distributed
+from configs.base import check
+from configs.fields import SEED, check_value
 
 _SOURCE = "a data set's name, a folder of images, a .txt list of image paths, or a .npz or .npy file of images"
 
@@ -499,6 +501,7 @@ def choose_sampler(options):
 
 
 def main(_):
+    check(FLAGS.config)
     mask_type = FLAGS.mask_type
     if FLAGS.mask_file_path and mask_type != "file":
         if FLAGS["mask_type"].present:
@@ -518,6 +521,7 @@ def main(_):
         FLAGS.mask_identifier,
     )
     seed = config.seed if FLAGS.seed is None else FLAGS.seed
+    check_value("--seed", seed, SEED)
     sources = {"pos": (FLAGS.in_domain, FLAGS.id_center_crop)}
     if FLAGS.out_of_domain:
         sources["neg"] = (FLAGS.out_of_domain, FLAGS.ood_center_crop)

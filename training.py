@@ -349,8 +349,7 @@ def _sampler(config, sde):
     Raises:
         UserError: an unknown method or solver, or a solver that the SDE does not have.
     """
-    samplers = {"pc": _predictor_corrector, "ode": _probability_flow}
-    return choose(config.sampling.method.lower(), samplers, "method (config.sampling.method)")(config, sde)
+    return choose(config.sampling.method.lower(), METHODS, "method (config.sampling.method)")(config, sde)
 
 
 def _predictor_corrector(config, sde):
@@ -365,6 +364,9 @@ def _predictor_corrector(config, sde):
 
 def _probability_flow(config, sde):
     return lambda model, noise: sampling.sample_ode(model, sde, noise(0, "prior") * sde.prior_std)[0]
+
+
+METHODS = {"pc": _predictor_corrector, "ode": _probability_flow}  # config.sampling.method
 
 
 def to_pixels(images):
