@@ -10,7 +10,7 @@ from ml_collections.config_flags import config_flags
 
 import console
 import distributed
-from configs.base import check
+from configs.base import check, typed
 from configs.fields import SEED, check_value
 
 FLAGS = flags.FLAGS
@@ -42,6 +42,9 @@ def main(_):
     with distributed.start(FLAGS.device or config.device) as (ranks, device):
         if device.type == "cpu":
             console.keep_freed_memory()
+        import sampling
+
+        sampling.check_typed(config, typed(FLAGS["config"]))
         if FLAGS.mode == "train":
             import training
 

@@ -354,6 +354,7 @@ def _sampler(config, sde):
 
 def _predictor_corrector(config, sde):
     process = sampling.create_process(config, sde)
+    process.check_sampling()
 
     def sample(model, noise):
         with progress(total=process.steps, unit="step", desc="sampling", leave=False) as bar:
@@ -363,6 +364,7 @@ def _predictor_corrector(config, sde):
 
 
 def _probability_flow(config, sde):
+    sampling.check_effects(config.sampling, sde)
     return lambda model, noise: sampling.sample_ode(model, sde, noise(0, "prior") * sde.prior_std)[0]
 
 

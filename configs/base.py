@@ -10,6 +10,7 @@ Types matter on the command line: `--config.training.batch_size=64` replaces an 
 import difflib
 
 from ml_collections import ConfigDict
+from ml_collections.config_flags import config_flags
 
 from configs.fields import FIELDS, NEEDED_WITH, OPTIONAL, check_value
 from console import UserError
@@ -143,6 +144,11 @@ def _convert(value, sequence):
     if isinstance(value, (dict, ConfigDict)):
         return {name: _convert(field, sequence) for name, field in value.items()}
     return sequence(value) if isinstance(value, (list, tuple)) else value
+
+
+def typed(flag):
+    """The paths, such as "sampling.snr", of the fields that a command line set; `flag` is `FLAGS["config"]`."""
+    return set(config_flags.get_override_values(flag))
 
 
 # ------------------------------------------------------------------------------------------------------- checking
