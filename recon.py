@@ -15,8 +15,13 @@ from absl import flags
 
 import console
 import distributed
+from configs.base import check, typed
+from configs.fields import SEED, check_value
 
 _SOURCE = "a data set's name, a folder of images, a .txt list of image paths, or a .npz or .npy file of images"
+
+# Flags that are fields of config.sampling, besides --sampler itself.
+SAMPLER_FLAGS = "steps", "time_grid", "t_start", "t_end", "eta", "constraint", "returns", "lift"
 
 FLAGS = flags.FLAGS
 
@@ -550,13 +555,14 @@ def choose_sampler(options):
         choices = dict.fromkeys([sampling.PUBLISHED, *sampling.PRESETS, *sampling.SAMPLERS])
         console.choose(options.sampler, choices, "sampler (--sampler)")
         settings.sampler = options.sampler
-    for name in ("steps", "time_grid", "t_start", "t_end", "eta", "constraint", "returns", "lift"):
+    for name in SAMPLER_FLAGS:
         if options[name].value is not None:
             settings[name] = options[name].value
     return reps
 
 
 def main(_):
+    check(FLAGS.config)
     mask_type = FLAGS.mask_type
     if FLAGS.mask_file_path and mask_type != "file":
         if FLAGS["mask_type"].present:
@@ -565,6 +571,10 @@ def main(_):
     if FLAGS.mask_save_dir and not FLAGS.save_mask:
         raise console.UserError("--mask_save_dir goes with --save_mask; add it or leave both out")
     config, reps = FLAGS.config, choose_sampler(FLAGS)
+    import sampling
+
+    flags_given = {f"sampling.{name}" for name in SAMPLER_FLAGS if FLAGS[name].present}
+    sampling.check_typed(config, typed(FLAGS["config"]) | flags_given)
     if config.sampling.lift == "noise":
         mask_type = "none"  # nothing is known
     mask_options = MaskOptions(
@@ -576,6 +586,7 @@ def main(_):
         FLAGS.mask_identifier,
     )
     seed = config.seed if FLAGS.seed is None else FLAGS.seed
+    check_value("--seed", seed, SEED)
     sources = {"pos": (FLAGS.in_domain, FLAGS.id_center_crop)}
     if FLAGS.out_of_domain:
         sources["neg"] = (FLAGS.out_of_domain, FLAGS.ood_center_crop)

@@ -361,12 +361,12 @@ def _sampler(config, sde):
     Raises:
         UserError: an unknown method or solver, or a solver that the SDE does not have.
     """
-    samplers = {"pc": _predictor_corrector, "ode": _probability_flow}
-    return choose(config.sampling.method.lower(), samplers, "method (config.sampling.method)")(config, sde)
+    return choose(config.sampling.method.lower(), METHODS, "method (config.sampling.method)")(config, sde)
 
 
 def _predictor_corrector(config, sde):
     process = sampling.create_process(config, sde)
+    process.check_sampling()
 
     def sample(model, noise):
         with progress(total=process.steps, unit="step", desc="sampling", leave=False) as bar:
@@ -376,7 +376,11 @@ def _predictor_corrector(config, sde):
 
 
 def _probability_flow(config, sde):
+    sampling.check_effects(config.sampling, sde)
     return lambda model, noise: sampling.sample_ode(model, sde, noise(0, "prior") * sde.prior_std)[0]
+
+
+METHODS = {"pc": _predictor_corrector, "ode": _probability_flow}  # config.sampling.method
 
 
 def to_pixels(images):

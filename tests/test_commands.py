@@ -265,7 +265,7 @@ def test_a_mask_file_implies_its_type():
 CONFIG = f"--config={tiny.CONFIG_FILE}"
 TRAIN = ["main.py", "--mode=train", "--workdir={out}"]
 RECON = ["recon.py", "--workdir={out}", "--ckpt_path=nowhere.pth", "--in_domain=MNIST"]
-MISTAKES = {  # noticed before torch is imported
+MISTAKES = {  # noticed before anything is loaded
     "unknown flag": ([*TRAIN, CONFIG, "--batchsize=3"], "Unknown command line flag 'batchsize'"),
     "no config": (TRAIN, "Flag --config must have a value"),
     "no workdir": (["main.py", CONFIG, "--mode=train"], "Flag --workdir must have a value"),
@@ -282,6 +282,19 @@ MISTAKES = {  # noticed before torch is imported
     "no repetitions": ([*RECON, CONFIG, "--reps_per_image=0"], "--reps_per_image=0: 0 is not a positive integer"),
     "no workers": ([*RECON, CONFIG, "--workers=0"], "--workers=0: 0 is not a positive integer"),
     "no images": ([*RECON, CONFIG, "--max_images=0"], "--max_images=0: 0 is not a positive integer"),
+    "no width": ([*TRAIN, CONFIG, "--config.model.nf=0"], r"config\.model\.nf is 0; it must be an int of at least 4"),
+    "no width to reconstruct with": ([*RECON, CONFIG, "--config.model.nf=0"], r"config\.model\.nf is 0; it must be an"),
+    "no learning rate": ([*TRAIN, CONFIG, "--config.optim.lr=nan"], r"config\.optim\.lr is nan; it must be a finite"),
+    "a negative seed": ([*TRAIN, CONFIG, "--seed=-1"], "--seed is -1; it must be an int from 0 to 9223372036854775807"),
+    "a negative seed of noise": ([*RECON, CONFIG, "--seed=-1"], "--seed is -1; it must be an int from 0 to"),
+    "a predictor beside a sampler": (
+        [*RECON, CONFIG, "--sampler=ddim", "--config.sampling.predictor=reverse_diffusion"],
+        "predictor: not with the sampler ddim, which is a predictor itself",
+    ),
+    "snr without a corrector": (
+        [*TRAIN, CONFIG, "--config.sampling.snr=0.16"],
+        "config.sampling: snr: not without a corrector; choose langevin or ald",
+    ),
     "two kinds of mask": (
         [*RECON, CONFIG, "--mask_file_path=own.png", "--mask_type=center"],
         "--mask_file_path goes with --mask_type file, not center; leave one out",
