@@ -34,9 +34,9 @@ LAYERS = [  # from the top; a module imports those below its own layer
     ("sampling",),
     ("datasets",),
     ("models",),
-    ("metrics",),
+    ("metrics", "checkpoint_schema"),
     ("configs", "sde_lib", "masks", "noise", "distributed"),
-    ("files", "images"),
+    ("files", "images", "tensor_files"),
     ("console",),
 ]
 LAYER = {name: index for index, layer in enumerate(LAYERS) for name in layer}
