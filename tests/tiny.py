@@ -63,7 +63,7 @@ def pictures(count, seed=0, size=SIZE):
 
 def write_pictures(path, count, seed=0, size=SIZE):
     """`pictures` as an .npz file; returns its path."""
-    np.savez(path, images=pictures(count, seed, size))
+    np.savez(path, images=pictures(count, seed, size)[..., None])  # (N, S, S, 1): (3, S, S) may be one of 3 channels
     return path
 
 
