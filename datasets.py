@@ -43,9 +43,8 @@ class ImageSet:
     """Images of one size, in the order of their source.
 
     Attributes:
-        name: stable identity, the key of the noise: the table's name, or the stem of the file or folder.
-        positions: (N,) int64, each usable image's index in its whole source, so that a file which cannot be used
-            changes nothing about the others.
+        name: what the set is called: the table's name, or the stem of the file or folder.
+        count: the number of images N, those that can be used.
         skipped: (path, reason) of the files that cannot be used; grows while a set that was not checked is read.
         shape: (C, H, W).
         store: holds the pixels, see `_Memory` and `_OnDemand`.
@@ -58,7 +57,7 @@ class ImageSet:
     """
 
     name: str
-    positions: torch.Tensor
+    count: int
     skipped: list
     shape: tuple
     store: object
@@ -68,7 +67,7 @@ class ImageSet:
     treatment: dict = dataclasses.field(default_factory=dict)
 
     def __len__(self):
-        return len(self.positions)
+        return self.count
 
     def read(self, start, stop):
         """Images start..stop-1, (B, C, H, W) uint8; fewer where the set ends before.
@@ -442,9 +441,7 @@ def _small_images(name, pixels, form):
     else:
         contents = functools.partial(iter, [pixels.contiguous().numpy()])
         store = _OnDemand(lambda row: finish(pixels[row : row + 1])[0], contents, form.pool())
-    return ImageSet(
-        name, torch.arange(len(pixels)), [], form.shape, store, native, form.through, treatment=form.treatment
-    )
+    return ImageSet(name, len(pixels), [], form.shape, store, native, form.through, treatment=form.treatment)
 
 
 def _crop_all(pixels, size):
@@ -704,7 +701,7 @@ def _load_files(name, labels, paths, form):
         decode_row = _standing_in(name, labels, paths, form, skipped)
         store = _OnDemand(decode_row, functools.partial(_sampled_contents, paths), form.pool())
         details = {"labels": labels, "treatment": form.treatment}
-        return ImageSet(name, torch.arange(limit), skipped, form.shape, store, through=form.through, **details)
+        return ImageSet(name, limit, skipped, form.shape, store, through=form.through, **details)
     found, skipped, pixels = _scan(labels, paths, limit, form)
     if not found:
         label, why = skipped[0]
@@ -716,7 +713,7 @@ def _load_files(name, labels, paths, form):
     else:
         store = _files_on_demand([paths[row] for row in rows], [seen.digest for seen in found.values()], form)
     details = {"labels": [labels[row] for row in rows], "treatment": form.treatment}
-    return ImageSet(name, torch.tensor(rows), skipped, form.shape, store, native, form.through, **details)
+    return ImageSet(name, len(rows), skipped, form.shape, store, native, form.through, **details)
 
 
 def _warn_of_dark(name, deepest):
@@ -924,9 +921,7 @@ def _load_array(path, array_name, form):
     if fits:
         store = _Memory(_gather(store, len(rows), form))
     native = min(values.shape[1:3])
-    return ImageSet(
-        name, torch.arange(len(rows)), [], form.shape, store, native, form.through, treatment=form.treatment
-    )
+    return ImageSet(name, len(rows), [], form.shape, store, native, form.through, treatment=form.treatment)
 
 
 def _read_array(path, array_name):

@@ -2,8 +2,9 @@
 
 Every file carries what it was made from.  A file that is there is not made again, so an evaluation that was stopped
 continues; one that was made from something else is refused.  Random numbers are the same for all checkpoints, so that
-differences between checkpoints are not those of the draws: the losses' are keyed by the seed and the batch, all others
-by the seed and the image or the sample, so they do not depend on where an evaluation was stopped.
+differences between checkpoints are not those of the draws: the losses' are keyed by the seed and the batch, the
+likelihoods' by the seed and the image's own pixels, the samples' by the seed and their numbers, so they do not depend
+on where an evaluation was stopped.
 """
 
 import math
@@ -53,6 +54,7 @@ class Evaluation:
             "checkpoint": files.file_hash(path),
             "config": storage.what_weights_depend_on(tree),
             "seed": self.config.seed,
+            "noise": noise.SCHEME,
             "batch_size": self.batch_size,
         }
 
@@ -195,10 +197,10 @@ def write_bpd(run, k, origin):
 
 def _bpd_of_batch(run, images, batch, repeat):
     rows = slice(batch * run.batch_size, (batch + 1) * run.batch_size)
-    pixels, positions = images.read(rows.start, rows.stop), images.positions[rows].tolist()
+    pixels = images.read(rows.start, rows.stop)  # (B, C, H, W) uint8
     dequantized, probes = [], []
-    for image, position in zip(pixels.split(1), positions, strict=True):  # on the CPU: the same for every device
-        generator = noise.generator(run.config.seed, "bpd", images.name, position, repeat)
+    for image, content in zip(pixels.split(1), noise.content_keys(pixels).tolist(), strict=True):
+        generator = noise.generator(run.config.seed, "bpd", content, repeat)  # on the CPU: the same for every device
         dequantized.append(datasets.dequantize(datasets.to_model_range(image, centered=False), generator))
         probes.append(likelihood.rademacher(image.shape, generator))
     centered, model, device = run.config.data.centered, run.trainer.model, run.trainer.device

@@ -27,7 +27,7 @@ class Draws:
     @classmethod
     def keyed(cls, shape, num_scales, *words, device="cpu", share=slice(None)):
         """The draws that belong to the key `words`, for images of `shape` (B, C, H, W); `share` picks some of the B."""
-        rows = noise.image_keys(noise.key(*words), "loss", torch.arange(shape[0])[share], reps=[0])  # (B,)
+        rows = noise.image_keys(noise.key(*words, "loss"), torch.arange(shape[0])[share], reps=[0])  # (B,)
         generator = noise.generator(*words, "times")
         return cls(
             normal=noise.KeyedNoise(rows, shape[1:], device)(0, "prior"),

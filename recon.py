@@ -156,13 +156,11 @@ class Reconstructor:
         self.config, self.model, self.mask_options = config, model, mask_options
         self.reps, self.seed, self.device, self.rows = reps, seed, device, rows
 
-    def __call__(self, images, name, positions, index, on_step=None):
+    def __call__(self, images, index, on_step=None):
         """Reconstructs one batch.
 
         Args:
-            images: (B, C, H, W) uint8.
-            name: the data set's name.
-            positions: (B,) int64, the images' indices in it.
+            images: (B, C, H, W) uint8; their pixels key their noise.
             index: the batch's number, which keys random masks.
             on_step: called with the number of trajectories after each step.
 
@@ -178,11 +176,12 @@ class Reconstructor:
         import noise
 
         batch, size, on_gpu = len(images), images.shape[-1], self.device.type == "cuda"
-        masks = self.mask_options.stack(size, self.reps, self.seed, "mask", name, index)  # (R, 1, H, W)
+        masks = self.mask_options.stack(size, self.reps, self.seed, "mask", index)  # (R, 1, H, W)
+        contents = noise.content_keys(images)  # (B,)
         if on_gpu:
             images = images.pin_memory()
         data = datasets.to_model_range(images.to(self.device, non_blocking=True), self.config.data.centered)
-        keys = noise.image_keys(self.seed, name, positions, range(self.reps))  # (R B,): all of rep 0, then of rep 1
+        keys = noise.image_keys(self.seed, contents, range(self.reps))  # (R B,): all of rep 0, then of rep 1
         device_masks = masks.to(self.device)
         recon = torch.empty(self.reps * batch, *data.shape[1:], pin_memory=on_gpu)
         done = 0
@@ -200,7 +199,7 @@ class Reconstructor:
             torch.cuda.synchronize(self.device)  # the copies have arrived
         if not torch.isfinite(recon).all():
             raise console.UserError(
-                f"the reconstructions of batch {index} of {name} are NaN or infinite: the model's weights or the "
+                f"the reconstructions of batch {index} are NaN or infinite: the model's weights or the "
                 "sampling settings are broken; nothing was written for it"
             )
         orig = datasets.to_model_range(images, centered=False)
@@ -369,10 +368,10 @@ def reconstruct_side(folder, side, images, reconstruct, batch_size, missing, not
     with bar, Background() as reader, Background() as writer:
         pending = reader.submit(images.read, *spans[missing[0]])
         for index, following in zip(missing, [*missing[1:], None], strict=True):
-            pixels, positions = pending.result(), images.positions[slice(*spans[index])]
+            pixels = pending.result()
             if following is not None:
                 pending = reader.submit(images.read, *spans[following])
-            writer.submit(write, index, *reconstruct(pixels, images.name, positions, index, bar.update))
+            writer.submit(write, index, *reconstruct(pixels, index, bar.update))
 
 
 class Background:
@@ -414,6 +413,7 @@ def describe_settings(config, ckpt_path, mask_options, reps, seed, precision="fp
     Compiling changes nothing but rounding, and is left out.
     """
     import files
+    import noise
     from configs.base import to_dict
     from models import diffusers_weights
 
@@ -433,6 +433,7 @@ def describe_settings(config, ckpt_path, mask_options, reps, seed, precision="fp
         "mask": mask,
         "reps_per_image": reps,
         "seed": seed,
+        "noise": noise.SCHEME,
         "precision": precision,
     }
 
@@ -448,7 +449,6 @@ def describe_side(images, batch_size, center_crop):
         "batch_size": batch_size,
         "batches": batches_of(images, batch_size),
         "skipped": [[str(path), reason] for path, reason in images.skipped],
-        "positions": images.positions.tolist() if images.skipped else None,  # None: 0, 1, 2, ...
     }
 
 
@@ -461,7 +461,7 @@ def save_masks(directory, mask_options, size, reps, seed, sides, batch_size):
 
     if mask_options.mask_type == "random":
         stacks = {
-            f"{side}_batch{i}_": (seed, "mask", images.name, i)
+            f"{side}_batch{i}_": (seed, "mask", i)
             for side, images in sides.items()
             for i in range(batches_of(images, batch_size))
         }

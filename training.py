@@ -338,7 +338,7 @@ def draw_samples(trainer, count, word, first=0):
     sample = _sampler(config, sde)
     shape = (config.data.num_channels, config.data.image_size, config.data.image_size)
     numbers = torch.arange(first, first + count)
-    keys = noise.image_keys(noise.key(config.seed, word), "samples", numbers, reps=[0])
+    keys = noise.image_keys(noise.key(config.seed, word, "samples"), numbers, reps=[0])
     source = noise.KeyedNoise(keys, shape, trainer.device)
     return datasets.to_data_range(sample(trainer.model, source), config.data.centered)
 

@@ -85,7 +85,7 @@ def our_calls(config, sde, x):
     frozen = create_model(config).eval().requires_grad_(False).to(memory_format=torch.channels_last)
     predictor, _ = sampling.create_solvers(config, sde)
     times = sampling.time_grid(sde, sde.N, sde.eps)[: STEPS["reconstruction"]]
-    source = noise.KeyedNoise(noise.image_keys(0, "benchmark", torch.arange(len(x)), [0]), x.shape[1:])
+    source = noise.KeyedNoise(noise.image_keys(0, torch.arange(len(x)), [0]), x.shape[1:])
     constrain = sampling.replacement(sde, x, _mask(x))
 
     def reconstruct():
@@ -105,7 +105,7 @@ def _mask(x):
 def keyed_noise(config, sde, x):
     """The share of a reconstruction step that its two keyed draws take, beside the global generator's."""
     net = create_model(config).eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    source = noise.KeyedNoise(noise.image_keys(0, "benchmark", torch.arange(len(x)), [0]), x.shape[1:])
+    source = noise.KeyedNoise(noise.image_keys(0, torch.arange(len(x)), [0]), x.shape[1:])
     calls = {
         "network": lambda: net(x, torch.ones(1)),
         "keyed": lambda: (source(1, "constrain"), source(1, "predictor")),

@@ -175,7 +175,7 @@ def measure_batch(config, model, setting, tools, seed, device, images, batch):
     reconstruct = recon.Reconstructor(config, model, MASK, setting.reps, seed, device, ROWS)
     start, stop = batch * BATCH, min((batch + 1) * BATCH, len(images))
     began = time.process_time()
-    orig, _, recons = reconstruct(images.read(start, stop), images.name, images.positions[start:stop], batch)
+    orig, _, recons = reconstruct(images.read(start, stop), batch)
     seconds = time.process_time() - began
     return arrays_of(tools, orig, recons, device, seconds)
 

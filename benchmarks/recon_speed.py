@@ -115,7 +115,7 @@ def published(config, model, x, steps):
     process = sampling.create_process(config, model.sde)
     config.sampling.steps = 0
     mask = MASK.stack(x.shape[-1], 1)[:1].to(x.device)
-    source = noise.KeyedNoise(noise.image_keys(0, "benchmark", torch.arange(len(x)), [0]), x.shape[1:], x.device)
+    source = noise.KeyedNoise(noise.image_keys(0, torch.arange(len(x)), [0]), x.shape[1:], x.device)
     solvers = {"predictor": process.predictor, "times": process.times[:steps]}
     return sampling.inpaint(model, process.sde, x, mask, source, **solvers)
 
@@ -128,7 +128,7 @@ def fast(config, model, x, reps=None, **changes):
     pixels = ((x.cpu() + 1) * 127.5).to(torch.uint8)
     reps = preset_reps if reps is None else reps
     reconstruct = recon.Reconstructor(config, model, MASK, reps, 0, x.device, rows=256)
-    return reconstruct(pixels, "benchmark", torch.arange(len(x)), 0)
+    return reconstruct(pixels, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------- growth

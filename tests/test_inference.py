@@ -174,11 +174,10 @@ def reconstructor(limit, corrector="none"):
 @torch.no_grad()
 def test_out_of_memory_halves_the_trajectories_and_changes_nothing():
     pixels = torch.from_numpy(tiny.pictures(5))[:, None]
-    positions = torch.arange(5)
     enough, _ = reconstructor(limit=100)
     scarce, tried = reconstructor(limit=3)
-    expected = enough(pixels, "squares", positions, 0)
-    found = scarce(pixels, "squares", positions, 0)
+    expected = enough(pixels, 0)
+    found = scarce(pixels, 0)
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
     assert tried[:2] == [8, 4]
@@ -190,7 +189,7 @@ def test_too_little_memory_for_anything_is_told():
     for limit, corrector in ((0, "none"), (4, "langevin")):  # Langevin keeps the 5 images together
         tight, _ = reconstructor(limit, corrector)
         with pytest.raises(UserError, match="too little memory for this batch; lower --batch_size"):
-            tight(pixels, "squares", torch.arange(5), 0)
+            tight(pixels, 0)
 
 
 # -------------------------------------------------------------------------------------------------------- presets
