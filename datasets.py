@@ -987,7 +987,7 @@ def _channels_first(path, shape, dtype):
         raise UserError(
             f"{what}, of which axis 1 or axis 3 may be the channels; give images higher and wider than that"
         )
-    if len(shape) == 3 and (shape[2] in (1, 3, 4) or shape[0] in (3, 4)):
+    if len(shape) == 3 and (shape[2] in (1, 3, 4) or shape[0] == 3):
         raise UserError(
             f"{what}, which may be one picture or {shape[0]} grey images; write array[None] for one picture, "
             "array[..., None] for grey images"
