@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from console import UserError, shell
+from console import UserError, printable, shell
 from files import write_bytes, write_json, write_text
 
 MANIFEST = "manifest.json"
@@ -521,7 +521,7 @@ def _link(source, target):
 def write_csv(path, header, rows):
     """Writes a table: `header` a list of names, `rows` an iterable of lists.
 
-    Text that a spreadsheet would take for a formula gets an apostrophe in front, which spreadsheets do not show.
+    Text is made printable; what a spreadsheet would take for a formula gets an apostrophe in front.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -531,17 +531,15 @@ def write_csv(path, header, rows):
 
 
 def _harmless(cell):
-    """A cell of a table; a name that begins as a formula does is made text."""
-    if not isinstance(cell, str) or not cell.startswith(_FORMULA):
+    """A cell of a table; text is one line, and never a formula."""
+    if not isinstance(cell, str):
         return cell
     try:
         float(cell)
+        return cell  # "-0.5" is a number
     except ValueError:
-        return f"'{cell}"
-    return cell  # a negative number
-
-
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+        text = printable(cell)
+        return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 RESULTS = "results.json"
