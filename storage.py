@@ -19,7 +19,7 @@ import torch
 
 import checkpoint_schema as schema
 import tensor_files
-from console import UserError, say, shell, warn
+from console import UserError, printable, say, shell, warn
 from files import write_bytes, write_json, write_text
 from tensor_files import WrongFile
 
@@ -705,7 +705,7 @@ def _link(source, target):
 def write_csv(path, header, rows):
     """Writes a table: `header` a list of names, `rows` an iterable of lists.
 
-    Text that a spreadsheet would take for a formula gets an apostrophe in front, which spreadsheets do not show.
+    Text is made printable; what a spreadsheet would take for a formula gets an apostrophe in front.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -715,17 +715,15 @@ def write_csv(path, header, rows):
 
 
 def _harmless(cell):
-    """A cell of a table; a name that begins as a formula does is made text."""
-    if not isinstance(cell, str) or not cell.startswith(_FORMULA):
+    """A cell of a table; text is one line, and never a formula."""
+    if not isinstance(cell, str):
         return cell
     try:
         float(cell)
+        return cell  # "-0.5" is a number
     except ValueError:
-        return f"'{cell}"
-    return cell  # a negative number
-
-
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+        text = printable(cell)
+        return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 RESULTS = "results.json"

@@ -318,6 +318,11 @@ class Log:
             workdir.mkdir(parents=True, exist_ok=True)
             self.file = (workdir / "stdout.txt").open("a", encoding="utf-8")
             self.writer = SummaryWriter(workdir / "tensorboard", purge_step=first_step or None)
+        except UnicodeEncodeError:
+            self.writer = None
+            console.warn(
+                f"TensorBoard cannot write below {workdir}, whose name is no UTF-8; stdout.txt has its numbers"
+            )
         except OSError as error:
             raise UserError(f"cannot write to {workdir}: {error.strerror}; {console.remedy(error)}") from error
 
@@ -330,11 +335,13 @@ class Log:
     def scalar(self, name, value, step):
         """Writes `step: N, name: value`."""
         self.line(f"step: {step}, {name}: {value:.5e}")
-        self.writer.add_scalar(name, value, step)
+        if self.writer:
+            self.writer.add_scalar(name, value, step)
 
     def close(self):
         """Flushes and closes the files."""
-        self.writer.close()
+        if self.writer:
+            self.writer.close()
         self.file.close()
 
 

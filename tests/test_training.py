@@ -384,7 +384,9 @@ def test_a_bad_sampler_does_not_matter_where_nothing_is_sampled(data, tmp_path):
 
 def test_a_workdir_that_cannot_be_made(tree, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match=r"cannot write to .*file/run: .*; choose another --workdir"):
+    with pytest.raises(
+        UserError, match=r"cannot write to .*file/run: .*; a file stands where a folder is needed; choose"
+    ):
         tiny.train(tree, tmp_path / "file" / "run")
 
 

@@ -1,5 +1,6 @@
 """A model so small that it trains in seconds, its data, and how the commands are run with it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -147,3 +148,12 @@ def finish(process, timeout=300):
 def command(*arguments):
     """Runs a Python process to its end: exit code, standard output, standard error."""
     return finish(start(*arguments))
+
+
+def forked(rows, folder):
+    """Runs command lines as `tests/forked.py` does: rows [command, arguments, folder, encoding]; their outcomes."""
+    table = folder / "rows.json"
+    table.write_text(json.dumps([[name, [os.fsdecode(a) for a in words], str(at), to] for name, words, at, to in rows]))
+    code, out, err = command("tests/forked.py", table)
+    assert code == 0, err
+    return json.loads(out)
