@@ -12,8 +12,8 @@ import dataclasses
 from pathlib import Path
 
 from absl import flags
-from ml_collections.config_flags import config_flags
 
+import command_line
 import console
 import distributed
 
@@ -24,12 +24,17 @@ FLAGS = flags.FLAGS
 
 def define_flags():
     """The command line; inside a function so that importing this module defines nothing."""
-    config_flags.DEFINE_config_file(
-        "config", None, "The config that the model was trained with; values can be overridden."
+    command_line.define_config(
+        "The config that the model was trained with, by default the checkpoint's own; values can be overridden: "
+        "--config.sampling.steps=100.",
+        command_line.value_of("ckpt_path"),
     )
     flags.DEFINE_string("workdir", None, "Folder of the results: {workdir}/{mask}_reps{R}/.")
     flags.DEFINE_string(
-        "ckpt_path", None, "The checkpoint (.pth), EMA weights (.safetensors), or a folder of diffusers'."
+        "ckpt_path",
+        None,
+        "The checkpoint (.pth), EMA weights (.safetensors), a folder of diffusers', or a work folder of main.py, of "
+        "which the newest checkpoint is taken.",
     )
     flags.DEFINE_integer(
         "reps_per_image", 1, "Reconstructions of each image; --sampler fast and best bring their own.", lower_bound=1
@@ -64,7 +69,7 @@ def define_flags():
     )
     _define_mask_flags()
     _define_sampler_flags()
-    flags.mark_flags_as_required(["config", "workdir", "ckpt_path", "in_domain"])
+    flags.mark_flags_as_required(["workdir", "ckpt_path", "in_domain"])
 
 
 def _define_mask_flags():
@@ -574,8 +579,7 @@ def run(
     Args:
         config: the config tree.
         sources: side ('pos', 'neg') -> (source of images, whether to crop them).
-        mask_options: a `MaskOptions`.
-        mask_directory: where to write masks; "" for masks/ in the results folder, None for nowhere.
+        mask_options: a `MaskOptions`; mask_directory: for masks, "" for masks/ in the results folder, None for none.
         ckpt_path, workdir, reps, batch_size, seed, max_images, data_root, workers, match_resolution, memory_gb,
             precision, compiled: as the flags; device: torch.device.
         ranks: the processes that share the batches; all of them call this.
@@ -589,6 +593,7 @@ def run(
     import storage
 
     _check_settings(config, mask_options, seed)
+    ckpt_path = storage.find_checkpoint(ckpt_path)
     folder = storage.ResultsFolder(Path(workdir) / f"{mask_options.name}_reps{reps}")
     model, step = load_model(config, ckpt_path, device, precision, compiled)
     rows = rows_within(memory_gb, config, device)
