@@ -13,6 +13,7 @@ from pathlib import Path
 
 from absl import flags
 
+import command_line
 import console
 import distributed
 from configs.base import check, typed
@@ -28,10 +29,17 @@ FLAGS = flags.FLAGS
 
 def define_flags():
     """The command line; inside a function so that importing this module defines nothing."""
-    console.define_config("The config that the model was trained with; values can be overridden.")
+    command_line.define_config(
+        "The config that the model was trained with, by default the checkpoint's own; values can be overridden: "
+        "--config.sampling.steps=100.",
+        command_line.value_of("ckpt_path"),
+    )
     console.define_path("workdir", None, "Folder of the results: {workdir}/{mask}_reps{R}/.")
     console.define_path(
-        "ckpt_path", None, "The checkpoint (.pth), EMA weights (.safetensors), or a folder of diffusers'."
+        "ckpt_path",
+        None,
+        "The checkpoint (.pth), EMA weights (.safetensors), a folder of diffusers', or a work folder of main.py, of "
+        "which the newest checkpoint is taken.",
     )
     flags.DEFINE_integer(
         "reps_per_image", 1, "Reconstructions of each image; --sampler fast and best bring their own.", lower_bound=1
@@ -66,7 +74,7 @@ def define_flags():
     )
     _define_mask_flags()
     _define_sampler_flags()
-    flags.mark_flags_as_required(["config", "workdir", "ckpt_path", "in_domain"])
+    flags.mark_flags_as_required(["workdir", "ckpt_path", "in_domain"])
 
 
 def _define_mask_flags():
@@ -655,6 +663,7 @@ def run(
     import storage
 
     precision = _check_settings(config, mask_options, seed, precision, compiled, device)
+    ckpt_path = storage.find_checkpoint(ckpt_path)
     rows = rows_within(memory_gb, config, device)
     folder = storage.ResultsFolder(Path(workdir) / f"{mask_options.name}_reps{reps}")
     model, step = load_model(config, ckpt_path, device, precision)

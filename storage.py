@@ -454,10 +454,10 @@ def _check_shaping(path, theirs, mine):
     theirs, mine = schema.complete(theirs), schema.complete(mine)
     pick = lambda tree: {section: {name: tree[section].get(name) for name in _SHAPING[section]} for section in _SHAPING}
     if differing := differences(pick(theirs), pick(mine)):
-        field, _, values = differing[0].partition(": ")
+        old = " ".join("--config." + row.partition(" there, ")[0].replace(": ", "=") for row in differing)
         raise UserError(
-            f"{path} was trained with other settings ({'; '.join(differing[:4])}); use --config.{field}="
-            f"{values.split(' there, ')[0]} and so on, or start anew in another --workdir"
+            f"{path} was trained with other settings ({'; '.join(differing)}); continue with {old}, or start anew in "
+            "another --workdir"
         )
     return [row for section in ("training", "optim") for row in _changes(section, theirs, mine)]
 

@@ -71,6 +71,7 @@ class Trainer:
         self.shared_model = ScoreModel(ranks.wrap(net), self.sde, config.training.continuous)  # for training steps
         self.loss = losses.create_loss(config, self.sde)
         self.state = losses.create_state(config, net)
+        self.trained_on = None  # what the checkpoints say of the training images, see `storage.write_checkpoint`
 
     def images(self, split, check=True):
         """The config's data set: the 'train' or the 'test' split; `check` as in `datasets.load`."""
@@ -140,18 +141,29 @@ class Trainer:
         """Writes a checkpoint under the work folder.
 
         Raises:
-            UserError: a weight is not finite; nothing is written.
+            UserError: a number is not finite; nothing is written.
         """
-        if not all(parameter.isfinite().all() for parameter in self.state.net.parameters()):
-            raise UserError(f"the weights are NaN or infinite after step {self.state.step - 1}: {_DIVERGED}")
-        storage.write_checkpoint(self.workdir / path, self.state, to_dict(self.config), self.config.seed)
+        if broken := losses.not_finite(self.state):
+            raise UserError(f"{' and '.join(broken)} are NaN or infinite after step {self.state.step - 1}: {_DIVERGED}")
+        tree, seed = to_dict(self.config), self.config.seed
+        storage.write_checkpoint(self.workdir / path, self.state, tree, seed, self.trained_on)
 
     def resume(self):
         """Continues from the work folder's meta checkpoint if there is one; returns whether."""
         path = self.workdir / META_CHECKPOINT
         if path.is_file():
-            storage.restore_state(path, self.state, to_dict(self.config), self.config.seed)
+            self.trained_on = storage.restore_state(path, self.state, to_dict(self.config), self.config.seed)
         return path.is_file()
+
+    def check_images(self, images):
+        """Notes the training images for the checkpoints; refuses others than the checkpoint resumed from names."""
+        here = {
+            "fingerprint": images.fingerprint,
+            "images": len(images),
+            "source": str(self.config.data.dataset),
+        }
+        storage.check_data(self.workdir / META_CHECKPOINT, self.trained_on, here)
+        self.trained_on = here
 
 
 class _EMAWeights:
@@ -202,6 +214,7 @@ def train(config, workdir, device, data_root, workers=None, ranks=ALONE):
         _sampler(config, trainer.sde)  # what cannot be sampled is told before the first step
     train_batches, test_batches, log = ranks.in_turn(lambda: trainer.batches("train")), None, None
     ranks.check_same(len(train_batches.images), "training images")
+    ranks.on_main(lambda: trainer.check_images(train_batches.images))
     with ranks.together():
         if ranks.is_main:
             test_batches, log = trainer.batches("test"), Log(trainer.workdir, first)

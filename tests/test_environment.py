@@ -27,7 +27,7 @@ REQUIREMENTS = "requirements.txt", "requirements-learned.txt", "requirements-tes
 COMMANDS = "main", "recon", "detect"
 LAYERS = [  # from the top; a module imports those below its own layer
     COMMANDS,
-    ("evaluation",),
+    ("evaluation", "command_line"),
     ("training",),
     ("storage",),
     ("losses", "likelihood"),
