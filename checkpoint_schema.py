@@ -39,6 +39,7 @@ def check_parts(content):
     if not isinstance(content["model"], dict) or not (content["ema"] is None or isinstance(averages, (list, tuple))):
         raise WrongFile("its weights are no tensors by name")
     check_weights(content["model"])
+    without_prefix(content["model"])
     check_weights({f"EMA weight {index}": value for index, value in enumerate(averages or [])})
     checked = {**content, "step": whole(content["step"], "its step")}
     if checked.get("config") is not None:
