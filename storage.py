@@ -349,7 +349,7 @@ def find_checkpoint(path, announce=True):
     if not steps:
         files = "no *.pth, no *.safetensors, no config.json"
         reason = f"none of the {unusable} files there can be used" if unusable else files
-        raise UserError(f"there is no checkpoint in {path} ({reason}); check --ckpt_path")
+        raise UserError(f"there is no checkpoint in {path} ({reason}); check the path")
     newest = max(steps, key=steps.get)  # the first of several
     if announce:
         say(f"checkpoint: {newest}, the newest in {path} ({steps[newest]:,} steps)")

@@ -339,6 +339,12 @@ def test_numpy_numbers_in_a_checkpoint(write):
     reconstruct(write(change))
 
 
+def test_arrays_that_inflate(tmp_path):
+    np.savez_compressed(tmp_path / "a.npz", settings=np.array("{}"), x=np.zeros(1 << 20))
+    with pytest.raises(UserError, match=r"a\.npz is damaged or truncated; delete it"):
+        storage.read_arrays(tmp_path / "a.npz", {})
+
+
 # ----------------------------------------------------------------------------------------------------- safetensors
 
 

@@ -168,7 +168,7 @@ def test_a_folder_names_its_newest_checkpoint(run, capsys):
 
 
 def test_a_folder_without_checkpoints(tmp_path):
-    with pytest.raises(UserError, match=r"there is no checkpoint in .*; check --ckpt_path"):
+    with pytest.raises(UserError, match=r"there is no checkpoint in .*; check the path"):
         storage.find_checkpoint(tmp_path)
     (tmp_path / "x.pth").write_bytes(b"damaged")
     with pytest.raises(UserError, match="none of the 1 files there can be used"):
