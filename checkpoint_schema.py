@@ -141,7 +141,7 @@ def _plain_scalar(path, value):
     value = value.item() if isinstance(value, np.generic) else value
     if value is None or isinstance(value, bool) or (isinstance(value, str) and len(value) <= 4096):
         return value
-    if isinstance(value, int) and -LARGEST <= value <= LARGEST or isinstance(value, float) and math.isfinite(value):
+    if (isinstance(value, int) and -LARGEST <= value <= LARGEST) or (isinstance(value, float) and math.isfinite(value)):
         return value
     raise WrongFile(f"its config's {path} is neither a number nor text")
 
