@@ -39,6 +39,7 @@ def check_parts(content):
     if not isinstance(content["model"], dict) or not (content["ema"] is None or isinstance(averages, (list, tuple))):
         raise WrongFile("its weights are no tensors by name")
     check_weights(content["model"])
+    without_prefix(content["model"])
     check_weights({f"EMA weight {index}": value for index, value in enumerate(averages or [])})
     checked = {**content, "step": whole(content["step"], "its step")}
     if checked.get("config") is not None:
@@ -138,8 +139,9 @@ def _plain_field(section, name, value):
 
 def _plain_scalar(path, value):
     value = value.item() if isinstance(value, np.generic) else value
-    numeric = isinstance(value, (bool, int, float)) and -LARGEST <= value <= LARGEST
-    if value is None or numeric or (isinstance(value, str) and len(value) <= 4096):
+    if value is None or isinstance(value, bool) or (isinstance(value, str) and len(value) <= 4096):
+        return value
+    if (isinstance(value, int) and -LARGEST <= value <= LARGEST) or (isinstance(value, float) and math.isfinite(value)):
         return value
     raise WrongFile(f"its config's {path} is neither a number nor text")
 

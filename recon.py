@@ -5,6 +5,8 @@
         --batch_size 200 --mask_type checkerboard_alt --mask_num_blocks 8 --reps_per_image 10 \
         --workdir results/cifar10/CIFAR10_vs_SVHN/
 
+Without --config the checkpoint's own is taken, where it carries one.
+
 On several GPUs: torchrun --nproc_per_node=8 recon.py ...
 """
 

@@ -192,7 +192,7 @@ def restore_state(path, state, config, seed):
         raise UserError(f"{path} was trained with seed {their_seed}, not {seed}; use --config.seed={their_seed}")
     _check_config(path, checkpoint.get("config"), config)
     changes = _check_shaping(path, checkpoint.get("config"), config)
-    model, averages = _named(path, checkpoint["model"]), checkpoint["ema"]["shadow_params"]
+    model, averages = schema.without_prefix(checkpoint["model"]), checkpoint["ema"]["shadow_params"]
     _check_weights(path, _shapes(model), state.net, compare_buffers=True)
     _check_ema(path, checkpoint["ema"], state.net)
     _check_finite(path, [*model.values(), *averages])
@@ -231,7 +231,7 @@ def load_ema_weights(path, net, config):
         return _load_safetensors(path, net, config)
     checkpoint = read_checkpoint(path)
     _check_config(path, checkpoint.get("config"), config)
-    model = _named(path, checkpoint["model"])
+    model = schema.without_prefix(checkpoint["model"])
     _check_weights(path, _shapes(model), net, compare_buffers=reads_sigma_table(config))
     if checkpoint["ema"] is None:
         _check_finite(path, model.values())
@@ -311,13 +311,6 @@ def _load_safetensors(path, net, config):
     return step or 0
 
 
-def _named(path, model):
-    try:
-        return schema.without_prefix(model)
-    except WrongFile as error:
-        raise UserError(f"{path} is no checkpoint of main.py ({error}); check --ckpt_path") from error
-
-
 def _shapes(weights):
     return {name: value.shape for name, value in weights.items()}
 
@@ -354,10 +347,9 @@ def find_checkpoint(path, announce=True):
                 unusable += 1
                 warn(error)
     if not steps:
-        reason = (
-            f"none of the {unusable} files there can be used" if unusable else "*.pth, *.safetensors, or config.json"
-        )
-        raise UserError(f"there is no checkpoint in {path} ({reason}); check --ckpt_path")
+        files = "no *.pth, no *.safetensors, no config.json"
+        reason = f"none of the {unusable} files there can be used" if unusable else files
+        raise UserError(f"there is no checkpoint in {path} ({reason}); check the path")
     newest = max(steps, key=steps.get)  # the first of several
     if announce:
         say(f"checkpoint: {newest}, the newest in {path} ({steps[newest]:,} steps)")
@@ -389,7 +381,7 @@ def config_of(path):
         weights, config, _, _ = read_ema_weights(path, lazily=True)
     else:
         checkpoint = read_checkpoint(path, lazily=True)
-        weights, config = _named(path, checkpoint["model"]), checkpoint.get("config")
+        weights, config = schema.without_prefix(checkpoint["model"]), checkpoint.get("config")
     if config is None:
         raise UserError(
             f"{path} does not say what config it was trained with; give --config "

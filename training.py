@@ -201,7 +201,8 @@ def train(config, workdir, device, data_root, workers=None, ranks=ALONE):
         ranks: the processes that train together; all of them call this.
 
     Raises:
-        UserError: bad config or data, a checkpoint that does not fit, or a loss that is not finite.
+        UserError: bad config or data, a checkpoint that does not fit or is of other images or settings, or a loss that
+            is not finite.
     """
     trainer = Trainer(config, workdir, device, data_root, workers, ranks)
     resumed = trainer.resume()

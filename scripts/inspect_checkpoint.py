@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 import torch
+from ml_collections import ConfigDict
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -72,12 +73,12 @@ class Checkpoint:
 
 
 def read(path):
-    """The `Checkpoint` in a file, or in a folder of diffusers'.
+    """The `Checkpoint` in a file, in a folder of diffusers', or the newest in a work folder.
 
     Raises:
         UserError: the file is missing, damaged, holds pickled code, or is no checkpoint.
     """
-    path = Path(path)
+    path = storage.find_checkpoint(path)
     if path.is_dir():
         return _read_diffusers(path)
     return _read_ema(path) if path.suffix == ".safetensors" else _read_training(path)
@@ -85,13 +86,15 @@ def read(path):
 
 def _read_training(path):
     content = storage.read_checkpoint(path)
-    config = content.get("config")
+    config, weights = content.get("config"), checkpoint_schema.without_prefix(content["model"])
+    if content["ema"] is None:
+        return Checkpoint("plain weights, without moving averages", weights, None, None, None, {})
     return Checkpoint(
         format="training checkpoint of Score-SDE, as published" if config is None else "training checkpoint of main.py",
-        weights=checkpoint_schema.without_prefix(content["model"]),
+        weights=weights,
         averages=content["ema"]["shadow_params"],
         step=content["step"],
-        config=config,
+        config=None if config is None else checkpoint_schema.complete(config),
         notes={},
     )
 
@@ -100,6 +103,7 @@ def _read_ema(path):
     weights, config, step, notes = storage.read_ema_weights(path)
     if "conv_in.weight" in weights:
         raise UserError(f"{path} belongs to a folder of diffusers'; name the folder, whose config.json is needed too")
+    config = None if config is None else checkpoint_schema.complete(config)
     return Checkpoint("EMA weights (safetensors)", weights, None, step, config, notes)
 
 
@@ -123,10 +127,17 @@ def load_config(path):
     if spec is None:
         raise UserError(f"{path} is no config: it is no Python file; configs are in {ROOT / 'configs'}")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise UserError(f"{path} is no config: it has no function get_config")
-    return module.get_config()
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config() if hasattr(module, "get_config") else None
+    except (Exception, SystemExit) as error:  # whatever a user's code does
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{path} is no config ({reason}); configs are in {ROOT / 'configs'}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"{path} is no config: it has no function get_config that gives a ConfigDict, as those in configs/"
+        )
+    return config
 
 
 def leaves():
@@ -290,7 +301,7 @@ def convert(checkpoint, path, target, config, notes):
         raise UserError(f"--to {target}: the new file's name must end in .safetensors, which recon.py goes by")
     if config is None and checkpoint.config is None:
         raise UserError(f"{path} does not say what config it was trained with; name it with --config")
-    tree = checkpoint.config if config is None else to_dict(config)
+    tree = storage.config_of(path) if config is None else to_dict(config)
     net = models.create_model(from_dict(tree))
     storage.write_ema_weights(target, path, net, tree, {**checkpoint.notes, **notes})
     say(f"{target}: EMA weights of {path}, {Path(target).stat().st_size / 1e6:.1f} MB")
