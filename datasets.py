@@ -77,10 +77,10 @@ class ImageSet:
 
     @functools.cached_property
     def fingerprint(self):
-        """Content identity `name:count:hash`: of the pixels in memory, else of the files' names, sizes and the crop."""
-        digest = hashlib.blake2b(repr((self.name, self.shape, self.count)).encode(), digest_size=8)
+        """Content identity `count:hash`: of the pixels in memory, else of the files' names, sizes and the crop."""
+        digest = hashlib.blake2b(repr((self.shape, self.count)).encode(), digest_size=8)
         self.store.hash_into(digest)
-        return f"{self.name}:{len(self)}:{digest.hexdigest()}"
+        return f"{len(self)}:{digest.hexdigest()}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
