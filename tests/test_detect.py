@@ -222,7 +222,7 @@ EARLIER = {
     "positions": ({"positions": [0, 2, 3, 4, 6, 7]}, None),
     "few positions": ({"positions": [0, 2]}, "manifest.json cannot be read .*tells of 6 images and of 2 positions"),
     "more images": (
-        {"images": 9, "batch_size": 5, "labels": None}, "holds 6 images, but its manifest.json tells of 9; make all anew with recon.py",
+        {"images": 9, "batch_size": 5, "labels": None}, "holds 6 images, but its manifest.json tells of 9; make all",
     ),
     "more positions": (
         {"images": None, "positions": list(range(9))}, "holds 6 images, but its manifest.json tells of 9; make all",

@@ -3,6 +3,7 @@
 import errno
 import json
 import re
+import shlex
 import shutil
 import signal
 
@@ -338,6 +339,105 @@ def test_missing_and_truncated_batches_are_made_again(results, made, checkpoint,
     reconstruct(results.parent, checkpoint, sources)
     assert counted == [("squares", [0, 1, 2, 3]), ("noise", [4])]
     assert tiny.same(tensors(results), tensors(made))
+
+
+def zero_bytes(path):
+    """Zeroes 500 bytes within the pixels of the last reconstruction."""
+    last = torch.load(path, weights_only=True)["recon"][-1].numpy().tobytes()
+    data = bytearray(path.read_bytes())
+    at = data.index(last)
+    data[at : at + 500] = bytes(500)
+    path.write_bytes(data)
+
+
+def test_a_damaged_batch_is_refused_by_detect_and_made_again_by_recon(
+    results, made, checkpoint, sources, counted, capsys
+):
+    """The same command mends it, as the message says."""
+    zero_bytes(results / "pos" / "batch_1.pth")
+    shutil.copy(results / "pos" / "batch_0.pth", results / "neg" / "batch_0.pth")
+    with pytest.raises(UserError, match=r"pos/batch_1\.pth is damaged .*; run the same recon\.py command again, it"):
+        detect.detect(results, ["MSE"])
+    reconstruct(results.parent, checkpoint, sources)
+    assert counted == [("squares", [4, 5, 6]), ("noise", [0, 1, 2, 3])]
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert warnings == [
+        "warning: in-domain, made again: batch_1.pth is damaged (its content does not match its digest)",
+        "warning: out-of-domain, made again: batch_0.pth was made from other images or settings",
+    ]
+    assert tiny.same(tensors(results), tensors(made))
+    assert detect.detect(results, ["MSE"], plots=False)
+
+
+def test_a_renamed_set_continues(results, made, checkpoint, sources, tmp_path, counted):
+    """The manifest tells the new name."""
+    (results / "pos" / "batch_1.pth").unlink()
+    shutil.copy(sources["pos"], tmp_path / "renamed.npz")
+    reconstruct(results.parent, checkpoint, {**sources, "pos": tmp_path / "renamed.npz"})
+    assert counted == [("renamed", [4, 5, 6])]
+    assert tiny.same(tensors(results), tensors(made))
+    assert storage.ResultsFolder(results).manifest()["sides"]["pos"]["dataset"] == "renamed"
+
+
+def test_a_folder_of_an_earlier_version_is_scored_but_not_continued(results, checkpoint, sources, counted):
+    manifest = json.loads((results / "manifest.json").read_text())
+    del manifest["format"], manifest["settings"]["noise"]
+    (results / "manifest.json").write_text(json.dumps(manifest))
+    for path in results.rglob("batch_*.pth"):
+        batch = torch.load(path, weights_only=True)
+        torch.save({name: batch[name] for name in ("orig", "masked", "recon")}, path)
+    before = tensors(results)
+    with pytest.raises(UserError, match=r"holds batches of an earlier version, with another noise; choose another"):
+        reconstruct(results.parent, checkpoint, sources)
+    assert counted == []
+    assert tiny.same(tensors(results), before)
+    assert detect.detect(results, ["MSE"], plots=False)
+
+
+# ------------------------------------------------------------------------------------------------- one run a folder
+
+
+def test_a_second_run_is_refused_while_the_first_writes(made, checkpoint, sources, tmp_path, monkeypatch, counted):
+    """Also one of another seed, in the time before the first batch is there; the first is not disturbed."""
+    tried, inpaint = [], sampling.inpaint
+
+    def interfering(*args, **options):
+        if not tried:
+            tried.append(True)
+            for seed in (0, 1):
+                with pytest.raises(UserError, match=rf"{ALT} is being written to by process \d+ on .*; wait until it"):
+                    reconstruct(tmp_path / "run", checkpoint, sources, seed=seed)
+        return inpaint(*args, **options)
+
+    monkeypatch.setattr(sampling, "inpaint", interfering)
+    folder = reconstruct(tmp_path / "run", checkpoint, sources)
+    assert tried
+    assert len(counted) == 4
+    assert tiny.same(tensors(folder), tensors(made))
+    assert reconstruct(tmp_path / "run", checkpoint, sources) == folder  # it is free again
+
+
+def test_a_manifest_that_goes_while_batches_are_made(checkpoint, sources, tmp_path, monkeypatch):
+    """No batch is written beside another manifest, or none."""
+    inpaint = sampling.inpaint
+
+    def removing(*args, **options):
+        if (tmp_path / "run" / ALT / "pos" / "batch_0.pth").exists():
+            (tmp_path / "run" / ALT / "manifest.json").unlink(missing_ok=True)
+        return inpaint(*args, **options)
+
+    monkeypatch.setattr(sampling, "inpaint", removing)
+    with pytest.raises(UserError, match=r"manifest\.json was removed or replaced while this run wrote there; run"):
+        reconstruct(tmp_path / "run", checkpoint, sources)
+
+
+def test_the_next_command_is_quoted_for_the_shell(checkpoint, sources, tmp_path, capsys):
+    folder = reconstruct(tmp_path / "it's $HOME; a run", checkpoint, sources, max_images=2)
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("next: python detect.py --result_path ")
+    assert shlex.split(line)[1:] == [
+        "python", "detect.py", "--result_path", str(folder), "--reps", "2", "--metric", "MSE",
+    ]  # fmt: skip
 
 
 OTHER = {
