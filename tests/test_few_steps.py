@@ -508,7 +508,7 @@ def outcome(values, inpaints):
     model = GaussianScore(sde, *gaussian_data())
     try:
         if not inpaints:
-            return training._sampler(config, sde)(model, source)
+            return training.create_sampler(config, sde)(model, source)
         return sampling.create_process(config, sde).inpaint(model, keyed(3, seed=5)(0, "prior"), MASK, source)
     except UserError:
         return None
