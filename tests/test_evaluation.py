@@ -86,6 +86,7 @@ def arrays(path):
             r"unknown split \(config\.eval\.bpd_dataset\) 'valid'; choose one of: train, test",
         ),
         ({"data__dataset": "CIFAR11"}, "unknown data set"),
+        ({"data__test_dataset": "CIFAR11"}, "unknown data set"),
         ({"model__nf": 64}, "was trained with another config"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -498,6 +499,14 @@ def test_every_setting_of_sampling_enters_the_identity_of_samples(name, every_pa
         assert now["report"] != first["report"], path
     assert {"steps"} <= entered
     assert {"corrector": {"snr", "n_steps_each"}, "ddim": {"eta", "time_grid"}}.get(name, set()) <= entered
+
+
+def test_samples_from_a_later_time_are_refused_before_anything_is_written(sampling_tree, whole, package):
+    before = tiny.snapshot(whole)
+    sampling_tree.sampling.update({"sampler": "ddim", "t_start": 0.6})
+    with pytest.raises(UserError, match=r"samples cannot be drawn with config\.sampling: t_start=0\.6; give that to"):
+        evaluate(sampling_tree, whole)
+    assert tiny.snapshot(whole) == before
 
 
 def test_samples_of_other_steps_are_not_taken_for_these(sampling_tree, whole, package, tmp_path, monkeypatch):

@@ -365,6 +365,14 @@ BAD = {
     "predictor": ({"sampling__predictor": "heun"}, r"unknown predictor \(config\.sampling\.predictor\) 'heun'"),
     "no predictor of this SDE": ({"sampling__predictor": "ancestral_sampling"}, "is not defined for sub-VP"),
     "corrector": ({"sampling__corrector": "x"}, r"unknown corrector \(config\.sampling\.corrector\) 'x'"),
+    "samples from a later time": (
+        {"sampling__sampler": "ddim", "sampling__t_start": 0.6},
+        r"samples cannot be drawn with config\.sampling: t_start=0\.6; give that to recon\.py alone",
+    ),
+    "an ODE with steps": (
+        {"sampling__method": "ode", "sampling__steps": 5, "sampling__sampler": "ddim"},
+        r"config\.sampling: sampler, steps: not with the method 'ode', which has nothing to choose; set method=pc",
+    ),
     "method": ({"sampling__method": "dpm"}, r"unknown method \(config\.sampling\.method\) 'dpm'; choose one of: pc"),
 }
 
