@@ -141,6 +141,24 @@ def _digest(content):
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Part:
+    """Some rows, (B,) int64, of another store that makes pixels when they are asked for."""
+
+    whole: _OnDemand
+    rows: torch.Tensor
+
+    def take(self, indices):
+        return self.whole.take(self.rows[indices])
+
+    def submit(self, indices):
+        return self.whole.submit(self.rows[indices])
+
+    def hash_into(self, digest):
+        self.whole.hash_into(digest)
+        digest.update(self.rows.numpy())
+
+
 # --------------------------------------------------------------------------------------------------- the loader
 
 
@@ -204,6 +222,27 @@ def load(
     if through is None:  # else it was loaded before, to learn its resolution
         _name_skipped(images)
     return images
+
+
+def has_test_split(source, data_root, category=None):
+    """Whether a source is a named data set, whose test images are others than those to train on; see `load`."""
+    own = os.path.exists(source) and Path(source).resolve().parent != Path(data_root).resolve()  # noqa: PTH110
+    return not own and _named(source, category) is not None
+
+
+def part(images, indices):
+    """Some images of a set as a set of its own.
+
+    Args:
+        images: an ImageSet; of one that was not checked, an unusable file's stand-in may come from the other part.
+        indices: (B,) int64, which, in their order.
+
+    Returns:
+        ImageSet.
+    """
+    in_memory = isinstance(images.store, _Memory)
+    store = _Memory(images.store.take(indices)) if in_memory else _Part(images.store, indices)
+    return dataclasses.replace(images, positions=images.positions[indices], store=store)
 
 
 def _load_source(source, split, data_root, category, form):

@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import socket
+import stat
 from pathlib import Path
 
 from console import UserError, remedy, warn
@@ -107,7 +108,7 @@ def owned(folder):
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / MARK).open("a+")
+        file = open_own(folder / MARK)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; {remedy(error)}") from error
     with file:
@@ -135,6 +136,26 @@ def alone(folder):
         yield
     finally:
         os.close(handle)
+
+
+def open_own(path):
+    """Opens a text file of this program's for reading and appending; it is made if it is not there.
+
+    Raises:
+        UserError: a link stands there, which could lead out of the folder, or something else that is no plain file.
+        OSError: it cannot be opened.
+    """
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        handle = os.open(path, flags, 0o666)
+    except OSError as error:
+        if not path.is_symlink():
+            raise
+        raise UserError(f"{path} is a link, which is not followed; remove it, or choose another folder") from error
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise UserError(f"{path} is no plain file; remove it, or choose another folder")
+    return os.fdopen(handle, "a+", encoding="utf-8")
 
 
 def _lock(file):

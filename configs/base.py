@@ -91,10 +91,10 @@ TREE = {
         "sampler": "published",  # published (the predictor above), euler, ddim, dpmpp_2m or sde_dpmpp_2m
         "steps": 0,  # steps of the predictor; 0: model.num_scales
         "time_grid": "uniform",  # times even in t (uniform), in ln(alpha / std) (lambda), or in sqrt(t) (quadratic)
-        "t_start": 1.0,  # the first time
+        "t_start": 1.0,  # the first time; below 1 in recon.py alone
         "t_end": 0.0,  # the last time; 0: 1e-3, for VE 1e-5
         "eta": 1.0,  # ddim: share of fresh noise, from 0 (deterministic) to 1 (ancestral)
-        "constraint": "replace",  # how known pixels are held: in the state (replace), in the predicted image (project)
+        "constraint": "replace",  # how recon.py holds known pixels: in the state (replace), the prediction (project)
         "returns": 0,  # how often each step is taken back and repeated (RePaint)
         "lift": "mask",  # what recon.py takes from an image: mask, noise (to t_start), or both
     },

@@ -508,7 +508,7 @@ def outcome(values, inpaints):
     model = GaussianScore(sde, *gaussian_data())
     try:
         if not inpaints:
-            return training._sampler(config, sde)(model, source)
+            return training.create_sampler(config, sde)(model, source)
         return sampling.create_process(config, sde).inpaint(model, keyed(3, seed=5)(0, "prior"), MASK, source)
     except UserError:
         return None
@@ -557,3 +557,15 @@ def test_samples_start_from_noise_alone():
             process.sample(model, keyed(3))
     late = sampling.sample(model, sde, keyed(COUNT), predictor=process.predictor, times=process.times)
     assert late.mean() < 0.27  # what it would come to: the prior taken for the marginal at 0.3
+
+
+@pytest.mark.parametrize("name", SDES)
+def test_samples_may_be_taken_back(name):
+    """Steps that are taken back and repeated keep the distribution, up to the steps' width (see `FEW`)."""
+    sde, (mean, cov) = SDES[name](1000), gaussian_data()
+    times = sampling.with_returns(sampling.time_grid(sde, 100, sde.eps, spacing="lambda"), 1)
+    solver = ExponentialIntegrator(sde)
+    result = sampling.sample(GaussianScore(sde, mean, cov), sde, keyed(COUNT), predictor=solver, times=times)
+    got_mean, got_cov = moments(result)
+    torch.testing.assert_close(got_mean, mean, rtol=0, atol=0.04)
+    torch.testing.assert_close(got_cov, cov, rtol=0, atol=0.08)
