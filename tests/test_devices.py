@@ -68,7 +68,7 @@ class Watched(TorchDispatchMode):
             return function(*arguments, **named)
         if source.device == META:
             assert self.results, f"{packet} brings a tensor of shape {tuple(source.shape)} to the CPU"
-            return arguments[0] if packet == "copy_" else torch.zeros(source.shape, dtype=source.dtype)
+            return arguments[0].zero_() if packet == "copy_" else torch.zeros(source.shape, dtype=source.dtype)
         assert not self.steady, f"{packet} sends a tensor of shape {tuple(source.shape)} in every step"
         return function(*arguments, **named)
 
@@ -169,7 +169,7 @@ def test_a_batch_of_reconstructions_stays_on_the_device():
     mask = recon.MaskOptions("checkerboard_alt")
     reconstruct = recon.Reconstructor(config, model, mask, 2, 0, META, rows=3)
     with Watched(results=True) as watched:
-        orig, _, recons = reconstruct(torch.zeros(B, *SHAPE, dtype=torch.uint8), "name", torch.arange(B), 0)
+        orig, _, recons = reconstruct(torch.zeros(B, *SHAPE, dtype=torch.uint8), 0)
     assert {orig.device.type, recons.device.type} == {"cpu"}
     assert recons.shape == (2, B, *SHAPE)
     assert not watched.scalars

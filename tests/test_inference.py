@@ -355,7 +355,7 @@ def test_nothing_of_a_failed_attempt_lives_when_it_is_tried_again(name):
 
     reconstruct, _ = reconstructor(limit)
     reconstruct.model = ScoreModel(network, reconstruct.model.sde)
-    reconstruct(torch.from_numpy(tiny.pictures(5))[:, None], "squares", torch.arange(5), 0)
+    reconstruct(torch.from_numpy(tiny.pictures(5))[:, None], 0)
     assert len(kept) == 2  # 8 and 4 rows
     assert not any(any(each) for each in alive)
 
