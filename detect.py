@@ -261,6 +261,14 @@ def compare(tools, orig, recons, device):
     Returns:
         np.ndarray: (M, R, B) float32.
     """
+    from models import inference, memory
+
+    remedy = "to compare these images; use --device cpu, or one --metric at a time"
+    with memory.told(device, remedy), inference.arithmetic("fp32"):
+        return _compare(tools, orig, recons, device)
+
+
+def _compare(tools, orig, recons, device):
     import torch
 
     distances = torch.empty(len(tools), len(recons), len(orig), device=device)

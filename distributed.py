@@ -59,7 +59,8 @@ class Ranks:
             return net
         from torch.nn.parallel import DistributedDataParallel
 
-        return DistributedDataParallel(net, gradient_as_bucket_view=True)
+        # no buffer changes in training: they need no sending at every step
+        return DistributedDataParallel(net, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     def any(self, flag):
         """Whether `flag` is true on any rank."""

@@ -2,8 +2,9 @@
 
 Every file carries what it was made from.  A file that is there is not made again, so an evaluation that was stopped
 continues; one that was made from something else is refused.  Random numbers are the same for all checkpoints, so that
-differences between checkpoints are not those of the draws: the losses' are keyed by the seed and the batch, all others
-by the seed and the image or the sample, so they do not depend on where an evaluation was stopped.
+differences between checkpoints are not those of the draws: the losses' are keyed by the seed and the batch, the
+likelihoods' by the seed and the image's own pixels, the samples' by the seed and their numbers, so they do not depend
+on where an evaluation was stopped.
 """
 
 import math
@@ -21,7 +22,9 @@ import training
 from configs.base import to_dict
 from console import UserError, choose, progress, say
 from metrics import fidelity
+from models import inference, memory
 
+PRECISION = "fp32"  # of everything that is computed here
 BPD_REPEATS = {"train": 1, "test": 5}  # dequantisations of each image, as published
 
 
@@ -53,7 +56,9 @@ class Evaluation:
             "checkpoint": files.file_hash(path),
             "config": storage.what_weights_depend_on(tree),
             "seed": self.config.seed,
+            "noise": noise.SCHEME,
             "batch_size": self.batch_size,
+            "precision": PRECISION,
         }
 
 
@@ -78,19 +83,15 @@ def evaluate(config, workdir, eval_folder, device, data_root, workers=None):
     parts = _enabled(config)
     trainer = training.Trainer(config, workdir, device, data_root, workers)
     run = Evaluation(trainer, trainer.workdir / eval_folder)
-    origins = {}
-    try:
+    origins, largest = {}, f"for {config.eval.batch_size} images at once"
+    remedy = f"{largest}; lower --config.eval.batch_size and choose another --eval_folder"
+    with memory.told(device, remedy), inference.arithmetic(PRECISION):
         for k, path in _checkpoints(config, trainer.workdir / "checkpoints").items():
             origins[k] = run.load(path)
             for part in parts:
                 part(run, k, origins[k])
         if write_samples in parts:
             write_reports(run, origins)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"{device} has too little memory for {config.eval.batch_size} images at once; lower "
-            "--config.eval.batch_size and choose another --eval_folder"
-        ) from error
 
 
 def _enabled(config):
@@ -195,10 +196,10 @@ def write_bpd(run, k, origin):
 
 def _bpd_of_batch(run, images, batch, repeat):
     rows = slice(batch * run.batch_size, (batch + 1) * run.batch_size)
-    pixels, positions = images.read(rows.start, rows.stop), images.positions[rows].tolist()
+    pixels = images.read(rows.start, rows.stop)  # (B, C, H, W) uint8
     dequantized, probes = [], []
-    for image, position in zip(pixels.split(1), positions, strict=True):  # on the CPU: the same for every device
-        generator = noise.generator(run.config.seed, "bpd", images.name, position, repeat)
+    for image, content in zip(pixels.split(1), noise.content_keys(pixels).tolist(), strict=True):
+        generator = noise.generator(run.config.seed, "bpd", content, repeat)  # on the CPU: the same for every device
         dequantized.append(datasets.dequantize(datasets.to_model_range(image, centered=False), generator))
         probes.append(likelihood.rademacher(image.shape, generator))
     centered, model, device = run.config.data.centered, run.trainer.model, run.trainer.device

@@ -147,6 +147,14 @@ def mark(folder):
         write_text(folder / MARK, _NOTE)
 
 
+def is_owned(folder):
+    """Whether a marked folder is or was a run's (`owned`), so that files of other origin may lie there too."""
+    try:
+        return "process " in (Path(folder) / MARK).read_text(errors="replace")
+    except OSError:
+        return False
+
+
 # ------------------------------------------------------------------------------------------------------ content
 
 

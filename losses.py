@@ -27,7 +27,7 @@ class Draws:
     @classmethod
     def keyed(cls, shape, num_scales, *words, device="cpu", share=slice(None)):
         """The draws that belong to the key `words`, for images of `shape` (B, C, H, W); `share` picks some of the B."""
-        rows = noise.image_keys(noise.key(*words), "loss", torch.arange(shape[0])[share], reps=[0])  # (B,)
+        rows = noise.image_keys(noise.key(*words, "loss"), torch.arange(shape[0])[share], reps=[0])  # (B,)
         generator = noise.generator(*words, "times")
         return cls(
             normal=noise.KeyedNoise(rows, shape[1:], device)(0, "prior"),
@@ -61,14 +61,14 @@ def continuous_loss(model, x, draws, *, reduce_mean, likelihood_weighting):
 
 def ddpm_loss(model, x, draws, *, reduce_mean, likelihood_weighting=False):
     """DDPM's loss on the predicted noise at discrete steps (equation 14); arguments as `continuous_loss`."""
-    alpha_bar = model.sde.alphas_bar.to(x.device)[draws.labels]  # (B,)
+    alpha_bar = model.sde.table_on("alphas_bar", x.device)[draws.labels]  # (B,)
     noisy = per_image(alpha_bar.sqrt()) * x + per_image((1 - alpha_bar).sqrt()) * draws.normal
     return _reduce((model.net(noisy, draws.labels) - draws.normal).square(), reduce_mean).mean()
 
 
 def smld_loss(model, x, draws, *, reduce_mean, likelihood_weighting=False):
     """SMLD's loss at discrete noise levels; labels index the descending levels; arguments as `continuous_loss`."""
-    sigma = model.sde.sigmas.flip(0).to(x.device)[draws.labels]  # (B,)
+    sigma = model.sde.table_on("sigmas", x.device).flip(0)[draws.labels]  # (B,)
     noise_ = per_image(sigma) * draws.normal
     target = -noise_ / per_image(sigma) ** 2
     return (_reduce((model.net(x + noise_, draws.labels) - target).square(), reduce_mean) * sigma**2).mean()

@@ -9,6 +9,8 @@ from absl import flags
 
 import console
 import distributed
+from configs.base import check, typed
+from configs.fields import SEED, check_value
 
 FLAGS = flags.FLAGS
 
@@ -33,14 +35,21 @@ def define_flags():
 def main(_):
     config = FLAGS.config
     if FLAGS.seed is not None:
+        check_value("--seed", FLAGS.seed, SEED)
         config.seed = FLAGS.seed
+    check(config)
     with distributed.start(FLAGS.device or config.device) as (ranks, device):
         if device.type == "cpu":
             console.keep_freed_memory()
+        import sampling
+
+        sampling.check_typed(config, typed(FLAGS["config"]))
         if FLAGS.mode == "train":
             import training
+            from models import memory
 
-            training.train(config, FLAGS.workdir, device, FLAGS.data_root, FLAGS.workers, ranks)
+            with memory.told(device, "for this training; lower --config.training.batch_size"):
+                training.train(config, FLAGS.workdir, device, FLAGS.data_root, FLAGS.workers, ranks)
         elif ranks.world_size > 1:
             raise console.UserError("--mode eval runs in one process; start it without torchrun")
         else:

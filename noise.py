@@ -1,8 +1,9 @@
 """Keyed randomness: every draw is a pure function of what it is for.
 
 Nothing here reads or moves the global generator.  A draw is named by a key such as
-(seed, data set, image index, repetition, step, purpose), so a reconstruction is the same
-whatever the batch size, the number of workers or GPUs, and wherever a run was interrupted.
+(seed, the image's own pixels, repetition, step, purpose), so a reconstruction is the same whatever
+the image's folder, name or place in it, the batch size, the number of workers or GPUs, and wherever
+a run was interrupted.
 
 Bulk noise comes from SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
 generators", OOPSLA 2014) evaluated as a counter-based generator in integer tensor operations,
@@ -12,7 +13,10 @@ followed by the Box-Muller transform: all rows of a batch at once, on the device
 import hashlib
 import math
 
+import numpy as np
 import torch
+
+SCHEME = "content"  # by what images' noise is keyed, for what must not mix with results of another noise
 
 # SplitMix64's constants as signed 64-bit integers: tensors' products wrap to the same bits
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # 2^64 / golden ratio, odd
@@ -26,9 +30,38 @@ _MAX_PURPOSES = 1 << 16
 
 
 def key(*words):
-    """A 64-bit key, as a signed int, of any strings, ints and floats: BLAKE2b of their text."""
-    digest = hashlib.blake2b(repr(words).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
+    """A 64-bit key, as a signed int, of any strings, ints, floats, bools and tuples of them: BLAKE2b of their text.
+
+    NumPy's numbers and subclasses give the key of the plain value that they equal.
+
+    Raises:
+        TypeError: a word of another type, whose text may not tell its value.
+    """
+    text = repr(tuple(_plain(word) for word in words)).encode()
+    return _number(hashlib.blake2b(text, digest_size=8))
+
+
+def _plain(word):
+    """A word of a key as Python's own type, whose `repr` is its value in full."""
+    if isinstance(word, tuple):
+        return tuple(_plain(part) for part in word)
+    for kinds, plain in _PLAIN:
+        if isinstance(word, kinds):
+            return plain(word)
+    raise TypeError(f"a key is made of text, numbers and tuples of them, not of {type(word).__name__}")
+
+
+_PLAIN = [  # in this order: a bool is an int too
+    (str, str.__str__),  # not str, which an enumeration may define anew
+    ((bool, np.bool_), bool),
+    ((int, np.integer), int),
+    ((float, np.floating), float),
+]
+
+
+def _number(digest):
+    """A 64-bit digest as a signed int."""
+    return int.from_bytes(digest.digest(), "little", signed=True)
 
 
 def generator(*words, device="cpu"):
@@ -36,19 +69,38 @@ def generator(*words, device="cpu"):
     return torch.Generator(device).manual_seed(key(*words) & (2**63 - 1))
 
 
-def image_keys(seed, dataset, positions, reps):
+def content_keys(images):
+    """What tells images apart for their noise: a hash of each image's own pixels and shape.
+
+    Args:
+        images: (B, C, H, W) uint8, on any device.
+
+    Returns:
+        (B,) int64 on the CPU; equal for equal images, wherever they are.
+
+    Raises:
+        TypeError: pixels of another type, which would be equal images with other keys.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4:
+        raise TypeError(f"images are (B, C, H, W) uint8, not {images.dtype} of shape {tuple(images.shape)}")
+    shape = repr(tuple(images.shape[1:])).encode()
+    rows = images.cpu().contiguous().numpy()  # (B, C, H, W)
+    keys = [_number(hashlib.blake2b(row, digest_size=8, key=shape)) for row in rows]
+    return torch.tensor(keys, dtype=torch.int64)
+
+
+def image_keys(seed, contents, reps):
     """The keys of B images in some repetitions.
 
     Args:
-        seed: int.
-        dataset: the data set's name.
-        positions: (B,) int64, each image's index in the data set.
+        seed: int, or another word of `key`.
+        contents: (B,) int64, what tells the images apart: their `content_keys`, or the numbers of samples.
         reps: the repetitions' numbers.
 
     Returns:
         (len(reps) * B,) int64: all images of the first repetition, then all of the next.
     """
-    images = mix64(positions.to(torch.int64) + key(seed, dataset))  # (B,)
+    images = mix64(contents.to(torch.int64) + key(seed, "images"))  # (B,)
     return torch.cat([mix64(images + _signed((rep + 1) * GOLDEN)) for rep in reps])
 
 
@@ -104,7 +156,7 @@ def normal(keys, weyl, count):
     Returns:
         (B, count) float32; the largest magnitude is 6.66.
     """
-    rows = len(keys) if keys.is_cuda else max(1, _CPU_CHUNK // max(1, count))
+    rows = len(keys) if keys.device.type != "cpu" else max(1, _CPU_CHUNK // max(1, count))
     out = torch.empty(len(keys), 2 * len(weyl), device=keys.device)
     state = torch.empty(min(rows, len(keys)), len(weyl), dtype=torch.int64, device=keys.device)
     scratch = torch.empty_like(state)

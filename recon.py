@@ -15,8 +15,13 @@ from absl import flags
 
 import console
 import distributed
+from configs.base import check, typed
+from configs.fields import SEED, check_value
 
 _SOURCE = "a data set's name, a folder of images, a .txt list of image paths, or a .npz or .npy file of images"
+
+# Flags that are fields of config.sampling, besides --sampler itself.
+SAMPLER_FLAGS = "steps", "time_grid", "t_start", "t_end", "eta", "constraint", "returns", "lift"
 
 FLAGS = flags.FLAGS
 
@@ -56,7 +61,7 @@ def define_flags():
         "memory_gb",
         None,
         "Memory for the network's activations, which limits how many images it sees at once; by default 0.5 on a CPU "
-        "and 60 % of the free memory on a GPU. The results are the same.",
+        "and 80 % of what is free on a GPU, where few images show first what one needs. The results are the same.",
         lower_bound=0.0,
     )
     _define_mask_flags()
@@ -95,9 +100,34 @@ def _define_sampler_flags():
         "lift", None, "What is taken from an image: mask (its unknown pixels), noise (up to t_start), or both."
     )
     flags.DEFINE_string(
-        "precision", "fp32", "fp32, bf16 (faster, about the same scores), or auto: bf16 on a GPU that has it."
+        "precision",
+        "auto",
+        "fp32, tf32 (GPUs), bf16 (faster, about the same scores), or auto: bf16 on a GPU that has it, else fp32.",
     )
-    flags.DEFINE_bool("compile", False, "Compile the network first: faster for long runs.")
+    flags.DEFINE_flag(compile_flag())
+
+
+def compile_flag():
+    """--compile, which takes a value and, as a switch would, none."""
+    text = "auto, on or off: compile the network first, faster for long runs; auto does so for long runs on a GPU."
+    return flags.Flag(CompileChoice(), flags.ArgumentSerializer(), "compile", "auto", text, boolean=True)
+
+
+class CompileChoice(flags.ArgumentParser):
+    """The values of --compile; the flag by itself stands for on, --nocompile for off."""
+
+    syntactic_help = "auto, on or off"
+
+    def parse(self, argument):
+        """One of 'auto', 'on' and 'off'."""
+        value = {"true": "on", "false": "off"}.get(argument.lower(), argument.lower())
+        if value not in ("auto", "on", "off"):
+            raise ValueError(f"choose one of: {self.syntactic_help}")
+        return value
+
+    def flag_type(self):
+        """What --help calls it."""
+        return "auto, on or off"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,13 +183,11 @@ class Reconstructor:
         self.config, self.model, self.mask_options = config, model, mask_options
         self.reps, self.seed, self.device, self.rows = reps, seed, device, rows
 
-    def __call__(self, images, name, positions, index, on_step=None):
+    def __call__(self, images, index, on_step=None):
         """Reconstructs one batch.
 
         Args:
-            images: (B, C, H, W) uint8.
-            name: the data set's name.
-            positions: (B,) int64, the images' indices in it.
+            images: (B, C, H, W) uint8; their pixels key their noise.
             index: the batch's number, which keys random masks.
             on_step: called with the number of trajectories after each step.
 
@@ -173,47 +201,71 @@ class Reconstructor:
 
         import datasets
         import noise
+        from models import memory
 
         batch, size, on_gpu = len(images), images.shape[-1], self.device.type == "cuda"
-        masks = self.mask_options.stack(size, self.reps, self.seed, "mask", name, index)  # (R, 1, H, W)
+        masks = self.mask_options.stack(size, self.reps, self.seed, "mask", index)  # (R, 1, H, W)
+        contents = noise.content_keys(images)  # (B,)
         if on_gpu:
             images = images.pin_memory()
         data = datasets.to_model_range(images.to(self.device, non_blocking=True), self.config.data.centered)
-        keys = noise.image_keys(self.seed, name, positions, range(self.reps))  # (R B,): all of rep 0, then of rep 1
+        keys = noise.image_keys(self.seed, contents, range(self.reps))  # (R B,): all of rep 0, then of rep 1
         device_masks = masks.to(self.device)
         recon = torch.empty(self.reps * batch, *data.shape[1:], pin_memory=on_gpu)
         done = 0
         while done < len(recon):
             rows = torch.arange(done, min(done + self._rows_at_once(batch), len(recon)))
-            image, rep = (rows % batch).to(self.device), (rows // batch).to(self.device)
-            try:
-                filled = self._inpaint(data[image], device_masks[rep], keys[rows], batch, on_step)
-            except torch.OutOfMemoryError as error:
-                self._halve_rows(batch, error)
+            filled = memory.attempt(self._inpaint, data, device_masks, keys, rows, on_step)
+            if filled is None:
+                self._halve_rows(batch)
                 continue
             done += len(rows)
-            recon[rows[0] : done].copy_(datasets.to_data_range(filled, self.config.data.centered), non_blocking=True)
+            recon[rows[0] : done].copy_(filled, non_blocking=True)
         if on_gpu:
             torch.cuda.synchronize(self.device)  # the copies have arrived
         if not torch.isfinite(recon).all():
             raise console.UserError(
-                f"the reconstructions of batch {index} of {name} are NaN or infinite: the model's weights or the "
+                f"the reconstructions of batch {index} are NaN or infinite: the model's weights or the "
                 "sampling settings are broken; nothing was written for it"
             )
         orig = datasets.to_model_range(images, centered=False)
         return orig, masks, recon.view(self.reps, batch, *data.shape[1:])
 
-    def _halve_rows(self, batch, error):
-        """After the GPU's memory ran out: go on with half as many trajectories at once."""
+    def learn_rows(self, images, memory_gb=None):
+        """On a GPU: sets `rows` to what fits, from what few trajectories are seen to need in two steps.
+
+        Args:
+            images: the number in a batch.
+            memory_gb: the largest budget, or None.
+
+        Raises:
+            UserError: not one fits.
+        """
         import torch
 
+        import noise
+        from models import memory
+
+        if self.device.type != "cuda":
+            return
+        data = self.config.data
+        shape, mask = (data.num_channels, data.image_size, data.image_size), (data.image_size, data.image_size)
+
+        def work(rows):
+            process = self.process()
+            process = dataclasses.replace(process, times=process.times[:2])
+            source = noise.KeyedNoise(torch.arange(rows), shape, self.device)
+            ones = torch.ones(rows, 1, *mask, device=self.device)
+            process.inpaint(self.model, torch.zeros(rows, *shape, device=self.device), ones, source)
+
+        self.rows = memory.rows_that_fit(work, self.device, self.reps * images, memory_gb)
+
+    def _halve_rows(self, batch):
+        """After memory ran out: go on with half as many trajectories at once."""
         before = self._rows_at_once(batch)
         self.rows = max(1, before // 2)
         if self._rows_at_once(batch) >= before:
-            raise console.UserError(
-                f"{self.device} has too little memory for this batch; lower --batch_size"
-            ) from error
-        torch.cuda.empty_cache()
+            raise console.UserError(f"{self.device} has too little memory for this batch; lower --batch_size")
 
     def _rows_at_once(self, batch):
         """Trajectories per call; whole repetitions where Langevin's step size ties the images of a batch together."""
@@ -221,16 +273,28 @@ class Reconstructor:
             return self.rows
         return max(1, self.rows // batch) * batch
 
-    def _inpaint(self, data, masks, keys, batch, on_step):
+    def _inpaint(self, data, masks, keys, rows, on_step):
+        """Some trajectories of a batch.
+
+        Args:
+            data: (B, C, H, W) in the model's range.
+            masks: (R, 1, H, W).
+            keys: (R B,), of the noise.
+            rows: (n,) of the R B trajectories, on the CPU.
+            on_step: called with n after each step, or None.
+
+        Returns:
+            (n, C, H, W) in data range.
+        """
+        import datasets
         import noise
 
-        return self.process(group=batch).inpaint(
-            self.model,
-            data,
-            masks,
-            noise.KeyedNoise(keys, data.shape[1:], self.device),
-            on_step=on_step and (lambda: on_step(len(data))),
-        )
+        batch, device = len(data), self.device
+        image, rep = (rows % batch).to(device), (rows // batch).to(device)
+        source = noise.KeyedNoise(keys[rows], data.shape[1:], device)
+        step = on_step and (lambda: on_step(len(rows)))
+        filled = self.process(group=batch).inpaint(self.model, data[image], masks[rep], source, on_step=step)
+        return datasets.to_data_range(filled, self.config.data.centered)
 
     def process(self, group=None):
         """The `sampling.Process` of the config; `group` is the number of images in the batch."""
@@ -239,7 +303,7 @@ class Reconstructor:
         return sampling.create_process(self.config, self.model.sde, group)
 
 
-def load_model(config, ckpt_path, device, precision="fp32", compiled=False):
+def load_model(config, ckpt_path, device, precision="auto", compiled=False):
     """The score model of a checkpoint's EMA weights, in eval mode, and how many steps it was trained, 0 if unknown.
 
     Precision and `compiled` as in `models.inference.prepare`.
@@ -264,30 +328,31 @@ def load_model(config, ckpt_path, device, precision="fp32", compiled=False):
 
 
 def rows_within(memory_gb, config, device):
-    """How many images the network may see at once.
+    """How many images the network may see at once, by an estimate; `Reconstructor.learn_rows` knows better on a GPU.
 
     An image's activations are estimated as twice the skip connections of its U-Net plus some tensors of the widest
     level, which is about what was measured.
 
     Args:
-        memory_gb: the budget, or None for 0.5 GB on a CPU, 60 % of the free memory on a GPU.
+        memory_gb: the budget, or None for 0.5 GB.
         config: the config tree.
-        device: torch.device.
+        device: torch.device; on a GPU the result is 1 at least.
 
     Raises:
-        UserError: the budget does not hold one image.
+        UserError: the budget does not hold one image, or is no number of gigabytes.
     """
-    import torch
+    from models import memory
 
+    memory.check_budget(memory_gb)
     if memory_gb is None:
-        memory_gb = 0.5 if device.type == "cpu" else 0.6 * torch.cuda.mem_get_info(device)[0] / 1e9
+        memory_gb = 0.5
     model, size = config.model, config.data.image_size
     levels = [4 * model.nf * m * (size // 2**i) ** 2 for i, m in enumerate(model.ch_mult)]  # bytes of one tensor each
     per_image = 2 * ((model.num_res_blocks + 1) * sum(levels) + 8 * max(levels))
     rows = int(memory_gb * 1e9 // per_image)
-    if rows < 1:
+    if rows < 1 and device.type == "cpu":
         raise console.UserError(f"--memory_gb {memory_gb:g} is too little: one image needs about {per_image / 1e9:.3f}")
-    return rows
+    return max(1, rows)
 
 
 def adopt_side(folder, side, settings, entry):
@@ -366,10 +431,10 @@ def reconstruct_side(folder, side, images, reconstruct, batch_size, missing, not
     with bar, Background() as reader, Background() as writer:
         pending = reader.submit(images.read, *spans[missing[0]])
         for index, following in zip(missing, [*missing[1:], None], strict=True):
-            pixels, positions = pending.result(), images.positions[slice(*spans[index])]
+            pixels = pending.result()
             if following is not None:
                 pending = reader.submit(images.read, *spans[following])
-            writer.submit(write, index, *reconstruct(pixels, images.name, positions, index, bar.update))
+            writer.submit(write, index, *reconstruct(pixels, index, bar.update))
 
 
 class Background:
@@ -408,9 +473,10 @@ def batches_of(images, batch_size):
 def describe_settings(config, ckpt_path, mask_options, reps, seed, precision="fp32"):
     """What determines both sides' reconstructions, as JSON types: the manifest's `settings`.
 
-    Compiling changes nothing but rounding, and is left out.
+    `precision` is what it came to (`models.inference.resolve`).  Compiling changes rounding alone, and is left out.
     """
     import files
+    import noise
     from configs.base import to_dict
     from models import diffusers_weights
 
@@ -430,6 +496,7 @@ def describe_settings(config, ckpt_path, mask_options, reps, seed, precision="fp
         "mask": mask,
         "reps_per_image": reps,
         "seed": seed,
+        "noise": noise.SCHEME,
         "precision": precision,
     }
 
@@ -445,7 +512,6 @@ def describe_side(images, batch_size, center_crop):
         "batch_size": batch_size,
         "batches": batches_of(images, batch_size),
         "skipped": [[str(path), reason] for path, reason in images.skipped],
-        "positions": images.positions.tolist() if images.skipped else None,  # None: 0, 1, 2, ...
     }
 
 
@@ -458,7 +524,7 @@ def save_masks(directory, mask_options, size, reps, seed, sides, batch_size):
 
     if mask_options.mask_type == "random":
         stacks = {
-            f"{side}_batch{i}_": (seed, "mask", images.name, i)
+            f"{side}_batch{i}_": (seed, "mask", i)
             for side, images in sides.items()
             for i in range(batches_of(images, batch_size))
         }
@@ -489,13 +555,14 @@ def choose_sampler(options):
         choices = dict.fromkeys([sampling.PUBLISHED, *sampling.PRESETS, *sampling.SAMPLERS])
         console.choose(options.sampler, choices, "sampler (--sampler)")
         settings.sampler = options.sampler
-    for name in ("steps", "time_grid", "t_start", "t_end", "eta", "constraint", "returns", "lift"):
+    for name in SAMPLER_FLAGS:
         if options[name].value is not None:
             settings[name] = options[name].value
     return reps
 
 
 def main(_):
+    check(FLAGS.config)
     mask_type = FLAGS.mask_type
     if FLAGS.mask_file_path and mask_type != "file":
         if FLAGS["mask_type"].present:
@@ -504,6 +571,10 @@ def main(_):
     if FLAGS.mask_save_dir and not FLAGS.save_mask:
         raise console.UserError("--mask_save_dir goes with --save_mask; add it or leave both out")
     config, reps = FLAGS.config, choose_sampler(FLAGS)
+    import sampling
+
+    flags_given = {f"sampling.{name}" for name in SAMPLER_FLAGS if FLAGS[name].present}
+    sampling.check_typed(config, typed(FLAGS["config"]) | flags_given)
     if config.sampling.lift == "noise":
         mask_type = "none"  # nothing is known
     mask_options = MaskOptions(
@@ -515,11 +586,10 @@ def main(_):
         FLAGS.mask_identifier,
     )
     seed = config.seed if FLAGS.seed is None else FLAGS.seed
+    check_value("--seed", seed, SEED)
     sources = {"pos": (FLAGS.in_domain, FLAGS.id_center_crop)}
     if FLAGS.out_of_domain:
         sources["neg"] = (FLAGS.out_of_domain, FLAGS.ood_center_crop)
-    from models import inference
-
     with distributed.start(FLAGS.device or config.device) as (ranks, device):
         if device.type == "cpu":
             console.keep_freed_memory()
@@ -538,7 +608,7 @@ def main(_):
             workers=FLAGS.workers,
             match_resolution=FLAGS.match_resolution,
             memory_gb=FLAGS.memory_gb,
-            precision=inference.resolve(FLAGS.precision, device),  # the manifest tells what it came to
+            precision=FLAGS.precision,
             compiled=FLAGS.compile,
             mask_directory=(FLAGS.mask_save_dir or "") if FLAGS.save_mask else None,
             ranks=ranks,
@@ -561,8 +631,8 @@ def run(
     workers=None,
     match_resolution=False,
     memory_gb=None,
-    precision="fp32",
-    compiled=False,
+    precision="auto",
+    compiled="auto",
     mask_directory=None,
     ranks=distributed.ALONE,
 ):
@@ -570,11 +640,10 @@ def run(
 
     Args:
         config: the config tree.
-        sources: side ('pos', 'neg') -> (source of images, whether to crop them).
-        mask_options: a `MaskOptions`.
+        sources: side ('pos', 'neg') -> (source of images, whether to crop them); mask_options: a `MaskOptions`.
         mask_directory: where to write masks; "" for masks/ in the results folder, None for nowhere.
         ckpt_path, workdir, reps, batch_size, seed, max_images, data_root, workers, match_resolution, memory_gb,
-            precision, compiled: as the flags; device: torch.device.
+            precision, compiled (--compile): as the flags; device: torch.device.
         ranks: the processes that share the batches; all of them call this.
 
     Returns:
@@ -585,21 +654,22 @@ def run(
     """
     import storage
 
-    _check_settings(config, mask_options, seed)
-    folder = storage.ResultsFolder(Path(workdir) / f"{mask_options.name}_reps{reps}")
-    model, step = load_model(config, ckpt_path, device, precision, compiled)
+    precision = _check_settings(config, mask_options, seed, precision, compiled, device)
     rows = rows_within(memory_gb, config, device)
+    folder = storage.ResultsFolder(Path(workdir) / f"{mask_options.name}_reps{reps}")
+    model, step = load_model(config, ckpt_path, device, precision)
     options = {"data_root": data_root, "max_images": max_images, "workers": workers}
     sides = ranks.in_turn(lambda: load_sides(config, sources, match_resolution, **options))
     settings = describe_settings(config, ckpt_path, mask_options, reps, seed, precision)
     entries = {side: describe_side(images, batch_size, sources[side][1]) for side, images in sides.items()}
     ranks.check_same((settings, entries), "settings or images")
-    versions = _versions(ckpt_path, step, device)
-    missing = ranks.on_main(lambda: claim_missing(folder, settings, entries, versions, sides, batch_size))
+    claim = folder, settings, entries, _versions(ckpt_path, step, device), sides, batch_size
+    missing = ranks.on_main(lambda: claim_missing(*claim))
     if mask_directory is not None:
         masks = Path(mask_directory or folder.path / "masks")
         ranks.on_main(lambda: save_masks(masks, mask_options, config.data.image_size, reps, seed, sides, batch_size))
     reconstruct = Reconstructor(config, model, mask_options, reps, seed, device, rows)
+    get_ready(reconstruct, missing[ranks.rank :: ranks.world_size], sides, batch_size, memory_gb, compiled)
     reconstruct_missing(folder, sides, reconstruct, batch_size, missing, ranks)
     console.say(f"reconstructions: {folder.path}")
     if "neg" in sides:
@@ -607,13 +677,38 @@ def run(
     return folder.path
 
 
-def _check_settings(config, mask_options, seed):
-    """Tells what cannot be before anything long is done or written."""
+def get_ready(reconstruct, batches, sides, batch_size, memory_gb=None, compiled="auto"):
+    """Finds how many trajectories fit, then compiles the network if it is worth it for what is to be made, and says so.
+
+    Args:
+        reconstruct: a `Reconstructor`, whose network is a `models.inference.Network` that is not compiled yet.
+        batches: what is to be made, a list of (side, index).
+        sides: side -> `datasets.ImageSet`.
+        batch_size: images per batch file.
+        memory_gb, compiled: as in `run`.
+    """
+    from models import inference
+
+    if not batches:
+        return
+    reconstruct.learn_rows(batch_size, memory_gb)
+    images = sum(min(batch_size, len(sides[side]) - index * batch_size) for side, index in batches)
+    evaluations = images * reconstruct.reps * reconstruct.process().evaluations
+    if inference.worth_compiling(compiled, reconstruct.device, evaluations):
+        console.say(f"compiling the network for {evaluations:,} evaluations; the first batch takes longer for it")
+        reconstruct.model.net.compile(required=compiled == "on")
+
+
+def _check_settings(config, mask_options, seed, precision, compiled, device):
+    """Tells what cannot be before anything long is done or written; returns what the precision comes to."""
     import sampling
     import sde_lib
+    from models import inference
 
+    console.choose(compiled, inference.CHOICES, "choice (--compile)")
     mask_options.stack(config.data.image_size, 1, seed)
     sampling.create_process(config, sde_lib.create_sde(config))
+    return inference.resolve(precision, device)
 
 
 def load_sides(config, sources, match_resolution, **options):

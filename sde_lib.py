@@ -62,6 +62,14 @@ class SDE(abc.ABC):
     def _discretise(self, N):
         self.N = N
 
+    def table_on(self, name, device):
+        """A table (N,) of the discrete process, such as 'sigmas', on a device, where it is sent once."""
+        values = getattr(self, name)
+        if values.device != device:
+            values = values.to(device)
+            setattr(self, name, values)
+        return values
+
     def discretize(self, x, t):
         """f (B, C, H, W) and G (B,) of x_{i+1} = x_i + f + G z: Euler with dt = 1/N unless the SDE has its own."""
         drift, diffusion = self.sde(x, t)
@@ -143,11 +151,7 @@ class VPSDE(SDE):
 
     def table(self, name, t):
         """The entry at time t of 'betas', 'alphas' or 'alphas_bar': (B,)."""
-        values = getattr(self, name)
-        if values.device != t.device:
-            values = values.to(t.device)
-            setattr(self, name, values)
-        return values[self.timestep(t)]
+        return self.table_on(name, t.device)[self.timestep(t)]
 
 
 class SubVPSDE(VPSDE):
@@ -210,11 +214,8 @@ class VESDE(SDE):
 
     def adjacent_sigmas(self, t):
         """sigma_k and sigma_{k-1} at time t, each (B,)."""
-        if self.sigmas.device != t.device:
-            self.sigmas = self.sigmas.to(t.device)
-        k = self.timestep(t)
-        sigma = self.sigmas[k]
-        return sigma, torch.where(k > 0, self.sigmas[(k - 1).clamp_min(0)], torch.zeros_like(sigma))
+        sigmas, k = self.table_on("sigmas", t.device), self.timestep(t)
+        return sigmas[k], torch.where(k > 0, sigmas[(k - 1).clamp_min(0)], torch.zeros_like(sigmas[k]))
 
 
 SDES = {

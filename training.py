@@ -30,9 +30,11 @@ import storage
 from configs.base import to_dict
 from console import UserError, choose, progress, say
 from distributed import ALONE
+from models import inference
 from models.score import ScoreModel
 
 META_CHECKPOINT = Path("checkpoints-meta") / "checkpoint.pth"
+AGREE_EVERY = 10  # steps between two questions whether a rank was interrupted
 _DIVERGED = (
     "training diverged; lower config.optim.lr and start again from the last checkpoint (nothing was overwritten)"
 )
@@ -63,7 +65,7 @@ class Trainer:
                 "raise config.training.batch_size or start fewer"
             )
         torch.manual_seed(noise.key(config.seed, "initialisation") & (2**63 - 1))
-        net = models.create_model(config).to(device, memory_format=torch.channels_last)
+        net = models.create_model(config).to(device, memory_format=inference.layout(device))
         self.sde = sde_lib.create_sde(config)
         self.model = ScoreModel(net, self.sde, config.training.continuous)
         self.shared_model = ScoreModel(ranks.wrap(net), self.sde, config.training.continuous)  # for training steps
@@ -206,12 +208,12 @@ def train(config, workdir, device, data_root, workers=None, ranks=ALONE):
             log.line(_headline(trainer, len(train_batches.images), first if resumed else None))
     bar = progress(total=last + 1, initial=first, unit="step", desc="training")
     try:
-        with _noted_interrupt() as interrupted:
+        with _noted_interrupt() as interrupted, inference.arithmetic(inference.training_precision(device)):
             for step in range(first, last + 1):
                 value = trainer.train_step(train_batches.batch(step))
                 bar.update()
                 _after_step(trainer, log, test_batches, step, value)
-                if ranks.any(interrupted):  # not all may have been, yet all stop here
+                if _all_stop(ranks, interrupted, step):
                     ranks.on_main(lambda: trainer.save(META_CHECKPOINT))
                     raise KeyboardInterrupt
     finally:
@@ -242,13 +244,24 @@ def _noted_interrupt():
         signal.signal(signal.SIGINT, before)
 
 
+def _all_stop(ranks, interrupted, step):
+    """Whether training stops after a step: a process by itself at once, several at every tenth step, for all ask all.
+
+    Not all may have been interrupted, yet all stop at the same step.
+    """
+    if ranks.world_size == 1:
+        return bool(interrupted)
+    return step % AGREE_EVERY == 0 and ranks.any(interrupted)
+
+
 def _headline(trainer, images, resumed_at):
     count = sum(p.numel() for p in trainer.state.net.parameters())
     training = trainer.config.training
+    where = f"{trainer.device}, {inference.training_precision(trainer.device)}"
     start = "starting" if resumed_at is None else f"resuming at step {resumed_at}"
     return (
         f"{start}: {trainer.config.model.name}, {count:,} parameters, {training.sde}, {images:,} images of "
-        f"{trainer.config.data.dataset}, batches of {training.batch_size}, {training.n_iters:,} steps, {trainer.device}"
+        f"{trainer.config.data.dataset}, batches of {training.batch_size}, {training.n_iters:,} steps, {where}"
     )
 
 
@@ -344,7 +357,7 @@ def draw_samples(trainer, count, word, first=0):
     sample = _sampler(config, sde)
     shape = (config.data.num_channels, config.data.image_size, config.data.image_size)
     numbers = torch.arange(first, first + count)
-    keys = noise.image_keys(noise.key(config.seed, word), "samples", numbers, reps=[0])
+    keys = noise.image_keys(noise.key(config.seed, word, "samples"), numbers, reps=[0])
     source = noise.KeyedNoise(keys, shape, trainer.device)
     return datasets.to_data_range(sample(trainer.model, source), config.data.centered)
 
@@ -355,12 +368,12 @@ def _sampler(config, sde):
     Raises:
         UserError: an unknown method or solver, or a solver that the SDE does not have.
     """
-    samplers = {"pc": _predictor_corrector, "ode": _probability_flow}
-    return choose(config.sampling.method.lower(), samplers, "method (config.sampling.method)")(config, sde)
+    return choose(config.sampling.method.lower(), METHODS, "method (config.sampling.method)")(config, sde)
 
 
 def _predictor_corrector(config, sde):
     process = sampling.create_process(config, sde)
+    process.check_sampling()
 
     def sample(model, noise):
         with progress(total=process.steps, unit="step", desc="sampling", leave=False) as bar:
@@ -370,7 +383,11 @@ def _predictor_corrector(config, sde):
 
 
 def _probability_flow(config, sde):
+    sampling.check_effects(config.sampling, sde)
     return lambda model, noise: sampling.sample_ode(model, sde, noise(0, "prior") * sde.prior_std)[0]
+
+
+METHODS = {"pc": _predictor_corrector, "ode": _probability_flow}  # config.sampling.method
 
 
 def to_pixels(images):

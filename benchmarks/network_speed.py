@@ -7,7 +7,8 @@
 The plain training step and inpainting loop are those of the sub-VP SDE; with another one, evaluations alone are timed.
 Each version has a process of its own, set up as it would be run, and the two take turns.  Operations are those of the
 plain network by torch's counter, so a rearrangement that saves some shows as a higher rate.  The share is of the
-machine's own float32 matrix rate, measured in the same run.  Also: what keyed noise costs.
+machine's own float32 matrix rate, measured in the same run.  Also: what keyed noise costs.  On a GPU if there is one,
+all in strict float32, but training, which is in TF32 where a GPU has it.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import sde_lib
 from benchmarks import machine, plain
 from benchmarks.machine import median
 from console import keep_freed_memory
-from models import create_model
+from models import create_model, inference
 from models.score import ScoreModel
 
 STEPS = {"evaluation": 1, "training": 1, "reconstruction": 2}  # how many are timed together
@@ -49,23 +50,26 @@ def main():
 
 
 def images(config, batch_size):
-    """A batch in the model's range: (B, C, H, W)."""
+    """A batch in the model's range, on the GPU if there is one: (B, C, H, W)."""
     shape = (batch_size, config.data.num_channels, config.data.image_size, config.data.image_size)
-    return torch.rand(shape, generator=noise.generator("benchmark")) * 2 - 1
+    return (torch.rand(shape, generator=noise.generator("benchmark")) * 2 - 1).to(machine.device())
 
 
 def calls_of(version, path, batch_size):
     """The steps of a version, in its own process."""
     config = machine.load_config(path)
-    return VERSIONS[version](config, sde_lib.create_sde(config), images(config, batch_size))
+    calls = VERSIONS[version](config, sde_lib.create_sde(config), images(config, batch_size))
+    precisions = {"training": inference.training_precision(machine.device())}
+    return {step: inference.arithmetic(precisions.get(step, "fp32"))(call) for step, call in calls.items()}
 
 
 def plain_calls(config, sde, x):
     """The plain version's steps."""
-    net, mask = plain.plain_network(config).eval().requires_grad_(False), _mask(x)
-    calls = {"evaluation": lambda: net(x, torch.ones(len(x)))}
+    net, mask = plain.plain_network(config).eval().requires_grad_(False).to(x.device), _mask(x)
+    labels = torch.ones(len(x), device=x.device)
+    calls = {"evaluation": lambda: net(x, labels)}
     if isinstance(sde, sde_lib.SubVPSDE):
-        training = plain.PlainTraining(plain.plain_network(config).train(), sde, config)
+        training = plain.PlainTraining(plain.plain_network(config).train().to(x.device), sde, config)
         calls["training"] = lambda: training.step(x)
         calls["reconstruction"] = lambda: plain.plain_inpaint(net, sde, x, mask, STEPS["reconstruction"])
     return calls
@@ -73,41 +77,46 @@ def plain_calls(config, sde, x):
 
 def our_calls(config, sde, x):
     """Our steps, in a process prepared as main.py and recon.py prepare theirs."""
-    keep_freed_memory()
-    net = create_model(config).train().to(memory_format=torch.channels_last)
+    if x.device.type == "cpu":
+        keep_freed_memory()
+    layout, labels = inference.layout(x.device), torch.ones(1, device=x.device)
+    net = create_model(config).train().to(x.device, memory_format=layout)
     state, loss = losses.create_state(config, net), losses.create_loss(config, sde)
     model = ScoreModel(net, sde)
 
     def train():
-        draws = losses.Draws.keyed(x.shape, sde.N, config.seed, "train", state.step)
+        draws = losses.Draws.keyed(x.shape, sde.N, config.seed, "train", state.step, device=x.device)
         return losses.train_step(state, loss, model, x, draws, config).item()
 
-    frozen = create_model(config).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    frozen = create_model(config).eval().requires_grad_(False).to(x.device, memory_format=layout)
     predictor, _ = sampling.create_solvers(config, sde)
     times = sampling.time_grid(sde, sde.N, sde.eps)[: STEPS["reconstruction"]]
-    source = noise.KeyedNoise(noise.image_keys(0, "benchmark", torch.arange(len(x)), [0]), x.shape[1:])
+    source = _source(x)
     constrain = sampling.replacement(sde, x, _mask(x))
 
     def reconstruct():
         start = source(0, "prior")
         return sampling.integrate(ScoreModel(frozen, sde), start, times, predictor, source, constrain=constrain)
 
-    return {"evaluation": lambda: frozen(x, torch.ones(1)), "training": train, "reconstruction": reconstruct}
+    return {"evaluation": lambda: frozen(x, labels), "training": train, "reconstruction": reconstruct}
 
 
 VERSIONS = {"plain": plain_calls, "ours": our_calls}
 
 
 def _mask(x):
-    return (torch.arange(x.shape[-1]) % 2).float().expand(1, 1, *x.shape[2:])
+    return (torch.arange(x.shape[-1], device=x.device) % 2).float().expand(1, 1, *x.shape[2:])
+
+
+def _source(x):
+    return noise.KeyedNoise(noise.image_keys(0, torch.arange(len(x)), [0]), x.shape[1:], x.device)
 
 
 def keyed_noise(config, sde, x):
     """The share of a reconstruction step that its two keyed draws take, beside the global generator's."""
-    net = create_model(config).eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    source = noise.KeyedNoise(noise.image_keys(0, "benchmark", torch.arange(len(x)), [0]), x.shape[1:])
+    net, source, labels = inference.prepare(create_model(config), x.device, "fp32"), _source(x), torch.ones(1).to(x)
     calls = {
-        "network": lambda: net(x, torch.ones(1)),
+        "network": lambda: net(x, labels),
         "keyed": lambda: (source(1, "constrain"), source(1, "predictor")),
         "global": lambda: (torch.randn_like(x), torch.randn_like(x)),
     }

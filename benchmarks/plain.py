@@ -139,7 +139,7 @@ class PlainTraining:
 
     def step(self, x):
         self.optimizer.zero_grad()
-        t = torch.rand(len(x)) * (1 - 1e-5) + 1e-5
+        t = torch.rand(len(x), device=x.device) * (1 - 1e-5) + 1e-5
         z = torch.randn_like(x)
         alpha, std = (per_image(v) for v in self.sde.marginal(t))
         score = -self.net(alpha * x + std * z, t * 999) / std

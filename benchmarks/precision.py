@@ -1,13 +1,14 @@
-"""Scores in bfloat16 beside those in float32: the same model, images and noise.
+"""Scores in bfloat16, and on a GPU in TF32, beside those in strict float32: the same model, images and noise.
 
     python -m benchmarks.precision
     python -m benchmarks.precision --setting published_100 --images 64
 
-For each metric: the rank correlation of the images' scores over both sides, the largest relative difference of a score,
-and both ROC-AUCs.
+For each metric: the rank correlation of the images' scores over both sides, the median and the largest relative
+difference of a score, and both ROC-AUCs.
 """
 
 import argparse
+import itertools
 
 import numpy as np
 from scipy.stats import spearmanr
@@ -18,6 +19,7 @@ import storage
 from benchmarks import machine
 from benchmarks.quality_vs_cost import BATCH, SETTINGS, Setting, auc, measure_batch
 from console import choose_device, guard, keep_freed_memory
+from models import inference
 from sampling import PRESETS, preset
 
 
@@ -36,15 +38,20 @@ def main():
     if device.type == "cpu":
         keep_freed_memory()
     names = options.metric.split(",")
-    scores = {precision: scores_of(options, names, device, precision) for precision in ("fp32", "bf16")}
+    reduced = ("tf32", "bf16") if inference.training_precision(device) == "tf32" else ("bf16",)
+    scores = {precision: scores_of(options, names, device, precision) for precision in ("fp32", *reduced)}
     print(f"{options.setting}, {options.images} images a side; {machine.describe()}")
-    print(f"{'metric':8} {'rank correlation':>16} {'largest difference':>18} {'AUC fp32':>9} {'AUC bf16':>9}")
-    for name in names:
-        exact, reduced = (scores[precision][name] for precision in ("fp32", "bf16"))
-        a, b = (np.concatenate([s[side] for side in storage.SIDES]) for s in (exact, reduced))
+    print(
+        f"{'precision':9} {'metric':8} {'rank correlation':>16} {'median':>9} {'largest difference':>18} "
+        f"{'AUC fp32':>9} {'AUC':>9}"
+    )
+    for precision, name in itertools.product(reduced, names):
+        exact, other = scores["fp32"][name], scores[precision][name]
+        a, b = (np.concatenate([s[side] for side in storage.SIDES]) for s in (exact, other))
+        differences = np.abs(b / a - 1)
         print(
-            f"{name:8} {spearmanr(a, b).statistic:16.5f} {np.abs(b / a - 1).max():18.2%} {auc(exact):9.4f} "
-            f"{auc(reduced):9.4f}"
+            f"{precision:9} {name:8} {spearmanr(a, b).statistic:16.5f} {np.median(differences):9.3%} "
+            f"{differences.max():18.2%} {auc(exact):9.4f} {auc(other):9.4f}"
         )
 
 

@@ -38,6 +38,7 @@ import storage
 from benchmarks import machine
 from benchmarks.machine import load_config
 from console import UserError, choose, choose_device, guard, keep_freed_memory, say
+from models.inference import PRECISIONS, resolve
 
 BATCH = 32  # images
 ROWS = 64  # trajectories at once
@@ -120,7 +121,7 @@ def main():
     parser.add_argument("--metric", default="MSE,SSIM")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--precision", default="auto", choices=PRECISIONS)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--part", default="1/1", help="the share of the work that this process does")
     parser.add_argument("--folder", default="results/quality_vs_cost")
@@ -144,6 +145,7 @@ def measure(options):
     if device.type == "cpu":
         keep_freed_memory()
     config = load_config(options.config)
+    options.precision = resolve(options.precision, device)  # what was computed is kept with it
     model, _ = recon.load_model(config, options.ckpt_path, device, options.precision, options.compile)
     sources = {"pos": (options.in_domain, True), "neg": (options.out_of_domain, True)}
     sides = recon.load_sides(config, sources, False, max_images=options.images, data_root=options.data_root)
@@ -175,7 +177,7 @@ def measure_batch(config, model, setting, tools, seed, device, images, batch):
     reconstruct = recon.Reconstructor(config, model, MASK, setting.reps, seed, device, ROWS)
     start, stop = batch * BATCH, min((batch + 1) * BATCH, len(images))
     began = time.process_time()
-    orig, _, recons = reconstruct(images.read(start, stop), images.name, images.positions[start:stop], batch)
+    orig, _, recons = reconstruct(images.read(start, stop), batch)
     seconds = time.process_time() - began
     return arrays_of(tools, orig, recons, device, seconds)
 

@@ -21,7 +21,7 @@ import recon
 import sampling
 import sde_lib
 from benchmarks import machine, plain
-from benchmarks.machine import load_config, median
+from benchmarks.machine import device, load_config, median
 from benchmarks.network_speed import images
 from console import keep_freed_memory
 from models import create_model, inference
@@ -32,8 +32,8 @@ PUBLISHED_STEPS = 1000
 # version -> arguments of models.inference.prepare
 VERSIONS = {
     "plain": None,
-    "ours": {},
-    "ours compiled": {"compiled": True},
+    "ours": {"precision": "fp32"},
+    "ours compiled": {"precision": "fp32", "compiled": True},
     "ours bf16": {"precision": "bf16"},
     "ours bf16 compiled": {"precision": "bf16", "compiled": True},
 }
@@ -55,15 +55,10 @@ def main():
         compare(options)
 
 
-def device():
-    """The GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def compare(options):
     """Times the versions and prints the table."""
     config = load_config(options.config)
-    net, x = plain.plain_network(config).eval().requires_grad_(False), images(config, 1)
+    net, x = plain.plain_network(config).eval().requires_grad_(False), images(config, 1).cpu()
     operations = machine.flops(lambda: net(x, torch.ones(1)))  # of one evaluation of one image
     rate = machine.matrix_rate()
     print(f"float32 matrix rate: {rate / 1e9:.0f} GFLOP/s; an evaluation: {operations / 1e9:.3f} GFLOP")
@@ -96,7 +91,8 @@ def calls_of(version, path, batch_size, steps):
         net = plain.plain_network(config).eval().requires_grad_(False).to(device())
         mask = MASK.stack(x.shape[-1], 1)[:1].to(device())
         sde.N = PUBLISHED_STEPS
-        return {"published": lambda: plain.plain_inpaint(net, sde, x, mask, steps)}
+        strict = inference.arithmetic("fp32")
+        return {"published": strict(lambda: plain.plain_inpaint(net, sde, x, mask, steps))}
     if device().type == "cpu":
         keep_freed_memory()
     model = prepared(config, VERSIONS[version])
@@ -115,7 +111,7 @@ def published(config, model, x, steps):
     process = sampling.create_process(config, model.sde)
     config.sampling.steps = 0
     mask = MASK.stack(x.shape[-1], 1)[:1].to(x.device)
-    source = noise.KeyedNoise(noise.image_keys(0, "benchmark", torch.arange(len(x)), [0]), x.shape[1:], x.device)
+    source = noise.KeyedNoise(noise.image_keys(0, torch.arange(len(x)), [0]), x.shape[1:], x.device)
     solvers = {"predictor": process.predictor, "times": process.times[:steps]}
     return sampling.inpaint(model, process.sde, x, mask, source, **solvers)
 
@@ -128,7 +124,7 @@ def fast(config, model, x, reps=None, **changes):
     pixels = ((x.cpu() + 1) * 127.5).to(torch.uint8)
     reps = preset_reps if reps is None else reps
     reconstruct = recon.Reconstructor(config, model, MASK, reps, 0, x.device, rows=256)
-    return reconstruct(pixels, "benchmark", torch.arange(len(x)), 0)
+    return reconstruct(pixels, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------- growth
@@ -139,7 +135,7 @@ def growth(options):
     if device().type == "cpu":
         keep_freed_memory()
     config = load_config(options.config)
-    model, size = prepared(config, {}), config.data.image_size
+    model, size = prepared(config, {"precision": "fp32"}), config.data.image_size
     x = images(config, 4 * options.batch_size).to(device())
     steps = sampling.PRESETS["fast"][0]["steps"]
     some = x[: options.batch_size]

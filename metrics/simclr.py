@@ -21,7 +21,7 @@ RESIZE = {  # to SIZE x SIZE, without antialiasing
     "bicubic": {"mode": "bicubic", "align_corners": False},
     "none": None,
 }
-_CHUNK_PIXELS = {"cpu": 1 << 20, "cuda": 1 << 23}  # at a time, for width 1: some 320 bytes each
+_CHUNK_PIXELS = {"cpu": 1 << 20, "gpu": 1 << 23}  # at a time, for width 1: some 320 bytes each
 
 
 class SimCLR(Metric):
@@ -52,7 +52,7 @@ class SimCLR(Metric):
         if images.shape[1] not in (1, 3):
             raise UserError(f"SIMCLR needs grey or RGB images, not {images.shape[1]} channels; use --metric MSE,SSIM")
         pixels = images.shape[2] * images.shape[3] if self.resize is None else SIZE**2
-        budget = _CHUNK_PIXELS[self.device.type] * 64 // self.network.architecture.channels
+        budget = _CHUNK_PIXELS["cpu" if self.device.type == "cpu" else "gpu"] * 64 // self.network.architecture.channels
         return torch.cat([self._features(chunk) for chunk in images.split(max(1, budget // pixels))])
 
     def _features(self, images):

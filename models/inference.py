@@ -1,67 +1,160 @@
 """A network made ready for inference: layout, precision, compilation."""
 
+import contextlib
+
 import torch
 
-from console import UserError, choose
+from console import UserError, choose, warn
+from models import memory
 
-# What --precision says -> whether the network computes in bfloat16 on a device.
+# What --precision says -> what it comes to on a device.
 PRECISIONS = {
-    "fp32": lambda device: False,
-    "bf16": lambda device: True,
-    "auto": lambda device: device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False),
+    "fp32": lambda device: "fp32",
+    "tf32": lambda device: _tf32(device),
+    "bf16": lambda device: "bf16",
+    "auto": lambda device: "bf16" if _has_bf16(device) else "fp32",
 }
+CHOICES = dict.fromkeys(["auto", "on", "off"])  # of --compile
+COMPILE_FROM = 300_000  # evaluations: compiling costs what is saved by so many (measured, README)
 
 
 def resolve(precision, device):
-    """'fp32' or 'bf16': what a precision comes to on a torch.device, and what a reconstruction depends on.
+    """What a precision comes to on a torch.device, and what a reconstruction depends on: 'fp32', 'tf32' or 'bf16'.
 
     Raises:
-        UserError: an unknown precision.
+        UserError: an unknown precision, or one that the device does not have.
     """
-    return "bf16" if choose(precision, PRECISIONS, "precision (--precision)")(device) else "fp32"
+    return choose(precision, PRECISIONS, "precision (--precision)")(device)
 
 
-def prepare(net, device, precision="fp32", compiled=False):
+def _has_bf16(device):
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _tf32(device):
+    if device.type != "cuda" or not torch.cuda.is_tf32_supported():
+        raise UserError(f"tf32 is arithmetic of newer GPUs, which {device} does not have; use --precision fp32 or auto")
+    return "tf32"
+
+
+def training_precision(device):
+    """What training computes in: 'tf32' on a GPU that has it, 'fp32' elsewhere."""
+    return "tf32" if device.type == "cuda" and torch.cuda.is_tf32_supported() else "fp32"
+
+
+@contextlib.contextmanager
+def arithmetic(precision):
+    """A block in which a GPU's float32 convolutions and matrix products are in TF32 ('tf32') or in float32 (all else).
+
+    By themselves torch's convolutions are in TF32, 1.3e-3 off, and its matrix products are not.  A CPU has no TF32.
+    """
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        for switch in switches:
+            switch.allow_tf32 = precision == "tf32"
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.allow_tf32 = value
+
+
+def layout(device, compiled=False):
+    """The memory format in which a network is fastest.
+
+    Channels-last on a CPU and where it is compiled; else, on a GPU, NCHW, 1.28 times as fast there because torch's
+    group normalisation copies what is channels-last.
+    """
+    return torch.channels_last if compiled or device.type == "cpu" else torch.contiguous_format
+
+
+def worth_compiling(choice, device, evaluations):
+    """Whether to compile for so many evaluations of the network to come.
+
+    Args:
+        choice: 'on', 'off', or 'auto', on a GPU where it saves more time than it takes.
+        device: torch.device.
+        evaluations: of the network, each of one image.
+
+    Raises:
+        UserError: another choice.
+    """
+    choose(choice, CHOICES, "choice (--compile)")
+    if choice == "auto":
+        return device.type == "cuda" and evaluations > COMPILE_FROM
+    return choice == "on" and evaluations > 0
+
+
+class Network:
+    """A network ready for inference, called as a function of (x, labels); see `prepare`.
+
+    Attributes:
+        device: torch.device.
+        precision: what it computes in: 'fp32', 'tf32' or 'bf16'.
+    """
+
+    def __init__(self, net, device, precision):
+        self.device, self.precision = device, resolve(precision, device)
+        self._net = net.eval().requires_grad_(False)
+        self._eager()
+
+    def __call__(self, x, labels):
+        """(B, C, H, W) float32, (B,) or (1,) -> (B, C, H, W) float32."""
+        with arithmetic(self.precision):
+            if self.precision != "bf16":
+                return self._call(x, labels)
+            with torch.autocast(self.device.type, dtype=torch.bfloat16):
+                return self._call(x, labels).float()
+
+    def compile(self, required=True):
+        """Compiles it, on a GPU with CUDA graphs; the first call of each shape takes long.
+
+        Args:
+            required: what cannot be compiled is an error; else it is told and goes on as it was.
+        """
+        self._net.to(memory_format=layout(self.device, compiled=True))
+        mode = "reduce-overhead" if self.device.type == "cuda" else "default"
+        compiled = torch.compile(self._net, mode=mode)
+        self._call = lambda x, labels: self._compiled(compiled, x, labels, required)
+
+    def _eager(self):
+        self._call = self._net.to(self.device, memory_format=layout(self.device))
+
+    def _compiled(self, compiled, x, labels, required):
+        from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+
+        torch.compiler.cudagraph_mark_step_begin()  # no output of an earlier call is read again
+        try:
+            return compiled(x, labels)
+        except (BackendCompilerFailed, TorchDynamoException) as error:  # most often there is no compiler
+            if memory.ran_out(error):
+                raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if required:
+                raise UserError(f"the network cannot be compiled here ({reason}); leave --compile out") from error
+        warn(f"the network cannot be compiled here ({reason}); going on without")
+        self._eager()
+        return self._call(x, labels)
+
+
+def prepare(net, device, precision="auto", compiled=False):
     """The network as a function of (x, labels) for inference.
 
     Args:
-        net: a network; it is moved to the device, channels-last, in eval mode, without gradients.
+        net: a network; it is moved to the device, in eval mode, without gradients, in the layout that is fastest there.
         device: torch.device.
-        precision: 'fp32'; 'bf16', convolutions and matrix products in bfloat16, with statistics of normalisations and
-            the result in float32; or 'auto', bf16 on GPUs that have it.
-        compiled: through torch.compile, on a GPU with CUDA graphs.  The first call of each shape takes long.
+        precision: 'fp32', float32 throughout; 'tf32', a GPU's convolutions and matrix products with 10 bits of
+            mantissa; 'bf16', these in bfloat16, with statistics of normalisations and the result in float32; or 'auto',
+            bf16 on GPUs that have it, else fp32.
+        compiled: through torch.compile, see `Network.compile`.
 
     Returns:
-        A function (B, C, H, W) float32, (B,) or (1,) -> (B, C, H, W) float32.
+        A `Network`: (B, C, H, W) float32, (B,) or (1,) -> (B, C, H, W) float32.
 
     Raises:
-        UserError: an unknown precision.
+        UserError: an unknown precision, or one that the device does not have.
     """
-    reduced = resolve(precision, device) == "bf16"
-    net = net.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-    call = torch.compile(net, mode="reduce-overhead" if device.type == "cuda" else "default") if compiled else net
+    network = Network(net, device, precision)
     if compiled:
-        call = _compiled(call)
-    if not reduced:
-        return call
-
-    def in_bfloat16(x, labels):
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            return call(x, labels).float()
-
-    return in_bfloat16
-
-
-def _compiled(call):
-    """`call` of a compiled network: outputs of earlier calls are done with, and a failure to compile is the user's."""
-    from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
-
-    def run(x, labels):
-        torch.compiler.cudagraph_mark_step_begin()  # no output of an earlier call is read again
-        try:
-            return call(x, labels)
-        except (BackendCompilerFailed, TorchDynamoException) as error:  # most often there is no compiler
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"the network cannot be compiled here ({reason}); leave --compile out") from error
-
-    return run
+        network.compile()
+    return network

@@ -22,7 +22,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import models  # noqa: E402 (the repository's root is on the path only now)
+import checkpoint_schema  # noqa: E402 (the repository's root is on the path only now)
+import models  # noqa: E402
 import storage  # noqa: E402
 from configs.base import from_dict, to_dict  # noqa: E402
 from console import UserError, guard, say  # noqa: E402
@@ -87,9 +88,9 @@ def _read_training(path):
     config = content.get("config")
     return Checkpoint(
         format="training checkpoint of Score-SDE, as published" if config is None else "training checkpoint of main.py",
-        weights={name.removeprefix("module."): value for name, value in content["model"].items()},
+        weights=checkpoint_schema.without_prefix(content["model"]),
         averages=content["ema"]["shadow_params"],
-        step=int(content["step"]),
+        step=content["step"],
         config=config,
         notes={},
     )

@@ -115,7 +115,7 @@ FLAGS = {
         "max_images": None, "match_resolution": "false", "data_root": "./data", "workers": None,
         "seed": None, "device": None, "memory_gb": None,
         "sampler": None, "steps": None, "time_grid": None, "t_start": None, "t_end": None, "eta": None,
-        "constraint": None, "returns": None, "lift": None, "precision": "fp32", "compile": "false",
+        "constraint": None, "returns": None, "lift": None, "precision": "auto", "compile": "auto",
     },
     "detect.py": {"result_path": None, "metric": "LPIPS", "reps": "1", "device": "auto", "resize_type": "bicubic"},
 }  # fmt: skip
@@ -169,7 +169,7 @@ DEFAULTS = {
     "width": 32, "ckpt_path": "c.pth", "workdir": "w", "sources": {"pos": ["MNIST", True]}, "reps": 1,
     "batch_size": 100, "seed": 42, "device": {"type": "auto"}, "max_images": None, "data_root": "./data",
     "workers": None, "match_resolution": False, "memory_gb": None, "ranks": vars(distributed.ALONE),
-    "precision": "fp32", "compiled": False, "sampling": {}, "mask_directory": None, "mask_options": {
+    "precision": "auto", "compiled": "auto", "sampling": {}, "mask_directory": None, "mask_options": {
         "mask_type": "center", "num_blocks": 4, "patch_size": 4, "ratio": 0.5, "file_path": None, "identifier": None,
     },
 }  # fmt: skip
@@ -200,7 +200,7 @@ def test_recon_flags_have_their_effects():
             "sampler": "ddim", "steps": 7, "time_grid": "lambda", "t_start": 0.8, "t_end": 0.1, "eta": 0.5,
             "constraint": "project", "returns": 1, "lift": "both",
         },
-        "precision": "bf16", "compiled": True,
+        "precision": "bf16", "compiled": "on",
         "width": 64, "ckpt_path": "c.pth", "workdir": "w", "reps": 10, "batch_size": 200, "seed": 7,
         "device": {"type": "cpu"},
         "sources": {"pos": ["MNIST", False], "neg": ["SVHN", False]}, "max_images": 3, "data_root": "d",
@@ -210,6 +210,33 @@ def test_recon_flags_have_their_effects():
             "identifier": "tag",
         },
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ([], "auto"),
+        (["--compile"], "on"),  # as it was when it was a switch
+        (["--nocompile"], "off"),
+        (["--compile=true"], "on"),
+        (["--compile=Off"], "off"),
+        (["--compile=auto"], "auto"),
+        (["--compile=always"], "choose one of: auto, on or off"),
+    ],
+)
+def test_the_ways_to_write_compile(written, expected):
+    from absl import flags
+
+    import recon
+
+    values = flags.FlagValues()
+    flags.DEFINE_flag(recon.compile_flag(), values)
+    if " " in expected:
+        with pytest.raises(flags.IllegalFlagValueError, match=expected):
+            values(["recon.py", *written])
+    else:
+        values(["recon.py", *written])
+        assert values.compile == expected
 
 
 @pytest.mark.parametrize("name", ["fast", "best"])
@@ -238,7 +265,7 @@ def test_a_mask_file_implies_its_type():
 CONFIG = f"--config={tiny.CONFIG_FILE}"
 TRAIN = ["main.py", "--mode=train", "--workdir={out}"]
 RECON = ["recon.py", "--workdir={out}", "--ckpt_path=nowhere.pth", "--in_domain=MNIST"]
-MISTAKES = {  # noticed before torch is imported
+MISTAKES = {  # noticed before anything is loaded
     "unknown flag": ([*TRAIN, CONFIG, "--batchsize=3"], "Unknown command line flag 'batchsize'"),
     "no config": (TRAIN, "Flag --config must have a value"),
     "no workdir": (["main.py", CONFIG, "--mode=train"], "Flag --workdir must have a value"),
@@ -255,6 +282,19 @@ MISTAKES = {  # noticed before torch is imported
     "no repetitions": ([*RECON, CONFIG, "--reps_per_image=0"], "--reps_per_image=0: 0 is not a positive integer"),
     "no workers": ([*RECON, CONFIG, "--workers=0"], "--workers=0: 0 is not a positive integer"),
     "no images": ([*RECON, CONFIG, "--max_images=0"], "--max_images=0: 0 is not a positive integer"),
+    "no width": ([*TRAIN, CONFIG, "--config.model.nf=0"], r"config\.model\.nf is 0; it must be an int of at least 4"),
+    "no width to reconstruct with": ([*RECON, CONFIG, "--config.model.nf=0"], r"config\.model\.nf is 0; it must be an"),
+    "no learning rate": ([*TRAIN, CONFIG, "--config.optim.lr=nan"], r"config\.optim\.lr is nan; it must be a finite"),
+    "a negative seed": ([*TRAIN, CONFIG, "--seed=-1"], "--seed is -1; it must be an int from 0 to 9223372036854775807"),
+    "a negative seed of noise": ([*RECON, CONFIG, "--seed=-1"], "--seed is -1; it must be an int from 0 to"),
+    "a predictor beside a sampler": (
+        [*RECON, CONFIG, "--sampler=ddim", "--config.sampling.predictor=reverse_diffusion"],
+        "predictor: not with the sampler ddim, which is a predictor itself",
+    ),
+    "snr without a corrector": (
+        [*TRAIN, CONFIG, "--config.sampling.snr=0.16"],
+        "config.sampling: snr: not without a corrector; choose langevin or ald",
+    ),
     "two kinds of mask": (
         [*RECON, CONFIG, "--mask_file_path=own.png", "--mask_type=center"],
         "--mask_file_path goes with --mask_type file, not center; leave one out",

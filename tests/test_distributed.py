@@ -131,6 +131,16 @@ def test_one_process_joins_nothing():
         raise KeyError
 
 
+def test_gradients_alone_are_shared(monkeypatch):
+    """No buffer changes in training: none is sent at every step."""
+    import torch.nn.parallel
+
+    given = {}
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda net, **options: given.update(options))
+    Ranks(world_size=2).wrap(torch.nn.Linear(1, 1))
+    assert given["broadcast_buffers"] is False
+
+
 @pytest.mark.parametrize(
     ("name", "count", "expected"),
     [
@@ -233,6 +243,21 @@ def test_rank_0_alone_logs(two):
     logged = (workdir / "stdout.txt").read_text()
     assert [int(step) for step in re.findall(r"step: (\d+), training_loss", logged)][:4] == [0, 2, 4, 6]
     assert len(list((workdir / "tensorboard").iterdir())) >= 1
+
+
+def test_an_interrupt_is_agreed_on_at_every_tenth_step():
+    """Each question is a message to all; a process by itself acts at once."""
+    asked = []
+
+    class Two(Ranks):
+        def any(self, flag):
+            asked.append(bool(flag))
+            return True
+
+    stopped = [step for step in range(35) if training._all_stop(Two(world_size=2), [], step)]
+    assert stopped == [0, 10, 20, 30]
+    assert asked == [False] * 4
+    assert [training._all_stop(Ranks(), noted, 3) for noted in ([], [2])] == [False, True]
 
 
 def test_ctrl_c_stops_all_at_one_step_and_another_number_goes_on(data, tmp_path):

@@ -191,7 +191,8 @@ def test_bpd_by_hand(likelihoods, tree):
     trainer.state.net.eval()
     images, x, probes = trainer.images("test"), [], []
     for position in (8, 9):
-        generator = noise.generator(tree.seed, "bpd", "squares", position, 1)
+        content = noise.content_keys(images.read(position, position + 1)).item()
+        generator = noise.generator(tree.seed, "bpd", content, 1)
         u = torch.rand(1, 1, 8, 8, generator=generator)
         x.append(2 * (images.read(position, position + 1) + u) / 256 - 1)
         probes.append(likelihood.rademacher((1, 1, 8, 8), generator))

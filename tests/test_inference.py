@@ -1,6 +1,7 @@
 """The engine of reconstruction: precision, compilation, background threads, and going on with less memory."""
 
 import threading
+import weakref
 
 import pytest
 import tiny
@@ -8,13 +9,15 @@ import torch
 from helpers import small
 from tiny import CPU, SIZE
 
+import evaluation
+import metrics.mse
 import models
 import recon
 import sampling
 import sde_lib
 import storage
 from console import UserError
-from models import inference, layers
+from models import inference, layers, memory
 from models.score import ScoreModel
 
 
@@ -45,12 +48,142 @@ def test_precisions(network):
     assert 0 < (reduced - expected).norm() / expected.norm() < 0.03
 
 
-def test_what_auto_comes_to(monkeypatch):
+GPU = torch.device("cuda")
+
+
+def test_what_precisions_come_to(monkeypatch):
     """The manifest records this, so that a GPU does not continue in bfloat16 what a CPU began in float32."""
     assert [inference.resolve(name, CPU) for name in ("fp32", "bf16", "auto")] == ["fp32", "bf16", "fp32"]
-    for able, expected in ((True, "bf16"), (False, "fp32")):
+    for able, auto, training in ((True, "bf16", "tf32"), (False, "fp32", "fp32")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, able=able: able)
-        assert inference.resolve("auto", torch.device("cuda")) == expected
+        monkeypatch.setattr(torch.cuda, "is_tf32_supported", lambda able=able: able)
+        assert inference.resolve("auto", GPU) == auto
+        assert inference.training_precision(GPU) == training
+    assert inference.training_precision(CPU) == "fp32"
+    with pytest.raises(UserError, match="tf32 is arithmetic of newer GPUs, which cuda does not have; use --precision"):
+        inference.resolve("tf32", GPU)
+    with pytest.raises(UserError, match="tf32 is arithmetic of newer GPUs, which cpu does not have; use --precision"):
+        inference.resolve("tf32", CPU)
+
+
+def switches():
+    """torch's two: whether float32 convolutions and matrix products may be in TF32."""
+    return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+
+def test_float32_is_float32_wherever_it_is_computed(network, monkeypatch):
+    """torch's own convolutions on a GPU are in TF32, which is 1.3e-3 off; nothing changes outside."""
+    before = switches()
+    for precision, expected in (("fp32", False), ("tf32", True), ("bf16", False)):
+        with inference.arithmetic(precision):
+            assert switches() == (expected, expected)
+            with inference.arithmetic("fp32"):
+                assert switches() == (False, False)
+            assert switches() == (expected, expected)
+        assert switches() == before
+    seen, forward = [], type(network).forward
+
+    def watched(self, x, labels):
+        seen.append((switches(), torch.is_autocast_enabled("cpu")))
+        return forward(self, x, labels)
+
+    monkeypatch.setattr(type(network), "forward", watched)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    for precision in ("fp32", "bf16"):
+        inference.prepare(network, CPU, precision)(images(), LABELS)
+    assert seen == [((False, False), False), ((False, False), True)]
+
+
+def test_distances_losses_and_training_say_what_they_compute_in(monkeypatch, tmp_path, capsys):
+    """Distances and evaluation in strict float32, training in TF32 where it is; its first line says so."""
+    import detect
+    import training
+
+    def switched(*arguments):
+        seen.append(switches())
+        return arguments[0] if arguments else None
+
+    class Tool(metrics.mse.MSE):
+        compare = lambda self, orig, recon: switched((orig - recon).square().mean(dim=(1, 2, 3)))
+
+    seen = []
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    detect.compare([Tool(CPU)], images(), [images()], CPU)
+    monkeypatch.setattr(inference, "training_precision", lambda device: "tf32")
+    step = training.Trainer.train_step
+    monkeypatch.setattr(training.Trainer, "train_step", lambda self, x: [step(self, x), switched()][0])
+    source = str(tiny.write_pictures(tmp_path / "pictures.npz", 8))
+    tree = tiny.config(data__dataset=source, training__n_iters=1, training__snapshot_sampling=False)
+    tiny.train(tree, tmp_path / "run")
+    assert ", cpu, tf32" in (tmp_path / "run" / "stdout.txt").read_text()
+    monkeypatch.setattr(training.Trainer, "loss_on", lambda self, x, *words: [1.0, switched()][0])
+    tree.eval.begin_ckpt = tree.eval.end_ckpt = 0
+    evaluation.evaluate(tree, tmp_path / "run", "eval", CPU, "./data")
+    assert set(seen[:1] + seen[3:]) == {(False, False)}
+    assert seen[1:3] == [(True, True)] * 2
+
+
+@pytest.mark.parametrize(
+    ("device", "compiled", "expected"),
+    [
+        ("cpu", False, torch.channels_last),
+        ("cpu", True, torch.channels_last),
+        ("cuda", False, torch.contiguous_format),
+        ("cuda", True, torch.channels_last),
+    ],
+)
+def test_layouts(device, compiled, expected):
+    """An eager network on a GPU runs NCHW."""
+    assert inference.layout(torch.device(device), compiled) == expected
+
+
+@pytest.mark.parametrize(
+    ("choice", "device", "evaluations", "expected"),
+    [
+        ("auto", CPU, 10**9, False),
+        ("auto", GPU, 300_000, False),
+        ("auto", GPU, 300_001, True),
+        ("on", CPU, 1, True),
+        ("on", GPU, 0, False),  # nothing is left to be made
+        ("off", GPU, 10**9, False),
+    ],
+)
+def test_what_is_compiled(choice, device, evaluations, expected):
+    assert inference.worth_compiling(choice, device, evaluations) == expected
+
+
+def test_an_unknown_choice_is_told_before_any_work(tmp_path):
+    for options, message in (
+        ({"compiled": "maybe"}, r"unknown choice \(--compile\) 'maybe'; choose one of: auto, on, off"),
+        ({"precision": "fp16"}, "unknown precision"),
+        ({"precision": "tf32"}, "which cpu does not have"),
+        ({"memory_gb": float("nan")}, "--memory_gb must be a number above 0, not nan"),
+        ({"memory_gb": float("inf")}, "--memory_gb must be a number above 0, not inf"),
+        ({"memory_gb": 0.0}, "--memory_gb must be a number above 0, not 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            tiny.reconstruct(tmp_path / "run", tmp_path / "none.pth", {"pos": "none"}, **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_missing_evaluations_are_counted(monkeypatch, tmp_path, capsys):
+    """9 images in batches of 4, 2 repetitions, 3 steps; when one batch is there, those of the others."""
+    counted, checkpoint = [], tiny.write_checkpoint(tmp_path / "checkpoint.pth")
+    monkeypatch.setattr(inference, "worth_compiling", lambda choice, device, count: counted.append((choice, count)))
+    source = tiny.write_pictures(tmp_path / "squares.npz", 9)
+    folder = tiny.reconstruct(tmp_path / "run", checkpoint, {"pos": source})
+    (folder / "pos" / "batch_1.pth").unlink()
+    tiny.reconstruct(tmp_path / "run", checkpoint, {"pos": source}, compiled="on")
+    tiny.reconstruct(tmp_path / "run", checkpoint, {"pos": source})  # nothing is missing
+    assert counted == [("auto", 9 * 2 * 3), ("on", 4 * 2 * 3)]
+
+
+def test_run_records_what_auto_came_to(tmp_path):
+    checkpoint, source = tiny.write_checkpoint(tmp_path / "c.pth"), tiny.write_pictures(tmp_path / "squares.npz", 2)
+    for precision in ("auto", "bf16"):
+        folder = tiny.reconstruct(tmp_path / precision, checkpoint, {"pos": source}, precision=precision)
+        recorded = storage.ResultsFolder(folder).manifest()["settings"]["precision"]
+        assert recorded == {"auto": "fp32", "bf16": "bf16"}[precision]
 
 
 @torch.no_grad()
@@ -59,10 +192,10 @@ def test_a_compiled_network_gives_the_same(network):
     torch.testing.assert_close(compiled(images(), LABELS), network(images(), LABELS), rtol=1e-3, atol=1e-4)
 
 
-def test_what_cannot_be_prepared_is_told(network, monkeypatch):
+def test_what_cannot_be_prepared_is_told(network, monkeypatch, capsys):
     from torch._dynamo.exc import TorchDynamoException
 
-    with pytest.raises(UserError, match=r"unknown precision .*'fp16'; choose one of: fp32, bf16, auto"):
+    with pytest.raises(UserError, match=r"unknown precision .*'fp16'; choose one of: fp32, tf32, bf16, auto"):
         inference.prepare(network, CPU, "fp16")
 
     def broken(*arguments):
@@ -71,6 +204,12 @@ def test_what_cannot_be_prepared_is_told(network, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda net, mode: broken)
     with pytest.raises(UserError, match=r"cannot be compiled here \(no C\+\+ compiler found\); leave --compile out"):
         inference.prepare(network, CPU, compiled=True)(images(), LABELS)
+    prepared = inference.prepare(network, CPU)
+    expected = prepared(images(), LABELS)
+    prepared.compile(required=False)  # nobody asked for it: it goes on without
+    assert torch.equal(prepared(images(), LABELS), expected)
+    assert torch.equal(prepared(images(), LABELS), expected)
+    assert capsys.readouterr().err.count("cannot be compiled here (no C++ compiler found); going on without") == 1
 
 
 @pytest.mark.parametrize("channels", [32, 64])
@@ -155,7 +294,7 @@ def test_a_full_disk_while_writing_leaves_whole_batches(monkeypatch, tmp_path):
 
 def reconstructor(limit, corrector="none"):
     """A reconstructor on a device that runs out of memory beyond `limit` trajectories, and the sizes that it tried."""
-    config = tiny.config(sampling__corrector=corrector, model__num_scales=4)
+    config = tiny.config(sampling__corrector=corrector, model__num_scales=4 if corrector == "none" else 24)
     net = models.create_model(config)
     tiny.randomise(net)
     tried = []
@@ -174,15 +313,165 @@ def reconstructor(limit, corrector="none"):
 @torch.no_grad()
 def test_out_of_memory_halves_the_trajectories_and_changes_nothing():
     pixels = torch.from_numpy(tiny.pictures(5))[:, None]
-    positions = torch.arange(5)
     enough, _ = reconstructor(limit=100)
     scarce, tried = reconstructor(limit=3)
-    expected = enough(pixels, "squares", positions, 0)
-    found = scarce(pixels, "squares", positions, 0)
+    expected = enough(pixels, 0)
+    found = scarce(pixels, 0)
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
     assert tried[:2] == [8, 4]
     assert set(tried[2:]) == {2}
+
+
+FAILURES = {
+    "GPU": (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "cuDNN": (RuntimeError, "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    "cuBLAS": (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "driver": (RuntimeError, "CUDA error: out of memory"),
+    "CPU": (RuntimeError, "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried"),
+    "another CPU": (RuntimeError, "DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
+    "NumPy": (MemoryError, "Unable to allocate 8 GiB"),
+}
+
+
+def failure(name):
+    """A new exception of that kind: an old one would hold on to what it went through."""
+    kind, text = FAILURES[name]
+    return kind(text)
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_nothing_of_a_failed_attempt_lives_when_it_is_tried_again(name):
+    """Of all forms that running out of memory has; a traceback would keep each tensor of every call it went through."""
+    kept, alive, limit = [], [], 3
+
+    def network(x, labels):
+        alive.append([reference() is not None for reference in kept])
+        activation = x * 2
+        if len(x) > limit:
+            kept.append(weakref.ref(activation))
+            raise failure(name)
+        return activation
+
+    reconstruct, _ = reconstructor(limit)
+    reconstruct.model = ScoreModel(network, reconstruct.model.sde)
+    reconstruct(torch.from_numpy(tiny.pictures(5))[:, None], "squares", torch.arange(5), 0)
+    assert len(kept) == 2  # 8 and 4 rows
+    assert not any(any(each) for each in alive)
+
+
+def test_other_errors_are_not_taken_for_it():
+    for error in (RuntimeError("mat1 and mat2 must have the same dtype"), ValueError("out of memory"), KeyError("x")):
+        assert not memory.ran_out(error)
+
+        def fail(error=error):
+            raise error
+
+        with pytest.raises(type(error)):
+            memory.attempt(fail)
+        with pytest.raises(type(error)), memory.told(CPU, "for this"):
+            fail()
+    assert memory.attempt(lambda: 3) == 3
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_running_out_of_memory_elsewhere_is_one_line(name, monkeypatch):
+    """In training, evaluation and scoring, which all go through this."""
+    told = memory.told(CPU, "for this; do less")
+    with pytest.raises(UserError, match="cpu has too little memory for this; do less"), told:
+        raise failure(name)
+
+    class Tool(metrics.mse.MSE):
+        def compare(self, orig, recon):
+            raise failure(name)
+
+    import detect
+
+    with pytest.raises(UserError, match="cpu has too little memory to compare these images; use --device cpu, or one"):
+        detect.compare([Tool(CPU)], images(), [images()], CPU)
+
+
+def test_a_training_without_enough_memory_is_one_line(tmp_path):
+    fails = (
+        "import runpy, sys, torch, training\ndef fail(*_): raise torch.OutOfMemoryError('CUDA out of memory')\n"
+        "training.Trainer.train_step = fail\nrunpy.run_path('main.py', run_name='__main__')"
+    )
+    source = tiny.write_pictures(tmp_path / "pictures.npz", 8)
+    flags = [*tiny.config_flags(data__dataset=source), f"--workdir={tmp_path / 'run'}", "--mode=train", "--device=cpu"]
+    code, _, err = tiny.command("-c", fails, *flags)
+    assert code == 2
+    assert err.splitlines()[-1] == (
+        "error: cpu has too little memory for this training; lower --config.training.batch_size"
+    )
+
+
+class FakeGPU:
+    """torch.cuda of a GPU with so many free bytes, on which a row needs `each` and any work `fixed`."""
+
+    def __init__(self, monkeypatch, free, each, fixed=0):
+        self.free, self.each, self.fixed, self.peak, self.tried = free, each, fixed, 0, []
+        replaced = {
+            "mem_get_info": lambda device: (free, free),
+            "memory_reserved": lambda device: 5,
+            "memory_allocated": lambda device: 5,
+            "reset_peak_memory_stats": lambda device: None,
+            "max_memory_allocated": lambda device: 5 + self.peak,
+            "empty_cache": lambda: None,
+        }
+        for name, function in replaced.items():
+            monkeypatch.setattr(torch.cuda, name, function)
+
+    def work(self, rows):
+        self.tried.append(rows)
+        self.peak = self.fixed + rows * self.each
+        if self.peak > self.free:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(
+    ("free", "each", "fixed", "options", "rows", "tried"),
+    [
+        (10**9, 10**6, 0, {}, 800, [1, 32]),  # 80 % of what is free
+        (10**9, 10**6, 0, {"most": 100}, 100, [1, 32]),
+        (10**9, 10**6, 0, {"most": 7}, 7, [1, 7]),
+        (10**9, 10**6, 0, {"memory_gb": 0.1}, 100, [1, 25]),  # a budget of one's own
+        (10**9, 10**6, 0, {"memory_gb": 5.0}, 1000, [1, 32]),  # which is more than there is
+        (10**9, 3 * 10**8, 0, {}, 2, [1, 1]),
+        (10**9, 10**9, 0, {}, 1, [1, 1]),  # just one
+        (10**9, 10**6, 3.2 * 10**7, {}, 400, [1, 6]),  # what does not grow with the rows is shared by them
+    ],
+)
+def test_rows_are_learned_from_what_few_need(free, each, fixed, options, rows, tried, monkeypatch):
+    gpu = FakeGPU(monkeypatch, free, each, fixed)
+    found = memory.rows_that_fit(gpu.work, GPU, **{"most": 10**6, **options})
+    assert gpu.tried == tried
+    assert found == rows if not fixed else 100 < found < 800
+
+
+def test_a_gpu_that_holds_nothing_is_told(monkeypatch):
+    gpu = FakeGPU(monkeypatch, 10**9, 2 * 10**9)
+    with pytest.raises(UserError, match=r"cuda has too little memory for one image: 1\.0 GB are free"):
+        memory.rows_that_fit(gpu.work, GPU, 10)
+    gpu = FakeGPU(monkeypatch, 10**9, 10**8)
+    with pytest.raises(UserError, match=r"--memory_gb 0\.05 is too little: one image needs about 0\.100"):
+        memory.rows_that_fit(gpu.work, GPU, 10, memory_gb=0.05)
+
+
+def test_what_is_measured_is_what_is_done(monkeypatch):
+    """Two steps of the same process, with lift, constraint and corrector, of as many trajectories as are asked for."""
+    reconstruct, tried = reconstructor(limit=100, corrector="langevin")
+    works = []
+    monkeypatch.setattr(memory, "rows_that_fit", lambda work, device, most, gb: works.append((work, most, gb)) or 6)
+    reconstruct.learn_rows(5)
+    assert reconstruct.rows == 8  # the CPU's stay
+    monkeypatch.setattr(reconstruct, "device", GPU)
+    reconstruct.learn_rows(5, 2.0)
+    assert reconstruct.rows == 6
+    [(work, most, gb)] = works
+    assert (most, gb) == (10, 2.0)
+    monkeypatch.setattr(reconstruct, "device", CPU)
+    work(3)
+    assert tried == [3] * 4  # predictor and corrector, twice
 
 
 def test_too_little_memory_for_anything_is_told():
@@ -190,7 +479,7 @@ def test_too_little_memory_for_anything_is_told():
     for limit, corrector in ((0, "none"), (4, "langevin")):  # Langevin keeps the 5 images together
         tight, _ = reconstructor(limit, corrector)
         with pytest.raises(UserError, match="too little memory for this batch; lower --batch_size"):
-            tight(pixels, "squares", torch.arange(5), 0)
+            tight(pixels, 0)
 
 
 # -------------------------------------------------------------------------------------------------------- presets

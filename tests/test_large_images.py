@@ -62,7 +62,7 @@ def test_celebahq_reconstruction(celebahq):
     assert "all images are reduced to 70 pixels first (smallest: in-domain 256, out-of-domain 70)" in out
     sides = json.loads((celebahq["results"] / "manifest.json").read_text())["sides"]
     assert [len(sides[side]["skipped"]) for side in ("pos", "neg")] == [1, 0]
-    assert (sides["pos"]["dataset"], sides["pos"]["positions"]) == ("CelebAHQ", [0, 2, 3])
+    assert (sides["pos"]["dataset"], sides["pos"]["images"]) == ("CelebAHQ", 3)
     assert sides["pos"]["match_resolution"] == sides["neg"]["match_resolution"] == 70
     orig = []
     for index, count in enumerate([2, 1]):
@@ -83,7 +83,7 @@ def test_celebahq_detection(celebahq):
     assert re.findall(r"^(\w+) ROC AUC: \d\.\d{4}$", out, re.MULTILINE) == ["MSE", "SSIM"]
     scores = storage.read_scores(celebahq["results"] / "scores_MSE.csv")
     assert [len(scores[side]["score"]) for side in ("pos", "neg")] == [3, 2]
-    assert scores["pos"]["position"].tolist() == [0, 2, 3]
+    assert scores["pos"]["position"].tolist() == [0, 1, 2]
 
 
 # ------------------------------------------------------------------------------ training by the published names

@@ -1,7 +1,9 @@
 """Keyed noise: SplitMix64 to the bit, a normal distribution, independence, and the same numbers whatever the batch."""
 
+import enum
 import hashlib
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,8 +26,8 @@ SPLITMIX64 = {
 }
 
 
-def rows(count, seed=0, dataset="test", reps=(0,)):
-    return image_keys(seed, dataset, torch.arange(count), list(reps))
+def rows(count, seed=0, reps=(0,)):
+    return image_keys(seed, torch.arange(count), list(reps))
 
 
 def flat(keys, shape=(3, 32, 32), step=0, purpose="prior"):
@@ -158,19 +160,19 @@ def test_same_numbers_whatever_the_chunks(chunk, monkeypatch):
 
 
 def test_image_keys_are_of_one_image_and_one_repetition():
-    """All images of the first repetition, then all of the next; positions may come in any order."""
-    together = image_keys(7, "CIFAR10", torch.tensor([5, 2, 8]), [0, 3])
-    singles = [image_keys(7, "CIFAR10", torch.tensor([i]), [rep]) for rep in (0, 3) for i in (5, 2, 8)]
+    """All images of the first repetition, then all of the next; images may come in any order."""
+    together = image_keys(7, torch.tensor([5, 2, 8]), [0, 3])
+    singles = [image_keys(7, torch.tensor([i]), [rep]) for rep in (0, 3) for i in (5, 2, 8)]
     assert torch.equal(together, torch.cat(singles))
 
 
 def test_any_word_of_the_key_changes_the_numbers():
-    seeds, names, positions, reps, draws = [0, 1, 42], ["MNIST", "KMNIST", ""], [0, 1, 9999], [0, 1, 9], [0, 1, 999]
+    seeds, contents, reps, draws = [0, 1, 42], [0, 1, -9999], [0, 1, 9], [0, 1, 999]
     keys = [
-        image_keys(seed, name, torch.tensor([position]), [rep]).item()
-        for seed, name, position, rep in itertools.product(seeds, names, positions, reps)
+        image_keys(seed, torch.tensor([content]), [rep]).item()
+        for seed, content, rep in itertools.product(seeds, contents, reps)
     ]
-    assert len(set(keys)) == 3**4
+    assert len(set(keys)) == 3**3
     firsts = [
         KeyedNoise(torch.tensor([key]), (1, 1, 1))(step, purpose).item()
         for key in keys[:20]
@@ -181,8 +183,91 @@ def test_any_word_of_the_key_changes_the_numbers():
 
 
 def test_key_tells_types_and_groups_apart():
-    words = [("1",), (1,), (1.0,), ("1", ""), ("", "1"), (1, 2), (12,), ("1, 2",), ((1, 2),)]
+    words = [("1",), (1,), (1.0,), (True,), ("1", ""), ("", "1"), (1, 2), (12,), ("1, 2",), ((1, 2),)]
     assert len({noise.key(*group) for group in words}) == len(words)
+
+
+class _Name(str):
+    def __str__(self):
+        return "another"
+
+    def __repr__(self):
+        return f"_Name({id(self)})"
+
+
+class _Number(enum.IntEnum):
+    THREE = 3
+
+
+@pytest.mark.parametrize(
+    ("word", "plain"),
+    [
+        (np.int64(3), 3), (np.uint8(3), 3), (_Number.THREE, 3), (np.int64(-(2**63)), -(2**63)),
+        (np.float64(0.1), 0.1), (np.float32(0.5), 0.5), (np.float16(0.5), 0.5),
+        (np.bool_(True), True), (np.str_("a"), "a"), (_Name("a"), "a"), ((np.int64(1), ("b",)), (1, ("b",))),
+    ],
+)  # fmt: skip
+def test_a_key_is_of_the_value_whatever_type_holds_it(word, plain):
+    assert noise.key("seed", word) == noise.key("seed", plain)
+    assert torch.equal(image_keys(word, torch.arange(3), [0]), image_keys(plain, torch.arange(3), [0]))
+
+
+@pytest.mark.parametrize(
+    "word", [None, [1], {1: 2}, b"a", np.arange(3), np.array(3), torch.tensor(3), Path("a"), object(), 1j, (1, None)]
+)
+def test_a_key_of_what_it_cannot_name_is_a_bug(word):
+    """The text of an object may hold its address, that of an array leaves numbers out."""
+    with pytest.raises(TypeError, match="a key is made of text, numbers and tuples of them, not of"):
+        noise.key(1, word)
+
+
+# ------------------------------------------------------------------------------------------------------ contents
+
+
+def pixels(*shape, seed=0):
+    return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def test_contents_are_each_images_own():
+    images = pixels(6, 3, 5, 4)
+    keys = noise.content_keys(images)
+    assert (keys.dtype, keys.shape) == (torch.int64, (6,))
+    assert len(keys.unique()) == 6
+    order = torch.tensor([4, 0, 4, 5])
+    assert torch.equal(noise.content_keys(images[order]), keys[order])
+    assert noise.content_keys(images[:0]).shape == (0,)
+
+
+def test_contents_do_not_depend_on_how_they_are_stored():
+    grey = pixels(3, 1, 4, 6)
+    spread = grey.expand(-1, 3, -1, -1)
+    assert torch.equal(noise.content_keys(spread), noise.content_keys(spread.contiguous()))
+    last = grey.contiguous(memory_format=torch.channels_last)[..., ::2]
+    assert torch.equal(noise.content_keys(last), noise.content_keys(last.clone(memory_format=torch.contiguous_format)))
+
+
+def test_one_pixel_or_the_shape_makes_another_content():
+    images = pixels(1, 3, 4, 4)
+    changed = images.clone()
+    changed[0, 2, 3, 1] ^= 1
+    variants = [images, changed, images.view(1, 3, 2, 8), images.view(1, 1, 12, 4), images.transpose(2, 3)]
+    assert len({noise.content_keys(variant).item() for variant in variants}) == len(variants)
+
+
+@pytest.mark.parametrize("images", [torch.zeros(1, 3, 4, 4), torch.zeros(3, 4, 4, dtype=torch.uint8)])
+def test_contents_of_other_pixels_are_a_bug(images):
+    """The same picture in [0, 1] would get another key."""
+    with pytest.raises(TypeError, match="uint8"):
+        noise.content_keys(images)
+
+
+def test_contents_do_not_change():
+    """Reconstructions on a user's disk depend on these numbers."""
+    images = torch.arange(24, dtype=torch.uint8).view(2, 3, 2, 2)
+    expected = [
+        hashlib.blake2b(bytes(range(start, start + 12)), digest_size=8, key=b"(3, 2, 2)").digest() for start in (0, 12)
+    ]
+    assert noise.content_keys(images).tolist() == [int.from_bytes(d, "little", signed=True) for d in expected]
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 5), (1, 7, 3), (3, 1, 2)])

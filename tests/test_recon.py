@@ -79,13 +79,19 @@ def tensors(folder):
 @pytest.fixture
 def counted(monkeypatch):
     """The positions of the images that are reconstructed, batch by batch."""
-    calls, call = [], recon.Reconstructor.__call__
+    calls, sets, call, side_of = [], [], recon.Reconstructor.__call__, recon.reconstruct_side
 
-    def counting(self, images, name, positions, index, on_step=None):
-        calls.append((name, positions.tolist()))
-        return call(self, images, name, positions, index, on_step)
+    def counting(self, images, index, on_step=None):
+        name, batch_size = sets[-1]
+        calls.append((name, list(range(index * batch_size, index * batch_size + len(images)))))
+        return call(self, images, index, on_step)
+
+    def naming(folder, side, images, reconstruct, batch_size, *rest):
+        sets.append((images.name, batch_size))
+        return side_of(folder, side, images, reconstruct, batch_size, *rest)
 
     monkeypatch.setattr(recon.Reconstructor, "__call__", counting)
+    monkeypatch.setattr(recon, "reconstruct_side", naming)
     return calls
 
 
@@ -126,7 +132,7 @@ def test_reconstruction_is_inpainting_with_the_images_own_noise(made, checkpoint
     config = tiny.config()
     model, _ = recon.load_model(config, checkpoint, CPU)
     images = datasets.load(sources["neg"], split="test", image_size=SIZE, num_channels=1)
-    keys = noise.image_keys(0, images.name, torch.tensor([4]), [1])
+    keys = noise.image_keys(0, noise.content_keys(images.read(4, 5)), [1])
     predictor, corrector = sampling.create_solvers(config, model.sde)
     filled = sampling.inpaint(
         model,
@@ -153,7 +159,7 @@ def test_manifest(made, checkpoint):
     assert {name: sides["neg"][name] for name in ("dataset", "images", "batch_size", "batches", "skipped")} == {
         "dataset": "noise", "images": 5, "batch_size": 4, "batches": 2, "skipped": [],
     }  # fmt: skip
-    assert sides["pos"]["fingerprint"].startswith("squares:7:")
+    assert sides["pos"]["fingerprint"].startswith("7:")
     assert {"torch", "python", "numpy", "device", "checkpoint_path", "checkpoint_step"} <= manifest["versions"].keys()
 
 
@@ -225,7 +231,7 @@ def test_langevin_is_that_of_a_batch_of_images(checkpoint, sources, tmp_path):
     model, _ = recon.load_model(config, checkpoint, CPU)
     images = datasets.load(sources["pos"], split="test", image_size=SIZE, num_channels=1)
     single = recon.Reconstructor(config, model, MaskOptions("checkerboard_alt"), 1, 0, CPU, 100)
-    _, _, expected = single(images.read(0, 7), images.name, images.positions, 0)  # repetition 0 alone
+    _, _, expected = single(images.read(0, 7), 0)  # repetition 0 alone
     scale = expected.abs().max().item()
     torch.testing.assert_close(load(folder)[2][0], expected[0], rtol=0, atol=1e-4 * scale)
 
@@ -239,9 +245,33 @@ def test_too_little_memory(checkpoint, sources, tmp_path):
 def test_seeds_and_images_have_noise_of_their_own(made, checkpoint, sources, tmp_path):
     other = reconstruct(tmp_path / "other", checkpoint, sources, seed=1)
     assert not torch.equal(load(other)[2], load(made)[2])
-    np.savez(tmp_path / "twice.npz", images=np.stack(2 * [np.load(sources["pos"])["images"][0]]))
-    _, _, rebuilt = load(reconstruct(tmp_path / "run", checkpoint, {"pos": tmp_path / "twice.npz"}, seed=0))
-    assert not torch.equal(rebuilt[0, 0], rebuilt[0, 1])
+    _, _, rebuilt = load(made)
+    assert len((rebuilt - rebuilt.mean(dim=(2, 3, 4), keepdim=True)).flatten(1).unique(dim=0)) == 2  # repetitions
+    assert (rebuilt[0, 0] - rebuilt[0, 1]).abs().mean() > 0.05
+
+
+def test_an_image_has_one_reconstruction_whatever_its_place_and_company(made, checkpoint, sources, tmp_path):
+    """Equal images come back equally; renaming the set, adding to it and turning it round change nothing."""
+    pixels = np.load(sources["pos"])["images"]
+    order = [6, 3, 3, 0, 5, 1, 2, 4, 3]
+    np.savez(tmp_path / "renamed.npz", images=pixels[order])
+    expected = load(made)[2][:, order]
+    found = load(reconstruct(tmp_path / "run", checkpoint, {"pos": tmp_path / "renamed.npz"}, batch_size=3))[2]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)  # 1e-5: sums in another order in another batch
+    np.savez(tmp_path / "changed.npz", images=pixels ^ np.eye(SIZE, dtype=np.uint8))
+    other = load(reconstruct(tmp_path / "other", checkpoint, {"pos": tmp_path / "changed.npz"}))[2]
+    assert (other - load(made)[2]).abs().mean() > 0.05
+
+
+def test_random_masks_do_not_know_the_names_of_the_sets(checkpoint, sources, tmp_path):
+    shutil.copy(sources["pos"], tmp_path / "renamed.npz")
+    first, second = (
+        load(
+            reconstruct(tmp_path / str(i) / "x", checkpoint, {"pos": source}, mask=MaskOptions("random", patch_size=2))
+        )
+        for i, source in enumerate((sources["pos"], tmp_path / "renamed.npz"))
+    )
+    assert tiny.same(first, second)
 
 
 # -------------------------------------------------------------------------------------------- killed and resumed
@@ -341,7 +371,7 @@ def test_a_folder_of_other_settings_is_refused(name, results, shared, sources, t
 def test_a_run_that_failed_before_its_first_batch_stands_in_nobodys_way(checkpoint, sources, tmp_path):
     broken = tiny.config(model__beta_max=1e30, model__num_scales=3)
     light = tiny.write_checkpoint(tmp_path / "broken.pth", broken)
-    with pytest.raises(UserError, match=r"the reconstructions of batch 0 of squares are NaN or infinite"):
+    with pytest.raises(UserError, match=r"the reconstructions of batch 0 are NaN or infinite"):
         reconstruct(tmp_path / "run", light, sources, broken)
     assert tensors(tmp_path / "run" / ALT) == {}
     assert len(tensors(reconstruct(tmp_path / "run", checkpoint, sources))) == 4
@@ -410,7 +440,7 @@ def test_unusable_files_are_named_once_and_counted(checkpoint, sources, tmp_path
     for name, match in [("plain", False), ("matched", True)]:
         folder = reconstruct(tmp_path / name, checkpoint, sides, match_resolution=match)
         entry = json.loads((folder / "manifest.json").read_text())["sides"]["neg"]
-        assert (entry["images"], entry["positions"]) == (3, [0, 2, 3])
+        assert entry["images"] == 3
         assert entry["skipped"] == [["damaged.png", "not an image, or damaged"]]
         assert capsys.readouterr().err.count("damaged.png is left out") == 1
 
@@ -478,11 +508,11 @@ def test_the_out_of_domain_side_may_come_later(made, checkpoint, sources, tmp_pa
 # ------------------------------------------------------------------------------------------------ sources of images
 
 
-def test_max_images_takes_the_first(made, checkpoint, sources, tmp_path):
+def test_max_images_takes_evenly_spread_ones(made, checkpoint, sources, tmp_path):
     folder = reconstruct(tmp_path / "run", checkpoint, sources, max_images=2)
-    for side in sources:
+    for side, rows in {"pos": [0, 3], "neg": [0, 2]}.items():  # of 7 and of 5, in first batches of 4
         for mine, theirs in zip(load(folder, side), load(made, side), strict=True):
-            batch = theirs[:2] if theirs.ndim == 4 else theirs[:, :2]
+            batch = theirs[rows] if theirs.ndim == 4 else theirs[:, rows]
             torch.testing.assert_close(mine, batch, rtol=0, atol=1e-5)
 
 
@@ -505,21 +535,18 @@ def pictures(tmp_path):
 
 @pytest.mark.parametrize("source", ["pictures", "pictures/list.txt"])
 def test_pictures_in_a_folder_or_a_list(source, pictures, checkpoint, sources, tmp_path, capsys):
-    """Unusable ones are named and left out; the others keep their own numbers, which detect.py then tells."""
+    """Unusable ones are named and left out; the others are numbered among themselves."""
     folder = reconstruct(tmp_path / "run", checkpoint, {"pos": sources["pos"], "neg": tmp_path / source})
     orig, _, rebuilt = load(folder, "neg")
     assert orig.shape == (4, 1, SIZE, SIZE)
     assert rebuilt.shape == (2, 4, 1, SIZE, SIZE)
-    unusable, positions = (
-        (["b.png", "missing.png"], [0, 2, 4, 5]) if source.endswith("txt") else (["b.png", "e.png"], [0, 2, 3, 5])
-    )
+    unusable = ["b.png", "missing.png"] if source.endswith("txt") else ["b.png", "e.png"]
     entry = storage.ResultsFolder(folder).manifest()["sides"]["neg"]
     assert [path for path, _ in entry["skipped"]] == unusable
-    assert entry["positions"] == positions
     err = capsys.readouterr().err
     assert all(f"{name} is left out" in err for name in unusable)
     (scores,) = detect.detect(folder, ["MSE"], reps=2, plots=False)
-    assert scores.tables["neg"]["position"].tolist() == positions
+    assert scores.tables["neg"]["position"].tolist() == [0, 1, 2, 3]
     assert storage.read_results(folder)["failures"] == {"pos": 0, "neg": 2}
     counted = tiny.snapshot(folder)
     reconstruct(tmp_path / "run", checkpoint, {"pos": sources["pos"], "neg": tmp_path / source})

@@ -98,7 +98,7 @@ def gaussian_data():
 
 
 def keyed(count, shape=(1, 2, 2), seed=0):
-    return KeyedNoise(image_keys(seed, "gaussian", torch.arange(count), [0]), shape)
+    return KeyedNoise(image_keys(seed, torch.arange(count), [0]), shape)
 
 
 def moments(x):

@@ -64,7 +64,8 @@ def pictures(count, seed=0, size=SIZE):
 
 def write_pictures(path, count, seed=0, size=SIZE):
     """`pictures` as an .npz file; returns its path."""
-    np.savez(path, images=pictures(count, seed, size))
+    images = pictures(count, seed, size)
+    np.savez(path, images=images[..., None] if count == 3 else images)  # (3, S, S) might be one picture in colour
     return path
 
 
