@@ -354,6 +354,8 @@ def run(main, argv=None):
     finally:
         if signal.getsignal(signal.SIGINT) is _on_interrupt:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # from here on there is nothing to end in order
+    if code == EXIT_INTERRUPTED:  # at once: what is written is whole, and whoever interrupts again is not to wait
+        os._exit(code)
     sys.exit(code)
 
 

@@ -313,7 +313,7 @@ def _train(trainer, train_batches, resumed):
             log.line(_headline(trainer, len(train_batches.images), first if resumed else None))
     bar = progress(total=last + 1, initial=first, unit="step", desc="training")
     try:
-        with _noted_interrupt() as interrupted, inference.arithmetic(inference.training_precision(device)):
+        with _noted_interrupt() as interrupted, inference.arithmetic(inference.training_precision(trainer.device)):
             for step in range(first, last + 1):
                 value = trainer.train_step(train_batches.batch(step))
                 bar.update()

@@ -12,13 +12,11 @@ checkpoint's size, and as text its config, the number of training steps and the 
 import argparse
 import dataclasses
 import functools
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import torch
-from ml_collections import ConfigDict
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -27,7 +25,7 @@ import checkpoint_schema  # noqa: E402 (the repository's root is on the path onl
 import models  # noqa: E402
 import storage  # noqa: E402
 from configs.base import from_dict, to_dict  # noqa: E402
-from console import UserError, guard, say  # noqa: E402
+from console import UserError, guard, read_config, say  # noqa: E402
 from models import diffusers_weights  # noqa: E402
 from models.ddpm import DDPM  # noqa: E402
 
@@ -123,21 +121,7 @@ def load_config(path):
     """
     if not Path(path).is_file():
         raise UserError(f"there is no config at {path}; they are in {ROOT / 'configs'}")
-    spec = importlib.util.spec_from_file_location("leaf", path)
-    if spec is None:
-        raise UserError(f"{path} is no config: it is no Python file; configs are in {ROOT / 'configs'}")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        config = module.get_config() if hasattr(module, "get_config") else None
-    except (Exception, SystemExit) as error:  # whatever a user's code does
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"{path} is no config ({reason}); configs are in {ROOT / 'configs'}") from error
-    if not isinstance(config, ConfigDict):
-        raise UserError(
-            f"{path} is no config: it has no function get_config that gives a ConfigDict, as those in configs/"
-        )
-    return config
+    return read_config(str(path))
 
 
 def leaves():
