@@ -9,6 +9,7 @@ user goes through `say`, `warn`, `log`, `fail` and `progress`, which can print a
 import contextlib
 import errno
 import os
+import select
 import shlex
 import signal
 import sys
@@ -351,7 +352,10 @@ def run(main, argv=None):
     try:
         code = guard(command, argv)
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # from here on there is nothing to end in order
+        if signal.getsignal(signal.SIGINT) is _on_interrupt:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # from here on there is nothing to end in order
+    if code == EXIT_INTERRUPTED:  # at once: what is written is whole, and whoever interrupts again is not to wait
+        os._exit(code)
     sys.exit(code)
 
 
@@ -402,11 +406,12 @@ def _reader_gone():
     """Whether nobody reads the output any more, as behind `| head`; what is still written goes nowhere then."""
     gone = False
     for stream in filter(None, (sys.stdout, sys.stderr)):
-        try:
-            stream.flush()
-        except BrokenPipeError:
-            gone = True
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        with contextlib.suppress(OSError, ValueError):  # it is no file of the system
+            pipe = select.poll()
+            pipe.register(stream.fileno(), select.POLLOUT)
+            if any(event & (select.POLLERR | select.POLLHUP) for _, event in pipe.poll(0)):
+                gone = True
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return gone
 
 

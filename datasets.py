@@ -1,14 +1,17 @@
 """One table of data sets and one loader, for training and for reconstruction.
 
-A source is the name of a known data set, a folder of images, a txt list of image paths, or a NumPy file of images.
+A source is the name of a known data set, a folder of images, a txt list of image paths, one image file, or a NumPy
+file of images.
 `load` turns any of them into an `ImageSet`: uint8 images of one size, kept in memory while they are few and decoded
 on demand by worker threads otherwise (Pillow releases the interpreter's lock while it decodes and resizes).
 `TrainingBatches` and `in_order` feed a network from it.
 """
 
+import collections
 import dataclasses
 import functools
 import hashlib
+import itertools
 import os
 import re
 import threading
@@ -20,13 +23,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import files
 import noise
-from console import UserError, download_timeout, progress, warn
+from console import UserError, download_timeout, progress, say, warn
+from images import array_headers, array_names, decode, first_line, on_white, read_array, read_file, reason
 
 IN_MEMORY_BYTES = 2 << 30  # up to here a set of decoded images is held as one uint8 tensor, on the device in training
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _PREFETCHED_STEPS = 3  # training batches that threads decode ahead of the step that asks for them
 _NAMED_FAILURES = 20  # unusable files named in warnings; ImageSet.skipped has them all
+_SAMPLED_FILES = 1000  # of a large training set, whose content is in its fingerprint
 _FAILURES_IN_A_ROW = 100  # files after which training takes the disk to be the trouble, not the files
 
 
@@ -46,8 +51,9 @@ class ImageSet:
         native: the smallest height or width of any of the images before they got their size (but after a named
             set's own cut); None where the files were not checked.
         through: pixels an edge that all images were reduced to before they got their size, or None.
-        labels: the images' paths as the user knows them, in order; None where they are no files.
-        treatment: what was done to each picture, JSON types.
+        labels: the images' paths as the user knows them (below the folder, or as the list has them), in order; None
+            for arrays and torchvision's sets.
+        treatment: what was done to each picture, as JSON types, see `_Form.treatment`.
     """
 
     name: str
@@ -77,10 +83,17 @@ class ImageSet:
 
     @functools.cached_property
     def fingerprint(self):
-        """Content identity `name:count:hash`: of the pixels in memory, else of the files' names, sizes and the crop."""
-        digest = hashlib.blake2b(repr((self.name, self.shape, self.count)).encode(), digest_size=8)
+        """Content identity `count:hash`, whatever the images are called and wherever they lie.
+
+        Of sets in memory it is the hash of the pixels, as treated; of larger ones that of the files' or the array's
+        bytes and the treatment.  A large set that was not checked (training) is not read for it: its hash is of the
+        number and the sizes of its files, and of the content of up to 1000 of them, evenly spread.
+        """
+        digest = hashlib.blake2b(repr(self.shape).encode(), digest_size=8)
+        if isinstance(self.store, _OnDemand):
+            digest.update(repr(sorted(self.treatment.items())).encode())
         self.store.hash_into(digest)
-        return f"{self.name}:{len(self)}:{digest.hexdigest()}"
+        return f"{len(self)}:{digest.hexdigest()}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -103,12 +116,12 @@ class _OnDemand:
 
     Attributes:
         decode: takes a row number 0..N-1, gives (C, H, W) uint8.
-        identity: text that changes with the content, for the fingerprint.
+        contents: gives bytes objects that change with the content, for the fingerprint.
         pool: the threads.
     """
 
     decode: Callable
-    identity: Callable
+    contents: Callable
     pool: ThreadPoolExecutor
 
     def take(self, indices):
@@ -119,7 +132,31 @@ class _OnDemand:
         return [self.pool.submit(self.decode, row) for row in indices.tolist()]
 
     def hash_into(self, digest):
-        digest.update(self.identity().encode())
+        for part in self.contents():
+            digest.update(part)
+
+
+def _digest(content):
+    """16 bytes that tell contents apart."""
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Part:
+    """Some rows, (B,) int64, of another store that makes pixels when they are asked for."""
+
+    whole: _OnDemand
+    rows: torch.Tensor
+
+    def take(self, indices):
+        return self.whole.take(self.rows[indices])
+
+    def submit(self, indices):
+        return self.whole.submit(self.rows[indices])
+
+    def hash_into(self, digest):
+        self.whole.hash_into(digest)
+        digest.update(self.rows.numpy())
 
 
 # --------------------------------------------------------------------------------------------------- the loader
@@ -142,20 +179,23 @@ def load(
     """Loads any source of images.
 
     torchvision's sets and arrays of 28x28 grey images are resized with `resize_bilinear`; all other images become RGB
-    and go through `crop` (which leaves images of the right size as they are).  Grey images get equal channels.
+    and go through `crop` (which leaves images of the right size as they are).  Grey images get equal channels.  A
+    user's own pictures are turned as the camera noted (EXIF) and laid on white where they are transparent; of named
+    sets both are ignored, as published.
 
     Args:
         source: a name in DATASETS (case and underscores do not matter; `LSUN:bedroom` names a category), else a path:
             a folder (searched recursively, in sorted order), a `.txt` list (one path a line, relative to the list's
-            folder or else the current one; blank lines and those starting with # are ignored), or uint8 images
-            (N, H, W) or (N, H, W, 1 | 3 | 4) in `file.npy`, `file.npz` or, of several arrays, `file.npz:name`.
+            folder or else the current one; blank lines and those starting with # are ignored), one image file, or
+            uint8 or bool images (N, H, W), (N, H, W, 1 | 3 | 4) or (N, 1 | 3, H, W) in `file.npy`, `file.npz` or, of
+            several arrays, `file.npz:name`.  A path that exists wins over a name.
         split: 'train' or 'test'; matters for named sets only.
         image_size: H = W of the result, in pixels.
         num_channels: 3, or 1 for grey (ITU-R 601-2 luma, as Pillow's mode L).
         data_root: where named sets lie; torchvision's are downloaded to it on demand, for the others see `_find`.
         center_crop: False resizes files and arrays bicubically to image_size x image_size, whatever their proportions,
             instead of the crop (and of a named set's own cut); as published.
-        max_images: take only the first so many usable images.
+        max_images: take only so many usable images, evenly spread over the source.
         workers: decoding threads, by default one a processor up to 32; the images do not depend on it.
         category: of a set that has categories, where `source` names none.
         through: pixels an edge that every image is reduced to first, in the way described above; it then gets its
@@ -168,7 +208,8 @@ def load(
         ImageSet: images (N, C, H, W) uint8.
 
     Raises:
-        UserError: unknown source, failed download, damaged file, no usable image, or options out of range.
+        UserError: unknown source, failed download, damaged file, no usable image, or options out of range.  A set in
+            memory never changes; a file or array that changes while a larger one is in use is refused when it is read.
     """
     if split not in ("train", "test"):
         raise UserError(f"unknown split '{split}'; choose one of: train, test")
@@ -177,33 +218,96 @@ def load(
     if image_size < 1 or (max_images is not None and max_images < 1):
         raise UserError(f"image size {image_size} and --max_images {max_images} must be at least 1")
     form = _Form(image_size, num_channels, center_crop, workers or _processors(), max_images, through, check)
-    images = _load_source(str(source), split, Path(data_root), category, form)
+    images = _load_source(_expand(str(source)), split, Path(_expand(str(data_root))), category, form)
     if through is None:  # else it was loaded before, to learn its resolution
         _name_skipped(images)
     return images
 
 
+def has_test_split(source, data_root, category=None):
+    """Whether a source is a named data set, whose test images are others than those to train on; see `load`."""
+    own = os.path.exists(source) and Path(source).resolve().parent != Path(data_root).resolve()  # noqa: PTH110
+    return not own and _named(source, category) is not None
+
+
+def part(images, indices):
+    """Some images of a set as a set of its own.
+
+    Args:
+        images: an ImageSet; of one that was not checked, an unusable file's stand-in may come from the other part.
+        indices: (B,) int64, which, in their order.
+
+    Returns:
+        ImageSet.
+    """
+    in_memory = isinstance(images.store, _Memory)
+    store = _Memory(images.store.take(indices)) if in_memory else _Part(images.store, indices)
+    return dataclasses.replace(images, positions=images.positions[indices], store=store)
+
+
 def _load_source(source, split, data_root, category, form):
-    if named := _named(source, category):
+    is_file, is_folder = os.path.isfile(source), os.path.isdir(source)  # noqa: PTH112, PTH113 (they never raise)
+    named = _named(source, category) if not (is_file or is_folder) or _lies_below(data_root, source) else None
+    if named:
         key, name = named
+        form = dataclasses.replace(form, own=False, cut=getattr(DATASETS[key], "cut", None))
         if isinstance(DATASETS[key], _Torchvision):
-            return _small_images(name, _planes(_torchvision_pixels(name, split, data_root)[: form.max_images]), form)
-        return _load_files(name, *_find(name, split, data_root), dataclasses.replace(form, cut=DATASETS[key].cut))
-    if (array := _ARRAY_SOURCE.fullmatch(source)) and Path(array["path"]).is_file():
+            return _small_images(name, _planes(_chosen(name, _torchvision_pixels(name, split, data_root), form)), form)
+        return _load_files(name, *_find(name, split, data_root), form)
+    if (array := _ARRAY_SOURCE.fullmatch(source)) and os.path.isfile(array["path"]):  # noqa: PTH113
         return _load_array(Path(array["path"]), array["name"], form)
-    if source and Path(source).is_dir():  # Path("") would be the current folder
+    if is_folder:
+        if source.replace("_", "").lower() in (key.lower() for key in DATASETS):
+            _say_once(f"'{source}' is the folder {Path(source).resolve()}; rename it to have the data set of that name")
         return _load_files(_stem(source), *_folder_files(Path(source)), form)
-    if source.lower().endswith(".txt") and Path(source).is_file():
+    if is_file and source.lower().endswith(".txt"):
         return _load_files(_stem(source), *_listed_files(Path(source)), form)
+    if is_file and Path(source).suffix.lower() not in _NOT_IMAGES:
+        return _load_files(_stem(source), [source], [Path(source)], form)
     raise UserError(
         f"unknown data set '{source}'; choose one of: {', '.join(DATASETS)}; or give the path of an existing folder of "
-        "images, .txt list of image paths, or .npz or .npy file of images"
+        "images, image file, .txt list of image paths, or .npz or .npy file of images"
     )
 
 
+def _expand(path):
+    """A path with the home folder in the place of `~`."""
+    return os.path.expanduser(path)  # noqa: PTH111 (it never raises)
+
+
+def _lies_below(data_root, source):
+    """Whether a source is a folder right below the data root: where a named set of that name lies."""
+    return Path(source).resolve().parent == data_root.resolve()
+
+
+@functools.cache
+def _say_once(line):
+    """Tells what holds for a source, however often it is loaded: as test and training set, or at another size."""
+    say(line)
+
+
+def _spread(count, wanted):
+    """`wanted` of the numbers 0..count-1, evenly spread; all of them where that is None or more."""
+    if wanted is None or wanted >= count:
+        return range(count)
+    return [index * count // wanted for index in range(wanted)]
+
+
+def _chosen(name, values, form):
+    """Of all images (N, ...) those that are used."""
+    rows = _spread(len(values), form.max_images)
+    _tell_chosen(name, len(rows), len(values))
+    return values if len(rows) == len(values) else values[rows]
+
+
+def _tell_chosen(name, used, count):
+    if used < count:
+        _say_once(f"'{name}': {used} of {count} images are used, evenly spread (--max_images)")
+
+
 def _name_skipped(images):
-    for label, reason in images.skipped[:_NAMED_FAILURES]:
-        warn(f"'{images.name}': {label} is left out: {reason}")
+    for label, why in images.skipped[:_NAMED_FAILURES]:
+        warn(f"'{images.name}': {label} is left out: {why}")
     if len(images.skipped) > _NAMED_FAILURES:
         more = len(images.skipped) - _NAMED_FAILURES
         warn(f"'{images.name}': {more} more images are left out; {len(images)} are used")
@@ -221,6 +325,7 @@ class _Form:
     through: int | None
     check: bool
     cut: int | None = None
+    own: bool = True  # a user's own pictures, not a named set's
 
     @property
     def shape(self):
@@ -228,8 +333,14 @@ class _Form:
 
     @property
     def treatment(self):
-        """What besides its shape tells how an image is treated, for fingerprints."""
-        return self.center_crop, self.cut, self.through
+        """What is done to each picture, in this order, as JSON types."""
+        return {
+            "orientation": "as the camera noted" if self.own else "as stored",
+            "transparency": "on white" if self.own else "dropped",
+            "cut": self.cut if self.center_crop else None,
+            "shape": "crop" if self.center_crop else "squeeze",
+            "through": self.through,
+        }
 
     def fits_in_memory(self, count):
         return count * self.num_channels * self.image_size**2 <= IN_MEMORY_BYTES
@@ -237,12 +348,15 @@ class _Form:
     def pool(self):
         return ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
 
-    def prepare(self, picture):
-        """A PIL image cut to the part that is used of it."""
-        return cut_centre(picture, self.cut) if self.cut and self.center_crop else picture
+    def decode(self, data, ending=""):
+        """A file's bytes as `Decoded`, cut to the part that is used of it."""
+        made = decode(data, ending, self.own)
+        if self.cut and self.center_crop:
+            made = dataclasses.replace(made, picture=cut_centre(made.picture, self.cut))
+        return made
 
     def pixels(self, picture):
-        """A prepared PIL image as (C, H, W) uint8."""
+        """A PIL image as (C, H, W) uint8."""
         import numpy as np
 
         size = self.through or self.image_size
@@ -336,18 +450,18 @@ def _torchvision_pixels(name, split, data_root):
         raise
     except Exception as error:  # a refused connection, a full disk, a damaged file: torchvision raises all sorts
         raise UserError(
-            f"{name} can neither be read from {data_root} nor downloaded to it ({_first_line(error)}); fetch "
+            f"{name} can neither be read from {data_root} nor downloaded to it ({first_line(error)}); fetch "
             f"{entry.url.format(split=split)} by hand into {Path(data_root, entry.folder)}, deleting what is damaged "
             "there, or give another folder with --data_root"
         ) from error
 
 
 def _planes(stored):
-    """Images uint8 (N, H, W), (N, H, W, 1 | 3 | 4) or (N, 3, H, W) as (N, 1 | 3, H, W); transparency is dropped."""
+    """Images uint8 (N, H, W), (N, H, W, 1 | 3) or (N, 3, H, W) as (N, 1 | 3, H, W)."""
     if stored.ndim == 3:
         return stored[:, None]
-    if stored.shape[-1] in (1, 3, 4):
-        return stored[..., :3].permute(0, 3, 1, 2).contiguous()
+    if stored.shape[-1] in (1, 3):
+        return stored.permute(0, 3, 1, 2).contiguous()
     return stored
 
 
@@ -361,14 +475,12 @@ def _small_images(name, pixels, form):
         pixels = resize_bilinear(pixels, form.image_size)
         return to_grey(pixels) if pixels.shape[1] > form.num_channels else pixels
 
-    def identity():
-        return repr((form.treatment, hashlib.blake2b(pixels.contiguous().numpy(), digest_size=8).hexdigest()))
-
     if form.fits_in_memory(len(pixels)):
         store = _Memory(finish(pixels))
     else:
-        store = _OnDemand(lambda row: finish(pixels[row : row + 1])[0], identity, form.pool())
-    return ImageSet(name, len(pixels), [], form.shape, store, native, form.through)
+        contents = functools.partial(iter, [pixels.contiguous().numpy()])
+        store = _OnDemand(lambda row: finish(pixels[row : row + 1])[0], contents, form.pool())
+    return ImageSet(name, len(pixels), [], form.shape, store, native, form.through, treatment=form.treatment)
 
 
 def _crop_all(pixels, size):
@@ -468,35 +580,145 @@ def _celeba_files(folder, split):
 
 
 def _folder_files(folder):
-    """Labels (paths below the folder) and full paths of its images, sorted; links to folders are followed once."""
+    """Labels (paths below the folder) and full paths of its images, sorted; links to folders are followed once.
+
+    All files are taken for images but those whose ending says otherwise (they are counted in a line), system files,
+    and folders that this program wrote (they are named in a line).
+
+    Raises:
+        UserError: it cannot be listed, holds no images, or was itself written by this program.
+    """
+    paths, written, others = [], [], collections.Counter()
+    for parent, below, names in _walk(folder):
+        if _is_written(parent, below, names, whole=parent != folder):
+            if parent == folder:
+                raise UserError(
+                    f"{folder} is written by this program, so its images are no input; give a folder of your own"
+                )
+            written.append(parent.relative_to(folder).as_posix())
+            below.clear()
+            continue
+        if parent == folder and (files.MARK in names or _META in below):  # a work folder among the user's images
+            written += [name for name in below if name in _WORK_FOLDERS]
+            below[:] = [name for name in below if name not in _WORK_FOLDERS]
+        for path in (Path(parent, name) for name in names if name != files.MARK):
+            if path.suffix.lower() in _NOT_IMAGES:
+                others[path.suffix.lower()] += 1
+            else:
+                paths.append(path)
+    told = _tell_left_out(folder, written, others)
+    if not paths:
+        raise UserError(f"folder {folder} holds no images{told}; check the path")
+    labels = sorted(path.relative_to(folder).as_posix() for path in paths)
+    return labels, [Path(folder, label) for label in labels]
+
+
+def _walk(folder):
+    """As os.walk, from the top, in sorted order: each folder once, links or not, without what systems put there."""
 
     def refuse(error):
         raise UserError(f"folder {error.filename} cannot be listed ({error.strerror}); change its permissions")
 
-    paths, seen = [], set()
+    seen = set()
     for parent, below, names in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(parent)
         if real in seen:
             below.clear()
             continue
         seen.add(real)
-        paths += [Path(parent, name) for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
-    if not paths:
-        raise UserError(f"folder {folder} holds no images ({', '.join(IMAGE_SUFFIXES)}); check the path")
-    labels = sorted(path.relative_to(folder).as_posix() for path in paths)
-    return labels, [Path(folder, label) for label in labels]
+        below[:] = sorted(name for name in below if not _is_systems(name))
+        yield Path(parent), below, sorted(name for name in names if name == files.MARK or not _is_systems(name))
+
+
+def _is_systems(name):
+    return name.startswith(".") or name in _SYSTEM_NAMES
+
+
+def _is_written(folder, below, names, whole):
+    """Whether this program wrote all of a folder: it is marked, or, from before there were marks, looks like it.
+
+    Args:
+        folder: its path.
+        below: the names of its folders.
+        names: the names of its files.
+        whole: whether the mark of a work folder will do, which may hold images of the user's own as well.
+    """
+    if files.MARK in names and (whole or not files.is_owned(folder)):
+        return True
+    if "manifest.json" in names or "results.json" in names:  # a results folder: other programs have a manifest.json too
+        batches = any(side in below and next(Path(folder, side).glob("batch_*.pth"), None) for side in ("pos", "neg"))
+        if batches or any(name.startswith("scores_") and name.endswith(".csv") for name in names):
+            return True
+    samples = folder.name == "samples" and any(_ITERATION.fullmatch(name) for name in below)
+    evaluation = any(_EVALUATION.fullmatch(name) for name in names)
+    return samples or evaluation or (whole and _META in below)
+
+
+def _tell_left_out(folder, written, others):
+    """Says what of a folder is not taken for images; returns it as a half sentence."""
+    told = ""
+    if written:
+        named = ", ".join(sorted(written)[:10]) + (f" and {len(written) - 10} more" if len(written) > 10 else "")
+        _say_once(f"'{folder}': left out, as this program wrote it: {named}")
+        told += f" (this program wrote {named})"
+    if others:
+        named = ", ".join(f"{count} {ending}" for ending, count in sorted(others.items()))
+        _say_once(f"'{folder}': {others.total()} files are left out by their endings: {named}")
+        told += f" ({named})"
+    return told
+
+
+_SYSTEM_NAMES = {"__MACOSX", "@eaDir", "$RECYCLE.BIN"}
+_META = "checkpoints-meta"
+_WORK_FOLDERS = {"samples", "checkpoints", _META, "tensorboard"}
+_ITERATION = re.compile(r"iter_\d+")
+_EVALUATION = re.compile(r"(ckpt_\d+_loss|report_\d+|(train|test)_ckpt_\d+_bpd_\d+)\.npz")
+# Endings of files that are no pictures, or of which Pillow would read something else (a raw photo's thumbnail).
+_NOT_IMAGES = frozenset(
+    " ".join(
+        [
+            ".txt .md .rst .rtf .tex .bib .pdf .doc .docx .odt .xls .xlsx .ppt .pptx .html .htm .css .url .lnk",
+            ".csv .tsv .lst .json .jsonl .xml .xmp .aae .yaml .yml .toml .ini .cfg .conf .log .md5 .sha256",
+            ".py .pyc .ipynb .js .sh .c .cpp .h .m .r .o .so .dll .exe .lock .tmp .part .bak",
+            ".np .npy .npz .pt .pth .ckpt .pkl .pickle .h5 .hdf5 .mat .parquet .arrow .feather .safetensors .onnx",
+            ".tfrecord .lmdb .mdb .db .sqlite .zip .tar .gz .tgz .bz2 .xz .7z .rar .zst",
+            ".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .wav .mp3 .m4a .flac .ogg",
+            ".ps .eps .ai .svg .wmf .emf .thm .cr2 .cr3 .nef .arw .dng .orf .rw2 .raf .pef .srw",
+        ]
+    ).split()
+)
 
 
 def _listed_files(path):
-    """Labels (the lines) and full paths of a txt list."""
-    labels = _lines(path)
-    if not labels:
+    """Labels (the lines, or what of them is the path) and full paths of a txt list."""
+    lines = _lines(path)
+    if not lines:
         raise UserError(f"list {path} names no images; write one image path a line")
-    beside = [Path(path.parent, label) for label in labels]
-    return labels, [
-        full if os.path.exists(full) or not os.path.exists(label) else Path(label)  # noqa: PTH110 (never raises)
-        for label, full in zip(labels, beside, strict=True)
-    ]
+    found = [_listed_file(line, path.parent) for line in lines]
+    return [label for label, _ in found], [full for _, full in found]
+
+
+def _listed_file(line, folder):
+    """What of a line is the path, and that path in full: beside the list, else from here, as far as it exists."""
+    for label in _readings(line):
+        expanded = _expand(label)
+        for full in (os.path.join(folder, expanded), expanded):  # noqa: PTH118
+            if os.path.exists(full):  # noqa: PTH110 (never raises)
+                return label, Path(full)
+    return line, Path(folder, line)
+
+
+def _readings(line):
+    """What a line of a list may mean: a path as it is, in quotes, of Windows, or with a label behind it."""
+    yield line
+    label = _LABELLED.fullmatch(line)
+    for path in (line, label and label["path"]):
+        if path:
+            plain = path[1:-1] if len(path) > 2 and path[0] == path[-1] and path[0] in "'\"" else path
+            yield from (plain, plain.replace("\\", "/"))
+
+
+_LABELLED = re.compile(r"(?P<path>.*[^\s,;])(\s*[,;]\s*|\s+)[^\s,;/]+")
 
 
 def _lines(path):
@@ -504,72 +726,148 @@ def _lines(path):
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (UnicodeDecodeError, OSError) as error:
-        raise UserError(f"list {path} cannot be read as text ({_first_line(error)})") from error
+        raise UserError(f"list {path} cannot be read as text ({first_line(error)}); save it as UTF-8") from error
     return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
 
 
 def _load_files(name, labels, paths, form):
     """Decodes every file once, to learn which are usable and, where they are few, to keep their pixels."""
     limit = min(len(paths), form.max_images or len(paths))
+    _tell_chosen(name, limit, len(paths))
     if not form.check and not form.fits_in_memory(limit):
-        skipped = []
-        store = _OnDemand(_standing_in(name, labels, paths[:limit], form, skipped), None, form.pool())
-        return ImageSet(name, limit, skipped, form.shape, store, through=form.through)
-    rows, skipped, sizes, pixels = _scan(labels, paths, limit, form)
-    if not rows:
-        label, reason = skipped[0]
-        raise UserError(f"none of the {len(skipped)} images of '{name}' is usable; the first, {label}: {reason}")
-    store = _Memory(pixels) if pixels is not None else _files_on_demand(rows, labels, paths, form)
-    used = [labels[row] for row in rows]
-    return ImageSet(name, len(rows), skipped, form.shape, store, min(sizes), form.through, used)
+        chosen, skipped = _spread(len(paths), limit), []
+        labels, paths = [labels[row] for row in chosen], [paths[row] for row in chosen]
+        decode_row = _standing_in(name, labels, paths, form, skipped)
+        store = _OnDemand(decode_row, functools.partial(_sampled_contents, paths), form.pool())
+        details = {"labels": labels, "treatment": form.treatment}
+        return ImageSet(name, limit, skipped, form.shape, store, through=form.through, **details)
+    found, skipped, pixels = _scan(labels, paths, limit, form)
+    if not found:
+        label, why = skipped[0]
+        raise UserError(f"none of the {len(skipped)} images of '{name}' is usable; the first, {label}: {why}")
+    _warn_of_dark(name, [seen.deepest for seen in found.values() if seen.deepest is not None])
+    rows, native = list(found), min(seen.edge for seen in found.values())
+    if pixels is not None:
+        store = _Memory(pixels)
+    else:
+        store = _files_on_demand([paths[row] for row in rows], [seen.digest for seen in found.values()], form)
+    details = {"labels": [labels[row] for row in rows], "treatment": form.treatment}
+    return ImageSet(name, len(rows), skipped, form.shape, store, native, form.through, **details)
+
+
+def _warn_of_dark(name, deepest):
+    """Warns of 16-bit files that hold values of 12 bits, as cameras and scanners write them."""
+    if deepest and max(deepest) < 4096:
+        factor = 16 if max(deepest) > 255 else 257
+        warn(
+            f"'{name}': the {len(deepest)} images of 16 bits reach only {max(deepest)} of 65535, so they come out "
+            f"nearly black; this looks like {12 if factor == 16 else 8} bit: multiply the values by {factor}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+    """Of a file that was decoded: its picture's short edge, its content's digest, and `Decoded.deepest`."""
+
+    edge: int
+    digest: bytes | None
+    deepest: int | None
 
 
 def _scan(labels, paths, limit, form):
     """Decodes the files until `limit` usable ones are found, in pieces: so many images at most wait in memory.
 
     Returns:
-        rows of the usable files, (label, reason) of the others, the usable ones' short sides, and their pixels
+        {row: _Seen} of the usable files and (label, reason) of the others, both in order, and the usable ones' pixels
         (N, C, H, W) uint8 or None if those are too many.
     """
     pixels = torch.empty(limit, *form.shape, dtype=torch.uint8) if form.fits_in_memory(limit) else None
 
     def attempt(row):
         try:
-            picture = form.prepare(decode_file(paths[row]))
-            image = form.pixels(picture)
-            return min(picture.size), (image if pixels is not None else None), None
+            data = read_file(paths[row])
+            made = form.decode(data, paths[row].suffix)
+            image = form.pixels(made.picture)  # also where it is not kept: it may fail
+            digest = None if pixels is not None else _digest(data)
+            return _Seen(min(made.picture.size), digest, made.deepest), (image if pixels is not None else None)
         except Exception as error:  # a damaged file can fail anywhere inside its decoder
-            return None, None, _reason(error)
+            return None, reason(error)
 
-    rows, skipped, sizes, start = [], [], [], 0
+    found, failed = {}, {}
     with form.pool() as pool, progress(total=limit, desc="checking images", unit="image", leave=False) as bar:
-        while start < len(paths) and len(rows) < limit:
-            piece = range(start, min(start + min(16 * form.workers, limit - len(rows)), len(paths)))
-            for row, (size, image, reason) in zip(piece, pool.map(attempt, piece), strict=True):
-                if reason is not None:
-                    skipped.append((labels[row], reason))
+        for piece in _turns(len(paths), limit, 16 * form.workers, found, failed):
+            for row, (seen, image) in zip(piece, pool.map(attempt, piece), strict=True):
+                if seen is None:
+                    failed[row] = image
                     continue
                 if pixels is not None:
-                    pixels[len(rows)] = image
-                rows.append(row)
-                sizes.append(size)
-            start = piece.stop
-            bar.update(len(rows) - bar.n)
-    return rows, skipped, sizes, None if pixels is None else pixels[: len(rows)]
+                    pixels[len(found)] = image
+                found[row] = seen
+            bar.update(len(found) - bar.n)
+    rows, inorder = list(found), sorted(found)
+    if pixels is not None:
+        pixels = pixels[: len(rows)] if rows == inorder else pixels[sorted(range(len(rows)), key=rows.__getitem__)]
+    return {row: found[row] for row in inorder}, [(labels[row], failed[row]) for row in sorted(failed)], pixels
 
 
-def _files_on_demand(rows, labels, paths, form):
-    def decode(index):
-        path = paths[rows[index]]
+def _turns(count, limit, most, found, failed):
+    """Yields which of the rows 0..count-1 to try next, so that `limit` evenly spread usable ones are found.
+
+    Every share of the source gives its first usable row; if a share has none, any others do.
+
+    Args:
+        count, limit: of the source, and of the rows wanted.
+        most: rows to yield at once.
+        found, failed: dicts of the rows that were tried, which the caller fills.
+    """
+    bounds = [*_spread(count, limit), count] if limit < count else []
+    shares = [iter(range(first, stop)) for first, stop in itertools.pairwise(bounds)]
+    while shares:
+        tries = [(share, row) for share in shares if (row := next(share, None)) is not None]
+        for start in range(0, len(tries), most):
+            yield [row for _, row in tries[start : start + most]]
+        shares = [share for share, row in tries if row in failed]
+    others = [row for row in range(count) if row not in found and row not in failed] if len(found) < limit else []
+    start = 0
+    while start < len(others) and len(found) < limit:
+        piece = others[start : start + min(most, limit - len(found))]
+        start += len(piece)
+        yield piece
+
+
+def _files_on_demand(paths, digests, form):
+    """The store of files that were usable when they were loaded, and of what content."""
+
+    def decode_row(index):
+        path = paths[index]
         try:
-            return form.pixels(form.prepare(decode_file(path)))
+            data = read_file(path)
+            if _digest(data) != digests[index]:
+                raise UserError(f"image {path} was changed while it was in use; run the same command again")
+            return form.pixels(form.decode(data, path.suffix).picture)
+        except UserError:
+            raise
         except Exception as error:  # as in _scan: it was usable when the set was loaded
-            raise UserError(f"image {path} can no longer be read ({_reason(error)}); put it back") from error
+            raise UserError(f"image {path} can no longer be read ({reason(error)}); put it back") from error
 
-    def identity():
-        return repr((form.treatment, [(labels[row], paths[row].stat().st_size) for row in rows]))
+    return _OnDemand(decode_row, functools.partial(iter, digests), form.pool())
 
-    return _OnDemand(decode, identity, form.pool())
+
+def _sampled_contents(paths):
+    """Bytes that change with the content of files too many to read: their sizes, and up to 1000 evenly spread ones."""
+
+    def size(path):
+        try:
+            return path.stat().st_size
+        except OSError:
+            return -1  # it will be named when it is met
+
+    yield repr([size(path) for path in paths]).encode()
+    for row in _spread(len(paths), _SAMPLED_FILES):
+        try:
+            yield _digest(read_file(paths[row]))
+        except (OSError, ValueError):
+            yield b"unusable"
 
 
 def _standing_in(name, labels, paths, form, skipped):
@@ -590,52 +888,28 @@ def _standing_in(name, labels, paths, form, skipped):
                 more = "; more are counted, not named" if len(skipped) == _NAMED_FAILURES else ""
                 warn(f"'{name}': {labels[row]} is left out, the next image stands in for it: {reason}{more}")
 
-    def decode(index):
+    def decode_row(index):
         for further in range(min(_FAILURES_IN_A_ROW, len(paths))):
             row = (index + further) % len(paths)
             try:
-                return form.pixels(form.prepare(decode_file(paths[row])))
+                return form.pixels(form.decode(read_file(paths[row]), paths[row].suffix).picture)
             except Exception as error:  # as in _scan
-                note(row, _reason(error))
+                note(row, reason(error))
                 last = error
         raise UserError(
-            f"{further + 1} images of '{name}' in a row cannot be read, the last {paths[row]} ({_reason(last)}); "
+            f"{further + 1} images of '{name}' in a row cannot be read, the last {paths[row]} ({reason(last)}); "
             "check the disk they are on"
         ) from last
 
-    return decode
-
-
-def decode_file(path):
-    """An image file as a PIL image of 8 bits a channel, in the mode it has.
-
-    The first frame of an animated image; 16-bit grey is scaled to 8 bits by 1/257, not clipped.  As in the published
-    code the orientation that a camera noted (EXIF) is not applied.  Pillow's guard against decompression bombs is on.
-
-    Raises:
-        OSError, ValueError and whatever else Pillow's decoders raise: the file is missing, damaged or unsupported.
-    """
-    import numpy as np
-    from PIL import Image
-
-    with Image.open(path) as image:
-        if image.mode == "F":
-            raise ValueError("floating-point pixels have no known range")
-        if not image.mode.startswith("I"):
-            image.load()  # the pixels outlive the file, which closes here
-            return image
-        values = np.array(image).astype(np.int64)  # (H, W), 16 or 32 bits
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError("32-bit pixels have no known range")
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    return decode_row
 
 
 def crop(picture, size):
     """The published crop of listed images, that of guided diffusion (Dhariwal and Nichol, arXiv 2105.05233).
 
     Halves with a box filter while the short side is at least twice `size`, resizes bicubically so that the short side
-    is `size`, and takes the centre square.  Grey, palette and CMYK pictures become RGB; transparency is dropped, not
-    composited.
+    is `size`, and takes the centre square.  Grey, palette and CMYK pictures become RGB; what transparency
+    a picture still has is dropped.
 
     Args:
         picture: a PIL image of any 8-bit mode.
@@ -666,77 +940,133 @@ def _filters():
     return Image.Resampling
 
 
-def _reason(error):
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
-    if isinstance(error, IsADirectoryError):
-        return "a folder, not a file"
-    if type(error).__name__ == "UnidentifiedImageError":
-        return "not an image, or damaged"
-    return _first_line(error)
-
-
-def _first_line(error):
-    """An error's message as one line of bounded length."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
 # ------------------------------------------------------------------------------------------------------ arrays
 
 _ARRAY_SOURCE = re.compile(r"(?P<path>.+\.np[yz])(:(?P<name>[^/:]+))?", re.IGNORECASE)
 
 
 def _load_array(path, array_name, form):
-    values = _read_array(path, array_name)[: form.max_images]  # (N, H, W) or (N, H, W, C) uint8
     name = f"{_stem(path)}_{array_name}" if array_name else _stem(path)
+    values = _read_array(path, array_name)  # (N, H, W) or (N, H, W, C), uint8 or bool
+    rows = _spread(len(values), form.max_images)
+    _tell_chosen(name, len(rows), len(values))
     like_mnist = values.shape[1:] in ((28, 28), (28, 28, 1))
-    if like_mnist or (values.shape[1:3] == form.shape[1:] and form.fits_in_memory(len(values))):
-        return _small_images(name, _planes(torch.tensor(values)), form)
-    store = _array_on_demand(values, path, form)
-    if form.fits_in_memory(len(values)):
-        store = _Memory(_gather(store, len(values), form))
+    opaque = values.shape[3:] != (4,)
+    fits = form.fits_in_memory(len(rows))
+    if like_mnist or (values.shape[1:3] == form.shape[1:] and opaque and fits):
+        used = values if len(rows) == len(values) else values[rows]
+        return _small_images(name, _planes(torch.from_numpy(_as_bytes(used).copy())), form)
+    store = _array_on_demand(values, rows, path, form)
+    if fits:
+        store = _Memory(_gather(store, len(rows), form))
     native = min(values.shape[1:3])
-    return ImageSet(name, len(values), [], form.shape, store, native, form.through)
+    return ImageSet(name, len(rows), [], form.shape, store, native, form.through, treatment=form.treatment)
 
 
 def _read_array(path, array_name):
-    """The array, memory-mapped where its format allows."""
-    import numpy as np
-
+    """The images (N, H, W) or (N, H, W, 1 | 3 | 4), uint8 or bool, memory-mapped where the format allows."""
     try:
-        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return _checked_array(loaded, path)
-        with loaded as arrays:
-            names = arrays.files
-            if array_name is None and len(names) == 1:
-                array_name = names[0]
-            if array_name not in names:
-                raise UserError(f"{path} holds the arrays {', '.join(names)}; choose one, as in {path}:{names[0]}")
-            return _checked_array(arrays[array_name], path)
+        names = array_names(path)
+        if array_name is None and len(names) == 1:
+            array_name = names[0]
+        if array_name not in names:
+            raise UserError(_choose_array(path, names))
+        shape, dtype = array_headers(path)[array_name]
+        channels_first = _channels_first(path, shape, dtype)
+        values = read_array(path, array_name)
     except UserError:
         raise
     except Exception as error:  # a damaged file can fail anywhere inside the reader
-        raise UserError(f"{path} is damaged or holds no plain arrays ({_first_line(error)})") from error
+        raise UserError(f"{path} is damaged or holds no plain arrays ({first_line(error)})") from error
+    return values.transpose(0, 2, 3, 1) if channels_first else values
 
 
-def _checked_array(values, path):
-    images = values.ndim == 3 or (values.ndim == 4 and values.shape[-1] in (1, 3, 4))
-    if not images or str(values.dtype) != "uint8" or 0 in values.shape:
-        shape = "x".join(map(str, values.shape))
-        raise UserError(f"{path} holds {values.dtype} of shape {shape}; images are uint8 of shape (N, H, W[, 3])")
-    return values
+def _choose_array(path, names):
+    """The message that asks for one of several arrays, and suggests one that can be images."""
+    if not names:
+        return f"{path} holds no arrays; save images with numpy.savez"
+
+    def can_be_images(header):
+        try:
+            _channels_first(path, *header)
+        except UserError:
+            return False
+        return True
+
+    fitting = [name for name, header in array_headers(path).items() if can_be_images(header)]
+    listed = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    if not fitting:
+        return f"{path} holds the arrays {listed}, of which none is images; {_ARRAYS_WANTED}"
+    return f"{path} holds the arrays {listed}; choose one, as in {path}:{fitting[0]}"
 
 
-def _array_on_demand(values, path, form):
+_ARRAYS_WANTED = "images are uint8 or bool of shape (N, H, W[, 1 or 3 or 4]) or (N, 1 or 3, H, W)"
+_CASTS = {
+    "f": ": write (255 * array).round().astype('uint8') if its values are in 0..1",
+    "u": ": write (array // 257).astype('uint8') if its values are in 0..65535",
+    "i": ": write array.astype('uint8') if its values are in 0..255",
+}
+
+
+def _channels_first(path, shape, dtype):
+    """Whether an array of images is (N, C, H, W) rather than (N, H, W) or (N, H, W, C).
+
+    Raises:
+        UserError: it is no array of images, or may be read in two ways; the message says how to write it.
+    """
+    what = f"{path} holds {dtype} of shape {'x'.join(map(str, shape))}"
+    if dtype.name not in ("uint8", "bool"):
+        raise UserError(f"{what}; {_ARRAYS_WANTED}{_CASTS.get(dtype.kind, '')}")
+    last = len(shape) == 4 and shape[3] in (1, 3, 4)
+    first = len(shape) == 4 and shape[1] in (1, 3)
+    if 0 in shape or not (len(shape) == 3 or last or first):
+        one = "; write array[None] for a single image" if len(shape) == 2 else ""
+        raise UserError(f"{what}; {_ARRAYS_WANTED}{one}")
+    if first and last:
+        raise UserError(
+            f"{what}, of which axis 1 or axis 3 may be the channels; give images higher and wider than that"
+        )
+    if len(shape) == 3 and (shape[2] in (1, 3, 4) or shape[0] == 3):
+        raise UserError(
+            f"{what}, which may be one picture or {shape[0]} grey images; write array[None] for one picture, "
+            "array[..., None] for grey images"
+        )
+    return first
+
+
+def _as_bytes(values):
+    """uint8 or bool as uint8, False and True as 0 and 255."""
+    import numpy as np
+
+    return np.where(values, np.uint8(255), np.uint8(0)) if values.dtype == bool else np.asarray(values)
+
+
+def _array_on_demand(values, rows, path, form):
+    """The store of some rows of an array; once the fingerprint was made, a row that has changed is refused."""
     import numpy as np
     from PIL import Image
 
-    def decode(index):
-        row = np.asarray(values[index])
-        return form.pixels(Image.fromarray(row[..., 0] if row.shape[2:] == (1,) else row))
+    digests = {}  # index -> digest, of what is in the fingerprint
 
-    return _OnDemand(decode, lambda: repr((form.treatment, values.shape, path.stat().st_size)), form.pool())
+    def read(index):
+        return np.array(values[rows[index]], order="C")  # a copy: what is checked is what is used
+
+    def contents():
+        count = len(rows)
+        for index in _spread(count, None if form.check else _SAMPLED_FILES):
+            digests[index] = _digest(read(index))
+            yield digests[index]
+
+    def decode_row(index):
+        row = read(index)
+        if index in digests and _digest(row) != digests[index]:
+            raise UserError(
+                f"image {rows[index]} of {path} was changed while it was in use; run the same command again"
+            )
+        row = _as_bytes(row)
+        return form.pixels(on_white(Image.fromarray(row[..., 0] if row.shape[2:] == (1,) else row)))
+
+    return _OnDemand(decode_row, contents, form.pool())
 
 
 def _gather(store, count, form):
@@ -801,7 +1131,10 @@ class TrainingBatches:
         self, images, batch_size, *, seed, device, random_flip, uniform_dequantization, centered, share=slice(None)
     ):
         if not 1 <= batch_size <= len(images):
-            raise UserError(f"a batch of {batch_size} cannot be taken from the {len(images)} images of '{images.name}'")
+            raise UserError(
+                f"a batch of {batch_size} cannot be taken from the {len(images)} images of '{images.name}'; choose a "
+                f"batch size from 1 to {len(images)}, as with --config.training.batch_size={len(images)}"
+            )
         self.images, self.batch_size, self.seed, self.device = images, batch_size, seed, torch.device(device)
         self.share = share
         self.random_flip, self.uniform_dequantization, self.centered = random_flip, uniform_dequantization, centered

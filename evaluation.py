@@ -21,11 +21,13 @@ import storage
 import training
 from configs.base import to_dict
 from console import UserError, choose, progress, say
+from losses import TRAINING_EPS
 from metrics import fidelity
 from models import inference, memory
 
 PRECISION = "fp32"  # of everything that is computed here
 BPD_REPEATS = {"train": 1, "test": 5}  # dequantisations of each image, as published
+ODE = {"eps": likelihood.EPS, "tolerance": likelihood.TOLERANCE}  # of likelihoods
 
 
 class Evaluation:
@@ -80,18 +82,15 @@ def evaluate(config, workdir, eval_folder, device, data_root, workers=None):
         UserError: no checkpoint of the range is there, the config asks for what cannot be done, results of something
             else are there, or what scoring the samples needs cannot be had.
     """
-    parts = _enabled(config)
+    parts, folder = _enabled(config), _folder(workdir, eval_folder)
     trainer = training.Trainer(config, workdir, device, data_root, workers)
-    run = Evaluation(trainer, trainer.workdir / eval_folder)
-    origins, largest = {}, f"for {config.eval.batch_size} images at once"
+    run, paths = Evaluation(trainer, folder), _checkpoints(config, trainer.workdir / "checkpoints")
+    largest = f"for {config.eval.batch_size} images at once"
     remedy = f"{largest}; lower --config.eval.batch_size and choose another --eval_folder"
     with memory.told(device, remedy), inference.arithmetic(PRECISION):
-        for k, path in _checkpoints(config, trainer.workdir / "checkpoints").items():
-            origins[k] = run.load(path)
-            for part in parts:
-                part(run, k, origins[k])
-        if write_samples in parts:
-            write_reports(run, origins)
+        _try_out(run, parts, paths)
+        with files.owned(folder):  # not the work folder, where training may go on
+            _write(run, parts, paths)
 
 
 def _enabled(config):
@@ -112,6 +111,40 @@ def _enabled(config):
                 "--config.eval.num_samples"
             )
     return parts
+
+
+def _folder(workdir, name):
+    """The folder of the results, which lies below the work folder and is none of training's.
+
+    Raises:
+        UserError: it would not.
+    """
+    path = Path(name)
+    if not path.parts or path.is_absolute() or ".." in path.parts or path.parts[0] in training.FOLDERS:
+        raise UserError(
+            f"--eval_folder is '{name}'; it must be the name of a folder of its own below --workdir, such as eval"
+        )
+    return Path(workdir) / path
+
+
+def _try_out(run, parts, paths):
+    """Meets before anything is written what the config, the first checkpoint and the images have in store."""
+    run.load(next(iter(paths.values())))
+    splits = {write_loss: "test", write_bpd: run.config.eval.get("bpd_dataset")}
+    for split in {splits[part] for part in parts if part in splits}:
+        run.images(split)
+    if write_samples in parts:
+        training.create_sampler(run.config, run.trainer.sde)
+
+
+def _write(run, parts, paths):
+    origins = {}
+    for k, path in paths.items():
+        origins[k] = run.load(path)
+        for part in parts:
+            part(run, k, origins[k])
+    if write_samples in parts:
+        write_reports(run, origins)
 
 
 def _checkpoints(config, folder):
@@ -142,7 +175,7 @@ def write_loss(run, k, origin):
     """
     images, options = run.images("test"), run.config.training
     weighting = {name: options[name] for name in ("reduce_mean", "likelihood_weighting")}
-    settings = {**origin, "images": images.fingerprint, "loss": weighting}
+    settings = {**origin, "images": images.fingerprint, "loss": {**weighting, "eps": TRAINING_EPS}}
     path = run.folder / f"ckpt_{k}_loss.npz"
     arrays = storage.read_arrays(path, settings)
     if arrays is None:
@@ -173,7 +206,7 @@ def write_bpd(run, k, origin):
     """
     split = run.config.eval.bpd_dataset
     images, repeats = run.images(split), BPD_REPEATS[split]
-    settings, rounds = {**origin, "images": images.fingerprint}, _rounds(len(images), run.batch_size)
+    settings, rounds = {**origin, "images": images.fingerprint, "ode": ODE}, _rounds(len(images), run.batch_size)
     values, evaluations = [], []
     with progress(total=repeats * rounds, unit="batch", desc=f"checkpoint {k}, bits per dimension") as bar:
         for i in range(repeats * rounds):
@@ -240,7 +273,8 @@ def _samples_settings(run, origin, r):
     tree = to_dict(run.config)
     return {
         **origin,
-        "sampling": {**tree["sampling"], "steps": tree["model"]["num_scales"]},
+        "sampling": tree["sampling"],
+        "num_scales": tree["model"]["num_scales"],  # the steps where sampling.steps is 0, and what steps are a part of
         "image_size": tree["data"]["image_size"],
         "count": min(run.batch_size, tree["eval"]["num_samples"] - r * run.batch_size),
     }

@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import socket
+import stat
 from pathlib import Path
 
 from console import UserError, remedy, warn
@@ -41,6 +42,22 @@ def write_bytes(path, data):
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; {remedy(error)}") from error
+    finally:
+        with contextlib.suppress(OSError):  # it is not there after success
+            os.unlink(temporary)
+
+
+def link(source, target):
+    """Gives `source` a second name, in place of what has it; returns False where the file system cannot do so."""
+    target = Path(target)
+    temporary = target.with_name(_TEMPORARY.format(secrets.token_hex(8)))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.link(source, temporary)
+        os.replace(temporary, target)
+        return True
+    except OSError:
+        return False
     finally:
         with contextlib.suppress(OSError):  # it is not there after success
             os.unlink(temporary)
@@ -91,7 +108,7 @@ def owned(folder):
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / MARK).open("a+")
+        file = open_own(folder / MARK)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; {remedy(error)}") from error
     with file:
@@ -121,6 +138,26 @@ def alone(folder):
         os.close(handle)
 
 
+def open_own(path):
+    """Opens a text file of this program's for reading and appending; it is made if it is not there.
+
+    Raises:
+        UserError: a link stands there, which could lead out of the folder, or something else that is no plain file.
+        OSError: it cannot be opened.
+    """
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        handle = os.open(path, flags, 0o666)
+    except OSError as error:
+        if not path.is_symlink():
+            raise
+        raise UserError(f"{path} is a link, which is not followed; remove it, or choose another folder") from error
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise UserError(f"{path} is no plain file; remove it, or choose another folder")
+    return os.fdopen(handle, "a+", encoding="utf-8")
+
+
 def _lock(file):
     """Takes the lock of an open file, unless another process has it; returns whether."""
     try:
@@ -145,6 +182,14 @@ def mark(folder):
     folder = Path(folder)
     if not folder.is_dir() or not any(folder.iterdir()):
         write_text(folder / MARK, _NOTE)
+
+
+def is_owned(folder):
+    """Whether a marked folder is or was a run's (`owned`), so that files of other origin may lie there too."""
+    try:
+        return "process " in (Path(folder) / MARK).read_text(errors="replace")
+    except OSError:
+        return False
 
 
 # ------------------------------------------------------------------------------------------------------ content

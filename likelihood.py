@@ -11,6 +11,7 @@ import torch
 import sampling
 
 EPS = 1e-5  # the published start of the trajectories, for every SDE
+TOLERANCE = 1e-5  # of the solver, relative and absolute, as published
 
 
 def hutchinson(velocity, x, t, probe):
@@ -41,7 +42,7 @@ def rademacher(shape, generator):
 
 
 @torch.no_grad()
-def log_likelihood(model, sde, x, probe, *, eps=EPS, rtol=1e-5, atol=1e-5):
+def log_likelihood(model, sde, x, probe, *, eps=EPS, rtol=TOLERANCE, atol=TOLERANCE):
     """The log density of images under the model, as published from eps to T with RK45.
 
     Args:

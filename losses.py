@@ -4,6 +4,7 @@ Sources: Score-SDE (arXiv 2011.13456) equation 7, DDPM (arXiv 2006.11239) equati
 """
 
 import dataclasses
+import math
 
 import torch
 
@@ -171,6 +172,21 @@ class TrainState:
 def create_state(config, net):
     """A fresh `TrainState` of a network."""
     return TrainState(net, create_optimizer(config, net.parameters()), EMA(net.parameters(), config.model.ema_rate))
+
+
+@torch.no_grad()
+def not_finite(state):
+    """The parts of a `TrainState` that hold NaN or infinite numbers, in words; waits for the device once."""
+    parts = {
+        "the weights": list(state.net.parameters()),
+        "the averaged weights (EMA)": state.ema.shadow,
+        "the optimizer's averages": [
+            value for entry in state.optimizer.state.values() for name, value in entry.items() if name != "step"
+        ],
+    }
+    parts = {name: tensors for name, tensors in parts.items() if tensors}
+    largest = [torch.stack(torch._foreach_norm(tensors, float("inf"))).max() for tensors in parts.values()]
+    return [name for name, value in zip(parts, torch.stack(largest).tolist(), strict=True) if not math.isfinite(value)]
 
 
 def train_step(state, loss, model, x, draws, config):

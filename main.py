@@ -7,15 +7,22 @@ On several GPUs: torchrun --nproc_per_node=8 main.py ...
 
 from absl import flags
 
+import command_line
 import console
 import distributed
+from configs.base import check, typed
+from configs.fields import SEED, check_value
 
 FLAGS = flags.FLAGS
 
 
 def define_flags():
     """The command line; inside a function so that importing this module defines nothing."""
-    console.define_config("The config file; any value: --config.training.batch_size=64.")
+    evaluating = command_line.value_of("mode") == "eval"
+    command_line.define_config(
+        "The config file, which --mode eval may do without; any value: --config.training.batch_size=64.",
+        command_line.value_of("workdir") if evaluating else None,
+    )
     console.define_path("workdir", None, "Folder of checkpoints, logs and samples; a run found there is continued.")
     flags.DEFINE_enum(
         "mode", None, ["train", "eval"], "train: train; eval: evaluate the checkpoints as config.eval says."
@@ -27,16 +34,21 @@ def define_flags():
     )
     flags.DEFINE_string("device", None, "auto, cpu, cuda or cuda:i; by default the config's.")
     flags.DEFINE_integer("seed", None, "Key of everything random; by default the config's.")
-    flags.mark_flags_as_required(["config", "workdir", "mode"])
+    flags.mark_flags_as_required(["workdir", "mode"])
 
 
 def main(_):
     config = FLAGS.config
     if FLAGS.seed is not None:
+        check_value("--seed", FLAGS.seed, SEED)
         config.seed = FLAGS.seed
+    check(config)
     with distributed.start(FLAGS.device or config.device) as (ranks, device):
         if device.type == "cpu":
             console.keep_freed_memory()
+        import sampling
+
+        sampling.check_typed(config, typed(FLAGS["config"]))
         if FLAGS.mode == "train":
             import training
             from models import memory

@@ -5,14 +5,17 @@ Checkerboard and centre masks are those of LMD (arXiv 2302.10326); random ones t
 """
 
 import math
+import os
 import zipfile
 from pathlib import Path
 
 import torch
 
 from console import UserError, choose
+from images import array_names, first_line, open_picture, read_array, read_file, upright
 
 _WHITE = 128  # a picture's grey value of 0..255 from which on a pixel counts as known
+_MOST_BYTES = 256 << 20  # of an array that is to be a mask: 4 channels of 2048x2048 float64 are half of it
 
 
 # -------------------------------------------------------------------------------------------------- the kinds
@@ -176,7 +179,8 @@ def load_mask_file(path, size):
 
     Args:
         path: `.npy`, `.npz` with one array, `.pt` or `.pth` with one tensor (read weights-only): zeros and ones of
-            shape (S, S) or (..., S, S) with all channels equal.  Or any picture: white (>= 128 of 255) is known.
+            shape (S, S) or (..., S, S) with all channels equal.  Or any picture: white (>= 128 of 255) is known, black
+            and transparent (alpha 0) are to be filled; what is partly transparent is as if laid on black.
         size: S, pixels an edge of the images.
 
     Returns:
@@ -185,56 +189,83 @@ def load_mask_file(path, size):
     Raises:
         UserError: missing or unreadable file, another size, other values, or nothing known or nothing to fill.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))  # noqa: PTH111 (it never raises)
     if not path.is_file():
         raise UserError(f"there is no mask file {path}; check --mask_file_path")
-    read = _READERS.get(path.suffix.lower(), _read_picture)
+    read = _READERS.get(path.suffix.lower())
     try:
-        values = read(path)
+        values = read(path) if read else _read_picture(path, size)
     except UserError:
         raise
     except Exception as error:  # a damaged file can fail anywhere inside its reader
         raise UserError(
-            f"mask file {path} cannot be read ({_first_line(error)}); give a picture, a .npy, .npz, .pt or .pth file"
+            f"mask file {path} cannot be read ({first_line(error)}); give a picture, a .npy, .npz, .pt or .pth file"
         ) from error
     return _checked_mask(values, path, size)
 
 
-def _read_npy(path):
+def _read_array(path):
+    """The only array of an .npy or .npz file."""
     import numpy as np
 
-    return torch.from_numpy(np.asarray(np.load(path, allow_pickle=False)))
-
-
-def _read_npz(path):
-    import numpy as np
-
-    if not zipfile.is_zipfile(path):
-        raise ValueError("not an npz file")
-    with np.load(path, allow_pickle=False) as arrays:
-        if len(arrays.files) != 1:
-            raise UserError(f"mask file {path} holds {len(arrays.files)} arrays; it must hold one")
-        return torch.from_numpy(arrays[arrays.files[0]])
+    names = array_names(path)
+    if len(names) != 1:
+        raise UserError(f"mask file {path} holds {len(names)} arrays; it must hold one")
+    return torch.from_numpy(np.array(read_array(path, names[0], most=_MOST_BYTES)))
 
 
 def _read_torch(path):
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            claimed = sum(member.file_size for member in archive.infolist())
+        if claimed > _MOST_BYTES:
+            raise UserError(f"mask file {path} unpacks to {claimed / 1e9:.1f} GB; it must hold one tensor, the mask")
     values = torch.load(path, map_location="cpu", weights_only=True)
     if not torch.is_tensor(values):
         raise UserError(f"mask file {path} holds a {type(values).__name__}; it must hold one tensor")
     return values
 
 
-def _read_picture(path):
+def _read_picture(path, size):
+    """Which pixels of a picture are known, (S, S) bool, or its values where they are floats, which are then checked."""
     import numpy as np
     from PIL import Image
 
-    with Image.open(path) as picture:
+    with open_picture(read_file(path), path.suffix) as picture:
+        if picture.size != (size, size):  # before it is decoded, as it may be huge
+            shape = "x".join(map(str, picture.size))
+            raise UserError(f"mask file {path} is of size {shape}; the images are of {size}x{size} pixels")
+        picture.load()
+        if picture.mode == "F":
+            return torch.from_numpy(np.array(upright(picture)))
         if picture.mode.startswith("I"):  # 16-bit grey, which convert("L") would clip
-            return torch.from_numpy(np.array(picture).astype(np.int64) >= _WHITE * 257)
-        return torch.from_numpy(np.array(picture.convert("L")) >= _WHITE)
+            return _known(Image.fromarray(np.array(picture).astype(np.int32)), picture, path, 257)
+        grey = picture
+        if picture.has_transparency_data:
+            grey = picture.convert("RGBA")
+            grey = Image.alpha_composite(Image.new("RGBA", grey.size, "black"), grey)
+        return _known(grey.convert("L"), picture, path, 1)
 
 
-_READERS = {".npy": _read_npy, ".npz": _read_npz, ".pt": _read_torch, ".pth": _read_torch}
+def _known(grey, picture, path, scale):
+    """Which pixels of a grey picture are white, (S, S) bool; `picture` has the camera's notes.
+
+    Raises:
+        UserError: none is, but some are not black: they are numbers of another range, such as 0 and 1.
+    """
+    import numpy as np
+
+    values = torch.from_numpy(np.array(upright(grey, picture)))
+    least, most = values.aminmax()
+    if least < most < _WHITE * scale:
+        raise UserError(
+            f"mask file {path} has no white pixel: its values go up to {most} of {255 * scale}; known pixels are "
+            f"{_WHITE * scale} and above, so multiply the values by {255 * scale // max(int(most), 1)}"
+        )
+    return values >= _WHITE * scale
+
+
+_READERS = {".npy": _read_array, ".npz": _read_array, ".pt": _read_torch, ".pth": _read_torch}
 
 
 def _checked_mask(values, path, size):
@@ -252,7 +283,3 @@ def _checked_mask(values, path, size):
         what = "no pixel is to be filled (0)" if mask.max() == 1 else "no pixel is known (1)"
         raise UserError(f"in mask file {path} {what}; it needs both")
     return mask
-
-
-def _first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

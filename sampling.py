@@ -603,10 +603,34 @@ class Process:
         return self.steps * (1 + (0 if self.corrector is None else self.corrector.n_steps))
 
     def sample(self, model, noise, on_step=None):
-        """As the function `sample`."""
+        """As the function `sample`.
+
+        Raises:
+            UserError: see `check_sampling`.
+        """
+        self.check_sampling()
         if self.limits is not None:
             model = Denoiser(model, self.limits)
         return sample(model, self.sde, noise, times=self.times, on_step=on_step, **self._solvers())
+
+    def check_sampling(self):
+        """Refuses what only inpainting can use: samples start from noise at t = 1, and nothing of them is known.
+
+        Raises:
+            UserError: names the fields.
+        """
+        start, noiseless = round(self.times[0].item(), 4), self.predictor.probability_flow
+        found = {
+            f"t_start={start}": start != self.sde.T,
+            f"constraint={self.constraint}": self.constraint != "replace",
+            f"lift={self.lift}": self.lift != "mask",
+            "noise_removal=False": not self.denoise and (noiseless or isinstance(self.predictor, NoPredictor)),
+        }
+        if names := ", ".join(name for name, holds in found.items() if holds):
+            raise UserError(
+                f"samples cannot be drawn with config.sampling: {names}; give that to recon.py alone, and leave it out "
+                "here"
+            )
 
     def inpaint(self, model, data, mask, noise, on_step=None):
         """As the function `inpaint`."""
@@ -618,7 +642,7 @@ class Process:
 
 
 def create_process(config, sde, group=None):
-    """The `Process` of a config.
+    """The `Process` of a config, for the method pc.
 
     Args:
         config: `config.sampling` and `config.data.centered` are read.
@@ -629,8 +653,15 @@ def create_process(config, sde, group=None):
         UserError: unknown names, numbers out of range, or settings that do not go together.
     """
     options = config.sampling
+    if options.method.lower() != "pc":
+        raise UserError(f"config.sampling.method is {options.method}, which can only draw samples; set it to pc")
     _check(options, sde)
     _, corrector = create_solvers(config, sde, group)  # whose step size is that of the N steps trained on
+    if corrector is not None and isinstance(sde, VPSDE) and sde.betas[-1] >= 1:
+        raise UserError(
+            f"the corrector {options.corrector} needs config.model.num_scales above {sde.beta_max:g}, not {sde.N}: its "
+            "step is one of the discrete process; use more, or the corrector none"
+        )
     sde = sde.with_steps(options.steps or sde.N)
     predictor, _ = create_solvers(config, sde, group)
     if type(sde) is VPSDE and isinstance(predictor, (ReverseDiffusion, AncestralSampling)) and sde.betas[-1] >= 1:
@@ -653,37 +684,119 @@ def create_process(config, sde, group=None):
 
 
 def _check(options, sde):
-    """Refuses numbers out of range and settings that would have no effect."""
+    """Refuses numbers out of range and settings that do not go together, or would have no effect."""
     choose(options.constraint, dict.fromkeys(CONSTRAINTS), "constraint (config.sampling.constraint)")
     choose(options.lift, dict.fromkeys(LIFTS), "lift (config.sampling.lift)")
-    end = options.t_end or sde.eps
+    end, one_of_n = options.t_end or sde.eps, options.sampler == PUBLISHED
+    idle = one_of_n and options.predictor.lower() == "none" == options.corrector.lower()
     problems = {
         "steps must be 0 (the config's num_scales) or more": options.steps < 0,
         "returns must be 0 or more": options.returns < 0,
         "eta must lie between 0 and 1": not 0 <= options.eta <= 1,
         f"t_start and t_end must keep 0 < t_end < t_start <= {sde.T:g}": not 0 < end < options.t_start <= sde.T,
-        "eta goes with the sampler ddim": options.eta != 1 and options.sampler != "ddim",
-        "the lifts 'noise' and 'both' need t_start < 1, since nothing is left of an image at t = 1": options.lift
-        != "mask"
-        and options.t_start == sde.T,
+        "the predictor 'none' needs a corrector, or nothing would happen; choose either": idle,
     }
-    if options.sampler == PUBLISHED:
-        changed = [name for name, value in OWN_STEPS.items() if options[name] != value]
-        problems[f"{', '.join(changed)}: not with the published sampler; choose one of {', '.join(SAMPLERS)}"] = changed
     for problem, found in problems.items():
         if found:
             raise UserError(f"config.sampling: {problem}")
+    check_effects(options, sde)
+    if options.lift != "mask" and options.t_start == sde.T:
+        raise UserError(
+            "config.sampling: the lifts 'noise' and 'both' need t_start < 1, since nothing is left of an image at t = 1"
+        )
 
 
-# Fields of config.sampling for solvers whose steps have the width of the grid, with their defaults.
-OWN_STEPS = {
-    "time_grid": "uniform",
-    "t_start": 1.0,
-    "t_end": 0.0,
-    "constraint": "replace",
-    "returns": 0,
-    "lift": "mask",
+# Fields of config.sampling and the values that are no choice of the user's: the default, and those of published
+# configs, which stand there also where another field leaves them without effect.
+USUAL = {
+    "method": ("pc",),
+    "predictor": ("euler_maruyama", "reverse_diffusion", "ancestral_sampling"),
+    "corrector": ("none", "langevin"),
+    "n_steps_each": (1,),
+    "snr": (0.16, 0.075, 0.15, 0.17),
+    "noise_removal": (True,),
+    "probability_flow": (False,),
+    "sampler": (PUBLISHED,),
+    "steps": (0,),
+    "time_grid": ("uniform",),
+    "t_start": (1.0,),
+    "t_end": (0.0,),
+    "eta": (1.0,),
+    "constraint": ("replace",),
+    "returns": (0,),
+    "lift": ("mask",),
 }
+
+
+def without_effect(options, sde):
+    """Which fields of `config.sampling` the others leave without effect.
+
+    Args:
+        options: `config.sampling`.
+        sde: the SDE, whose N is the number of steps where `steps` is 0.
+
+    Returns:
+        dict: reason -> names of fields; a reason reads on after the names.
+    """
+    if options.method.lower() == "ode":
+        return {"not with the method 'ode', which has nothing to choose; set method=pc": [*USUAL][1:]}
+    own, flows = options.sampler != PUBLISHED, options.sampler == "euler"
+    rules = {
+        f"not with the published sampler; choose one of {', '.join(SAMPLERS)}": (
+            not own,
+            ["time_grid", "t_start", "t_end", "constraint", "returns", "lift"],
+        ),
+        f"not with the sampler {options.sampler}, which is a predictor itself and ends without noise": (
+            own,
+            ["predictor", "noise_removal"],
+        ),
+        f"not with the sampler {options.sampler}; choose euler, or ddim with eta=0": (
+            own and not flows,
+            ["probability_flow"],
+        ),
+        "not with the predictor 'none'": (not own and options.predictor.lower() == "none", ["probability_flow"]),
+        "eta goes with the sampler ddim": (options.sampler != "ddim", ["eta"]),
+        "not without a corrector; choose langevin or ald": (
+            options.corrector.lower() == "none",
+            ["n_steps_each", "snr"],
+        ),
+        "not with the lift 'noise', which holds no pixels": (own and options.lift == "noise", ["constraint"]),
+        "not with a single step": ((options.steps or sde.N) == 1, ["time_grid", "t_end", "eta", "returns"]),
+    }
+    return {reason: names for reason, (holds, names) in rules.items() if holds}
+
+
+def check_effects(options, sde):
+    """Refuses values of `config.sampling` that are not `USUAL` and have no effect.
+
+    Raises:
+        UserError: names the fields.
+    """
+    single = options.sampler != PUBLISHED and options.steps == 1  # of a preset, whose t_end nobody typed
+    spared = {"t_end"} if single else set()
+    _refuse_without_effect(options, sde, lambda name: name not in spared and options[name] not in USUAL[name])
+
+
+def _refuse_without_effect(options, sde, changed):
+    for reason, names in without_effect(options, sde).items():
+        if found := [name for name in names if changed(name)]:
+            raise UserError(f"config.sampling: {', '.join(found)}: {reason}")
+
+
+def check_typed(config, typed):
+    """Refuses what a command line sets in `config.sampling` and another setting leaves without effect.
+
+    A config file's own values may be without effect, as in published configs; what was typed is meant.
+
+    Args:
+        config: the config tree.
+        typed: paths of the fields that were set on the command line, such as "sampling.snr".
+
+    Raises:
+        UserError: names the fields.
+    """
+    names = {path.removeprefix("sampling.") for path in typed if path.startswith("sampling.")}
+    _refuse_without_effect(config.sampling, create_sde(config), lambda name: name in names)
 
 
 @torch.no_grad()

@@ -35,6 +35,8 @@ from models.score import ScoreModel
 
 META_CHECKPOINT = Path("checkpoints-meta") / "checkpoint.pth"
 AGREE_EVERY = 10  # steps between two questions whether a rank was interrupted
+FOLDERS = "checkpoints", "checkpoints-meta", "samples", "tensorboard"  # of training, in its work folder
+LEAST_DIVIDED, LARGEST_SHARE = 20, 1000  # images from which on some are held back, and the most that are
 _DIVERGED = (
     "training diverged; lower config.optim.lr and start again from the last checkpoint (nothing was overwritten)"
 )
@@ -59,6 +61,7 @@ class Trainer:
         self.config, self.workdir, self.device = config, Path(workdir), device
         self.data_root, self.workers = data_root, workers
         self.ranks, self.share = ranks, ranks.share(config.training.batch_size)
+        self._divided = False  # whether the user knows how the images are divided
         if 1 <= config.training.batch_size < ranks.world_size:
             raise UserError(
                 f"a batch of {config.training.batch_size} images cannot be shared by {ranks.world_size} processes; "
@@ -71,12 +74,37 @@ class Trainer:
         self.shared_model = ScoreModel(ranks.wrap(net), self.sde, config.training.continuous)  # for training steps
         self.loss = losses.create_loss(config, self.sde)
         self.state = losses.create_state(config, net)
+        self.trained_on = None  # what the checkpoints say of the training images, see `storage.write_checkpoint`
 
     def images(self, split, check=True):
-        """The config's data set: the 'train' or the 'test' split; `check` as in `datasets.load`."""
+        """The config's images to train on ('train') or to measure the loss on ('test').
+
+        The latter are those of data.test_dataset where it is set, else a named set's test split, else a share of the
+        user's own images that is held back from training (`held_back`), else, of a few images, all of them.  How images
+        were divided is told once.
+
+        Args:
+            split: 'train' or 'test'.
+            check: as in `datasets.load`; images that are divided are never checked, so that training and evaluation
+                divide them alike.
+        """
+        data = self.config.data
+        own_test = data.get("test_dataset", "")
+        if own_test or datasets.has_test_split(data.dataset, self.data_root, data.get("category")):
+            return self._load(own_test if own_test and split == "test" else data.dataset, split, check)
+        images = self._load(data.dataset, split, check=False)
+        held = held_back(len(images))  # (B,)
+        self._tell_division(images.name, len(held), len(images))
+        if not len(held):
+            return images
+        kept = torch.ones(len(images), dtype=torch.bool)
+        kept[held] = False
+        return datasets.part(images, held if split == "test" else kept.nonzero().flatten())
+
+    def _load(self, source, split, check):
         data = self.config.data
         return datasets.load(
-            data.dataset,
+            source,
             split=split,
             image_size=data.image_size,
             num_channels=data.num_channels,
@@ -85,6 +113,21 @@ class Trainer:
             category=data.get("category"),
             check=check,
         )
+
+    def _tell_division(self, name, held, count):
+        if self._divided:
+            return
+        self._divided = True
+        if held:
+            say(
+                f"'{name}': {held} of the {count} images are held back from training for the test loss; "
+                "config.data.test_dataset names other test images"
+            )
+        else:
+            say(
+                f"'{name}': {count} images are too few to hold some back, so the test loss is of the training images; "
+                "config.data.test_dataset names test images"
+            )
 
     def batches(self, split):
         """Shuffled batches of a split; flips and dequantisation in training alone."""
@@ -140,18 +183,42 @@ class Trainer:
         """Writes a checkpoint under the work folder.
 
         Raises:
-            UserError: a weight is not finite; nothing is written.
+            UserError: a number is not finite; nothing is written.
         """
-        if not all(parameter.isfinite().all() for parameter in self.state.net.parameters()):
-            raise UserError(f"the weights are NaN or infinite after step {self.state.step - 1}: {_DIVERGED}")
-        storage.write_checkpoint(self.workdir / path, self.state, to_dict(self.config), self.config.seed)
+        if broken := losses.not_finite(self.state):
+            raise UserError(f"{' and '.join(broken)} are NaN or infinite after step {self.state.step - 1}: {_DIVERGED}")
+        tree, seed = to_dict(self.config), self.config.seed
+        storage.write_checkpoint(self.workdir / path, self.state, tree, seed, self.trained_on)
 
     def resume(self):
         """Continues from the work folder's meta checkpoint if there is one; returns whether."""
         path = self.workdir / META_CHECKPOINT
         if path.is_file():
-            storage.restore_state(path, self.state, to_dict(self.config), self.config.seed)
+            self.trained_on = storage.restore_state(path, self.state, to_dict(self.config), self.config.seed)
         return path.is_file()
+
+    def check_images(self, images):
+        """Notes the training images for the checkpoints; refuses others than the checkpoint resumed from names."""
+        here = {
+            "fingerprint": images.fingerprint,
+            "images": len(images),
+            "source": str(self.config.data.dataset),
+        }
+        storage.check_data(self.workdir / META_CHECKPOINT, self.trained_on, here)
+        self.trained_on = here
+
+
+def held_back(count):
+    """Which of a user's own images are kept from training for the test loss: a tenth, evenly spread, 1000 at most.
+
+    Args:
+        count: the number of images.
+
+    Returns:
+        (B,) int64, rising; none of fewer than 20 images.
+    """
+    share = min(count // 10, LARGEST_SHARE) if count >= LEAST_DIVIDED else 0
+    return (2 * torch.arange(share) + 1) * count // max(2 * share, 1)  # the middles of as many equal pieces
 
 
 class _EMAWeights:
@@ -189,26 +256,64 @@ def train(config, workdir, device, data_root, workers=None, ranks=ALONE):
         ranks: the processes that train together; all of them call this.
 
     Raises:
-        UserError: bad config or data, a checkpoint that does not fit, or a loss that is not finite.
+        UserError: bad config or data, a checkpoint that does not fit or is of other images or settings, or a loss that
+            is not finite.
     """
     trainer = Trainer(config, workdir, device, data_root, workers, ranks)
-    resumed = trainer.resume()
+    found, resumed = _stamp(trainer), trainer.resume()
     first, last = trainer.state.step, config.training.n_iters
     ranks.check_same(first, "checkpoints")
     if first > last:
         say(f"already trained: {trainer.workdir / META_CHECKPOINT} is at step {first - 1} of {last}")
         return
     if config.training.snapshot_sampling:
-        _sampler(config, trainer.sde)  # what cannot be sampled is told before the first step
-    train_batches, test_batches, log = ranks.in_turn(lambda: trainer.batches("train")), None, None
+        create_sampler(config, trainer.sde)  # what cannot be sampled is told before the first step
+    train_batches = ranks.in_turn(lambda: trainer.batches("train"))
     ranks.check_same(len(train_batches.images), "training images")
+    ranks.on_main(lambda: trainer.check_images(train_batches.images))
+    with _owning(trainer, found):
+        _train(trainer, train_batches, resumed)
+    say(f"trained: checkpoints are in {trainer.workdir / 'checkpoints'}, the log in {trainer.workdir / 'stdout.txt'}")
+
+
+def _stamp(trainer):
+    """What changes when the meta checkpoint is written: its number in the file system and its time, or None."""
+    path = trainer.workdir / META_CHECKPOINT
+    return (path.stat().st_ino, path.stat().st_mtime_ns) if path.is_file() else None
+
+
+@contextlib.contextmanager
+def _owning(trainer, found):
+    """Within it no other training writes to the work folder.
+
+    Args:
+        trainer: a `Trainer`.
+        found: the meta checkpoint's `_stamp` before it was read.
+
+    Raises:
+        UserError: another run writes there, or wrote there since.
+    """
+    with contextlib.ExitStack() as stack:
+        with trainer.ranks.together():
+            if trainer.ranks.is_main:
+                stack.enter_context(files.owned(trainer.workdir))
+                if _stamp(trainer) != found:
+                    raise UserError(f"another run trained in {trainer.workdir} just now; start this one again")
+        yield
+
+
+def _train(trainer, train_batches, resumed):
+    """The loop of `train`, from the trainer's step to the last."""
+    ranks, first, last = trainer.ranks, trainer.state.step, trainer.config.training.n_iters
+    test_batches, log = None, None
     with ranks.together():
         if ranks.is_main:
-            test_batches, log = trainer.batches("test"), Log(trainer.workdir, first)
+            test_batches = trainer.batches("test") if trainer.config.training.eval_freq else None
+            log = Log(trainer.workdir, first)
             log.line(_headline(trainer, len(train_batches.images), first if resumed else None))
     bar = progress(total=last + 1, initial=first, unit="step", desc="training")
     try:
-        with _noted_interrupt() as interrupted, inference.arithmetic(inference.training_precision(device)):
+        with _noted_interrupt() as interrupted, inference.arithmetic(inference.training_precision(trainer.device)):
             for step in range(first, last + 1):
                 value = trainer.train_step(train_batches.batch(step))
                 bar.update()
@@ -222,7 +327,6 @@ def train(config, workdir, device, data_root, workers=None, ranks=ALONE):
             if count := len(train_batches.images.skipped):
                 log.line(f"images left out because they could not be used: {count}")
             log.close()
-    say(f"trained: checkpoints are in {trainer.workdir / 'checkpoints'}, the log in {trainer.workdir / 'stdout.txt'}")
 
 
 @contextlib.contextmanager
@@ -268,11 +372,12 @@ def _headline(trainer, images, resumed_at):
 def _due(training, step):
     """What follows a step, for `config.training`: a set of 'log', 'evaluate', 'snapshot' and 'preemption'."""
     final = step == training.n_iters
+    every = lambda frequency: frequency > 0 and step % frequency == 0  # 0 is never
     table = {
-        "log": step % training.log_freq == 0,
-        "evaluate": step % training.eval_freq == 0,
-        "snapshot": final or (step and step % training.snapshot_freq == 0),
-        "preemption": final or (step and step % training.snapshot_freq_for_preemption == 0),
+        "log": every(training.log_freq),
+        "evaluate": every(training.eval_freq),
+        "snapshot": final or (step and every(training.snapshot_freq)),
+        "preemption": final or (step and every(training.snapshot_freq_for_preemption)),
     }
     return {name for name, now in table.items() if now}
 
@@ -298,9 +403,11 @@ def _write_due(trainer, log, test_batches, step, value, due):
         with trainer.with_ema():
             log.scalar("eval_loss", trainer.loss_on(test_batches.batch(step), "eval", step), step)
     if "snapshot" in due:
-        trainer.save(Path("checkpoints") / f"checkpoint_{step // training.snapshot_freq}.pth")
+        number = step // training.snapshot_freq if training.snapshot_freq else 1  # the last step's alone
+        trainer.save(Path("checkpoints") / f"checkpoint_{number}.pth")
         if training.snapshot_sampling:
             with trainer.with_ema():
+                files.mark(trainer.workdir / "samples")
                 folder = trainer.workdir / "samples" / f"iter_{step}"
                 write_samples(folder, draw_samples(trainer, training.batch_size, step))
             log.line(f"samples of step {step} are in {folder}")
@@ -315,9 +422,13 @@ class Log:
         from torch.utils.tensorboard import SummaryWriter
 
         try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            self.file = (workdir / "stdout.txt").open("a", encoding="utf-8")
+            self.file = files.open_own(workdir / "stdout.txt")
             self.writer = SummaryWriter(workdir / "tensorboard", purge_step=first_step or None)
+        except UnicodeEncodeError:
+            self.writer = None
+            console.warn(
+                f"TensorBoard cannot write below {workdir}, whose name is no UTF-8; stdout.txt has its numbers"
+            )
         except OSError as error:
             raise UserError(f"cannot write to {workdir}: {error.strerror}; {console.remedy(error)}") from error
 
@@ -330,11 +441,13 @@ class Log:
     def scalar(self, name, value, step):
         """Writes `step: N, name: value`."""
         self.line(f"step: {step}, {name}: {value:.5e}")
-        self.writer.add_scalar(name, value, step)
+        if self.writer:
+            self.writer.add_scalar(name, value, step)
 
     def close(self):
         """Flushes and closes the files."""
-        self.writer.close()
+        if self.writer:
+            self.writer.close()
         self.file.close()
 
 
@@ -347,7 +460,7 @@ def draw_samples(trainer, count, word, first=0):
     Each is keyed by the seed, `word` (a step, or what the samples are for) and its number.
     """
     config, sde = trainer.config, trainer.sde
-    sample = _sampler(config, sde)
+    sample = create_sampler(config, sde)
     shape = (config.data.num_channels, config.data.image_size, config.data.image_size)
     numbers = torch.arange(first, first + count)
     keys = noise.image_keys(noise.key(config.seed, word, "samples"), numbers, reps=[0])
@@ -355,18 +468,18 @@ def draw_samples(trainer, count, word, first=0):
     return datasets.to_data_range(sample(trainer.model, source), config.data.centered)
 
 
-def _sampler(config, sde):
+def create_sampler(config, sde):
     """The config's way of sampling: called as sample(model, noise), gives images in the model's range.
 
     Raises:
         UserError: an unknown method or solver, or a solver that the SDE does not have.
     """
-    samplers = {"pc": _predictor_corrector, "ode": _probability_flow}
-    return choose(config.sampling.method.lower(), samplers, "method (config.sampling.method)")(config, sde)
+    return choose(config.sampling.method.lower(), METHODS, "method (config.sampling.method)")(config, sde)
 
 
 def _predictor_corrector(config, sde):
     process = sampling.create_process(config, sde)
+    process.check_sampling()
 
     def sample(model, noise):
         with progress(total=process.steps, unit="step", desc="sampling", leave=False) as bar:
@@ -376,7 +489,11 @@ def _predictor_corrector(config, sde):
 
 
 def _probability_flow(config, sde):
+    sampling.check_effects(config.sampling, sde)
     return lambda model, noise: sampling.sample_ode(model, sde, noise(0, "prior") * sde.prior_std)[0]
+
+
+METHODS = {"pc": _predictor_corrector, "ode": _probability_flow}  # config.sampling.method
 
 
 def to_pixels(images):

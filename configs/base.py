@@ -4,10 +4,16 @@ A config is this tree updated by the parts it is built of (presets.py).  The val
 32x32 configs; `ABSENT` marks a field that a part has to give, or that only some configs have.
 
 Types matter on the command line: `--config.training.batch_size=64` replaces an int by an int, a float field also takes
-`50`, a tuple is written `--config.model.ch_mult="(1,2,2)"`.
+`50`, a tuple is written `--config.model.ch_mult="(1,2,2)"`.  The ranges and choices are in `fields.py`.
 """
 
+import difflib
+
 from ml_collections import ConfigDict
+from ml_collections.config_flags import config_flags
+
+from configs.fields import FIELDS, NEEDED_WITH, OPTIONAL, check_value
+from console import UserError
 
 ABSENT = object()
 
@@ -16,6 +22,7 @@ TREE = {
     "device": "auto",  # auto (the GPU if there is one), cpu, cuda or cuda:i
     "data": {
         "dataset": ABSENT,  # a name in the table of datasets.py, or the path of your own images
+        "test_dataset": "",  # the test images, named like dataset; empty: a named set's own, else a share held back
         "category": ABSENT,  # LSUN: which of its categories
         "tfrecords_path": ABSENT,  # the publishers' own TFRecords; kept as published, not read
         "image_size": 32,  # height and width in pixels
@@ -65,6 +72,7 @@ TREE = {
         "reduce_mean": True,  # average the loss over pixels; else half the sum
         "batch_size": 128,
         "n_iters": 1300001,  # the last step's number
+        # the next four: 0 for never (the last step is saved all the same, as checkpoint_1 if snapshot_freq is 0)
         "log_freq": 50,  # steps between lines of the log
         "eval_freq": 100,  # steps between losses on a test batch
         "snapshot_freq": 10000,  # steps between numbered checkpoints
@@ -83,10 +91,10 @@ TREE = {
         "sampler": "published",  # published (the predictor above), euler, ddim, dpmpp_2m or sde_dpmpp_2m
         "steps": 0,  # steps of the predictor; 0: model.num_scales
         "time_grid": "uniform",  # times even in t (uniform), in ln(alpha / std) (lambda), or in sqrt(t) (quadratic)
-        "t_start": 1.0,  # the first time
+        "t_start": 1.0,  # the first time; below 1 in recon.py alone
         "t_end": 0.0,  # the last time; 0: 1e-3, for VE 1e-5
         "eta": 1.0,  # ddim: share of fresh noise, from 0 (deterministic) to 1 (ancestral)
-        "constraint": "replace",  # how known pixels are held: in the state (replace), in the predicted image (project)
+        "constraint": "replace",  # how recon.py holds known pixels: in the state (replace), the prediction (project)
         "returns": 0,  # how often each step is taken back and repeated (RePaint)
         "lift": "mask",  # what recon.py takes from an image: mask, noise (to t_start), or both
     },
@@ -136,3 +144,88 @@ def _convert(value, sequence):
     if isinstance(value, (dict, ConfigDict)):
         return {name: _convert(field, sequence) for name, field in value.items()}
     return sequence(value) if isinstance(value, (list, tuple)) else value
+
+
+def typed(flag):
+    """The paths, such as "sampling.snr", of the fields that a command line set; `flag` is `FLAGS["config"]`."""
+    return set(config_flags.get_override_values(flag))
+
+
+# ------------------------------------------------------------------------------------------------------- checking
+
+
+def check(config):
+    """Holds a whole config against `fields.FIELDS`, before anything is made from it.
+
+    Args:
+        config: what a config file's `get_config()` returned, with its overrides.
+
+    Raises:
+        UserError: a section or field is missing or unknown (the nearest name is given), a value is of another type, out
+            of range, not finite or none of the choices, or two values contradict each other.
+    """
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"get_config() of the config file gave a {type(config).__name__}; have it return a ConfigDict")
+    values = {}
+    for name, kind in FIELDS.items():
+        if name not in config:
+            raise UserError(f"the config lacks config.{name}; add it (configs/base.py lists all fields)")
+        if not isinstance(kind, dict):
+            values[name] = config[name]
+            continue
+        if not isinstance(config[name], ConfigDict):
+            raise UserError(f"config.{name} is {config[name]!r}; it must be a section of fields as in configs/base.py")
+        values |= {f"{name}.{field}": value for field, value in config[name].items()}
+    kinds = _flat(FIELDS)
+    for path in [*values, *(name for name in config if name not in FIELDS)]:
+        if path not in kinds:
+            raise UserError(f"the config has an unknown field config.{path}{_nearest(path, kinds)}")
+    for path in kinds:
+        if path in values:
+            check_value(f"config.{path}", values[path], kinds[path])
+        elif _flat(TREE)[path] is not ABSENT and path not in OPTIONAL:
+            raise UserError(f"the config lacks config.{path}; add it (usually {_flat(TREE)[path]!r})")
+    _check_together(values)
+
+
+def _flat(tree):
+    """Nested sections as one dict: path, such as "model.nf", -> value."""
+    flat = {name: value for name, value in tree.items() if not isinstance(value, dict)}
+    sections = {name: value for name, value in tree.items() if isinstance(value, dict)}
+    return flat | {f"{name}.{field}": value for name, section in sections.items() for field, value in section.items()}
+
+
+def _nearest(path, kinds):
+    """What to add to a message about an unknown field: the field that was probably meant."""
+    section, _, name = path.rpartition(".")
+    names = [known.rpartition(".")[2] for known in kinds]
+    close = [name, *difflib.get_close_matches(name, names)]
+    found = [known for guess in close for known in kinds if known.rpartition(".")[2] == guess]
+    guess = sorted(found, key=lambda known: known.rpartition(".")[0] != section)[:1]  # rather in its own section
+    return f"; did you mean config.{guess[0]}?" if guess else "; remove it (configs/base.py lists all fields)"
+
+
+def _check_together(values):
+    """Refuses values that are fine by themselves and contradict each other; `values` path -> value."""
+    for path, causes, needed in NEEDED_WITH:
+        if (cause := values.get(path)) in causes or (isinstance(cause, str) and cause.lower() in causes):
+            for name in needed:
+                if name not in values:
+                    raise UserError(f"the config lacks config.{name}, which config.{path}={cause} needs; add it")
+    _check_order(values, "model.sigma_min", "model.sigma_max", strictly=True)
+    _check_order(values, "model.beta_min", "model.beta_max")
+    _check_order(values, "eval.begin_ckpt", "eval.end_ckpt")
+    scales, largest = values["model.num_scales"], values.get("model.beta_max", 0)
+    if values["training.sde"].lower() == "vpsde" and not values["training.continuous"] and scales <= largest:
+        raise UserError(
+            f"config.model.num_scales is {scales}; discrete training on the VP SDE needs more than {largest:g} "
+            "(config.model.beta_max)"
+        )
+
+
+def _check_order(values, first, second, strictly=False):
+    low, high = values.get(first), values.get(second)
+    if low is None or high is None or low < high or (low == high and not strictly):
+        return
+    wanted = "below" if strictly else "at most"
+    raise UserError(f"config.{first} is {low}; it must be {wanted} config.{second}, which is {high}")

@@ -99,7 +99,7 @@ def _layers(bundle, scope):
 
 def _number(layer):
     """3 of base_model/conv2d_3; the first has none: 0."""
-    found = re.search(r"_(\d+)$", layer)
+    found = re.search(r"_(\d{1,9})$", layer)
     return int(found.group(1)) if found else 0
 
 

@@ -6,6 +6,7 @@ tensorflow/core/protobuf/tensor_bundle.proto: under the empty key a header, unde
 name where its bytes lie in `PREFIX.data-0000i-of-0000n`.  Every block and tensor carries a CRC-32C.
 """
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from console import UserError
 
 MAGIC = 0xDB4775248B80FB57
 _FOOTER, _TRAILER = 48, 5  # bytes; a block's trailer: one byte of compression, four of checksum
+_LARGEST_INDEX = 1 << 26  # bytes; those of SimCLRv2 have some thousands
 DTYPES = {1: "<f4", 2: "<f8", 3: "<i4", 9: "<i8", 19: "<f2"}  # tensorflow/core/framework/types.proto
 
 
@@ -44,7 +46,7 @@ class Bundle:
         """
         self.prefix = str(prefix)
         try:
-            rows = dict(_table(Path(f"{prefix}.index").read_bytes()))
+            rows = dict(_table(_index(Path(f"{prefix}.index"))))
             header = _message(rows.pop(b""))
             self.entries = {name.decode(): _entry(_message(value)) for name, value in rows.items()}
         except OSError as error:
@@ -55,6 +57,8 @@ class Bundle:
         if header.get(2, [0])[0]:
             raise UserError(f"{prefix}.index is of a big-endian machine, which is not supported")
         self.shards = header.get(1, [1])[0]
+        if not isinstance(self.shards, int) or not 1 <= self.shards < 1 << 16:
+            raise UserError(f"{prefix}.index is damaged (its number of shards); copy it again")
 
     def read(self, name):
         """The variable `name` as an array, checked against its checksum.
@@ -65,17 +69,26 @@ class Bundle:
         entry = self.entries[name]
         path = Path(f"{self.prefix}.data-{entry.shard:05d}-of-{self.shards:05d}")
         dtype = np.dtype(DTYPES.get(entry.dtype, "V0"))
-        if entry.size != dtype.itemsize * int(np.prod(entry.shape)):  # the whole of a partitioned variable has no size
+        expected = dtype.itemsize * math.prod(entry.shape)
+        if not entry.size or entry.size != expected:  # the whole of a partitioned variable has no size
             raise UserError(f"{path}: {name} is partitioned or of a type that is not supported (number {entry.dtype})")
         try:
+            fits = entry.offset + entry.size <= path.stat().st_size  # a false size would be made room for
             with path.open("rb") as file:
-                file.seek(entry.offset)
-                data = file.read(entry.size)
+                file.seek(entry.offset if fits else 0)
+                data = file.read(entry.size if fits else 0)
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}; it belongs to {self.prefix}.index") from error
         if len(data) != entry.size or _masked(crc32c(data)) != entry.checksum:
             raise UserError(f"{path} is truncated or damaged (at {name}); copy it again")
         return np.frombuffer(data, dtype).reshape(entry.shape)
+
+
+def _index(path):
+    """The bytes of an index file."""
+    if path.stat().st_size > _LARGEST_INDEX:
+        raise ValueError(f"it has more than {_LARGEST_INDEX:,} bytes")
+    return path.read_bytes()
 
 
 def _table(data):
@@ -84,8 +97,12 @@ def _table(data):
         raise ValueError("its last bytes are not a table's")
     _, _, at = _handle(data, len(data) - _FOOTER)  # the metaindex, which checkpoints leave empty
     offset, size, _ = _handle(data, at)
+    end = 0
     for _, handle in _block(data, offset, size):
         offset, size, _ = _handle(handle, 0)
+        if offset < end:
+            raise ValueError("its blocks overlap")
+        end = offset + size
         yield from _block(data, offset, size)
 
 
@@ -123,6 +140,8 @@ def _varint(data, at):
     end = at
     while data[end] > 127:
         end += 1
+        if end - at > 9:
+            raise ValueError("a number has more than ten bytes")
     return sum((byte & 127) << 7 * k for k, byte in enumerate(data[at : end + 1])), end + 1
 
 
@@ -150,7 +169,10 @@ def _entry(fields):
     first = lambda number, default=0: fields.get(number, [default])[0]
     dims = _message(first(2, b"")).get(2, [])  # TensorShapeProto.dim
     shape = tuple(_message(dim).get(1, [0])[0] for dim in dims)
-    return Entry(shape, first(1), first(3), first(4), first(5), first(6))
+    entry = Entry(shape, first(1), first(3), first(4), first(5), first(6))
+    if len(shape) > 8 or not all(isinstance(value, int) for value in (*shape, *entry[1:])):
+        raise ValueError("a variable has more than eight axes, or text where numbers belong")
+    return entry
 
 
 def crc32c(data):

@@ -1,13 +1,14 @@
 """Weight files of the learned distances: fetched, read weights-only, written completely or not at all."""
 
-import contextlib
 import http.client
-import os
+import io
 import sys
 from pathlib import Path
 
 import torch
 
+import files
+import tensor_files
 from console import UserError, download_timeout, warn
 
 
@@ -50,38 +51,50 @@ def read(path, what, remedy):
         what: what the user would call it, in the plural ("the AlexNet weights").
         remedy: what to do about a damaged file.
 
+    Returns:
+        The content.  Tensors that are its values, or the values of tables in it, are floating-point and finite, or
+        counts.
+
     Raises:
-        UserError: the file cannot be read, is damaged, or holds pickled code.
+        UserError: the file cannot be read, is damaged, holds pickled code, or tensors of another kind.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = tensor_files.read_torch(path)
+        _check(content)
     except PermissionError as error:
         raise UserError(f"{what} {path} may not be read; change the file's permissions") from error
-    except Exception as error:  # a damaged file can fail anywhere inside the reader
-        raise UserError(f"{what} {path} are damaged, or hold more than tensors and are not loaded; {remedy}") from error
+    except (tensor_files.WrongFile, OSError) as error:
+        reason = f"the file cannot be read: {error.strerror}" if isinstance(error, OSError) else f"the file {error}"
+        raise UserError(
+            f"{what} {path} are damaged, or hold more than tensors and are not loaded ({reason}); {remedy}"
+        ) from error
+    return content
+
+
+def _check(content):
+    for name, value in content.items() if isinstance(content, dict) else ():
+        if isinstance(value, dict):
+            for inner, tensor in value.items():
+                _check_tensor(inner, tensor)
+        else:
+            _check_tensor(name, value)
+
+
+def _check_tensor(name, value):
+    counts = torch.is_tensor(value) and value.dtype is torch.int64 and value.numel() == 1
+    if torch.is_tensor(value) and not counts and not (tensor_files.is_plain(value) and tensor_files.is_finite(value)):
+        raise tensor_files.WrongFile(f"holds {name} of another type, or numbers that are not finite")
 
 
 def write(path, value):
-    """`torch.save` to a temporary file beside `path`, then renamed; makes parent folders.
+    """`torch.save` to `path`, completely or not at all; makes parent folders.
 
     Raises:
         UserError: the folder cannot be written or the disk is full; nothing is left behind.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            torch.save(value, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch's writer tells a full disk as a RuntimeError
-        reason = str(error).splitlines()[0]
-        raise UserError(f"cannot write {path}: {reason}; free some space or choose another place") from error
-    finally:
-        with contextlib.suppress(OSError):  # it is not there after success, nor where its folder is none
-            temporary.unlink()
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    files.write_bytes(path, buffer.getbuffer())
 
 
 def differences(found, expected):

@@ -19,10 +19,12 @@ and inside these the names of `PARTS`.  A projection's `weight` (out, in), or (o
 """
 
 import json
+import math
 from pathlib import Path
 
 import torch
 
+import tensor_files
 from configs import presets
 from console import UserError
 from models import layers
@@ -75,6 +77,8 @@ SCHEDULE_FIXED = {
     "rescale_betas_zero_snr": (False, [False]),
 }
 SCHEDULE_FREE = {"beta_start": 1e-4, "beta_end": 2e-2, "num_train_timesteps": 1000}
+
+_LARGEST_JSON = 1 << 20  # bytes
 
 ATTENDED = {"DownBlock2D": False, "AttnDownBlock2D": True}
 UP = {"DownBlock2D": "UpBlock2D", "AttnDownBlock2D": "AttnUpBlock2D"}
@@ -137,30 +141,20 @@ def weights_path(folder):
     raise UserError(f"there is no {WEIGHTS} in {path.parent}; copy it beside {CONFIG}")
 
 
-def read_safetensors(path):
-    """The tensors by name, on the CPU, and the text metadata of a safetensors file.
-
-    Raises:
-        UserError: the file is missing or damaged.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
-        raise UserError(f"there is no checkpoint at {path}; check the path")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"checkpoint {path} is damaged or truncated; copy or make it again") from error
-
-
 def read_weights(folder):
     """Diffusers' name -> tensor, under the names of now, of a diffusers folder.
 
     Raises:
-        UserError: the file of weights is missing or damaged.
+        UserError: the file of weights is missing or damaged, or holds two weights of one name.
     """
-    weights, _ = read_safetensors(weights_path(folder))
+    path = weights_path(folder)
+    try:
+        weights, _ = tensor_files.read_safetensors(path)
+    except (tensor_files.WrongFile, OSError) as error:
+        reason = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else error
+        raise UserError(f"{path}: it {reason}; copy it again") from error
+    if len({_name_of_now(name) for name in weights}) < len(weights):
+        raise UserError(f"{path} holds a weight under its old and its new name; copy the folder again")
     return {_name_of_now(name): value for name, value in weights.items()}
 
 
@@ -170,6 +164,11 @@ def _name_of_now(name):
     return name
 
 
+def is_folder(path):
+    """Whether a folder is one of diffusers' weights, or seems to be."""
+    return (_network_folder(path) / CONFIG).exists() or (_network_folder(path) / WEIGHTS).exists()
+
+
 def _network_folder(folder):
     inner = Path(folder) / "unet"
     return inner if (inner / CONFIG).is_file() else Path(folder)
@@ -177,12 +176,20 @@ def _network_folder(folder):
 
 def _read_json(path):
     try:
-        content = json.loads(path.read_text())
+        if path.stat().st_size > _LARGEST_JSON:
+            raise UserError(f"{path} is too large for a config ({path.stat().st_size:,} bytes); copy it again")
+        content = tensor_files.parse_json(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read or is no JSON; copy it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is no table of names and values; copy it again")
     return content
+
+
+def _shown(value):
+    """A value of the file as short text."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 # -------------------------------------------------------------------------------------------------------- the config
@@ -200,15 +207,17 @@ def read_config(folder):
         raise UserError(f"there is no {CONFIG} in {folder}, so it is no folder of diffusers weights; check the path")
     content = _read_json(path)
     if content.get("_class_name") != "UNet2DModel":
-        raise UserError(f"{path} is of a {content.get('_class_name')}; only a UNet2DModel can be used as a DDPM")
+        raise UserError(
+            f"{path} is of a {str(content.get('_class_name'))[:40]}; only a UNet2DModel can be used as a DDPM"
+        )
     fields = _fields(path, content, FIXED, FREE)
-    unknown = [name for name in content if name not in {**FIXED, **FREE} and name[0] != "_" and content[name]]
+    unknown = [name for name in content if name not in {**FIXED, **FREE} and name[:1] != "_" and content[name]]
     if unknown:
-        raise UserError(f"{path} has a field that this program does not know: {unknown[0]}")
+        raise UserError(f"{path} has a field that this program does not know: {unknown[0][:40]}; use other weights")
     try:
         part = {**_network_part(path, fields), **_schedule_part(inner)}
-    except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
-        raise UserError(f"{path} has values of a wrong type or number ({error}); copy it again") from error
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+        raise UserError(f"{path} has values of a wrong type or number ({str(error)[:80]}); copy it again") from error
     return presets.build(presets.DDPM, presets.VP_DISCRETE, part)
 
 
@@ -218,7 +227,7 @@ def _fields(path, content, fixed, free):
         value = content.get(name, default)
         if value not in possible:
             raise UserError(
-                f"{path}: {name} is {json.dumps(value)}, which this program's DDPM cannot express; it has "
+                f"{path}: {name} is {_shown(value)}, which this program's DDPM cannot express; it has "
                 f"{' or '.join(map(json.dumps, possible))}"
             )
     return {name: content.get(name, default) for name, default in free.items()}
@@ -227,10 +236,11 @@ def _fields(path, content, fixed, free):
 def _network_part(path, fields):
     """The part of a config tree that fields of config.json say, after checking them."""
     channels, levels, size = fields["block_out_channels"], fields["down_block_types"], _edge(fields["sample_size"])
+    _check_types(fields)
     for name, met, has in _requirements(fields, channels, levels, size):
         if not met:
             raise UserError(
-                f"{path}: {name} is {json.dumps(fields[name])}, which this program's DDPM cannot express; it has {has}"
+                f"{path}: {name} is {_shown(fields[name])}, which this program's DDPM cannot express; it has {has}"
             )
     return {
         "data.image_size": size,
@@ -244,11 +254,34 @@ def _network_part(path, fields):
     }
 
 
+def _check_types(fields):
+    """Raises TypeError or ValueError for fields of config.json that are no numbers or lists of what they should be."""
+    channels, levels, dropout = fields["block_out_channels"], fields["down_block_types"], fields["dropout"]
+    if not isinstance(channels, list) or not isinstance(levels, list) or not 1 <= len(channels) <= 12:
+        raise TypeError("block_out_channels and down_block_types are lists of 1 to 12 levels")
+    if not all(_is_count(c, 1 << 16) for c in channels):
+        raise ValueError(f"block_out_channels are whole numbers from 1 to {1 << 16}")
+    if fields["layers_per_block"] != 0 and not _is_count(fields["layers_per_block"], 64):
+        raise ValueError("layers_per_block is a whole number from 1 to 64")
+    if not all(type(fields[name]) is int for name in ("in_channels", "out_channels")):
+        raise TypeError("in_channels and out_channels are whole numbers")
+    if not isinstance(fields["center_input_sample"], bool) or not _is_number(dropout) or not 0 <= dropout <= 1:
+        raise ValueError("center_input_sample is true or false, and dropout a number from 0 to 1")
+
+
+def _is_count(value, most):
+    return type(value) is int and 1 <= value <= most
+
+
+def _is_number(value):
+    return type(value) in (int, float) and abs(value) < 1e9 and math.isfinite(value)
+
+
 def _edge(size):
     """The edge of square images that a `sample_size`, a number or a pair, says; None for others."""
-    if isinstance(size, list) and len(set(size)) == 1:
+    if isinstance(size, list) and len(size) == 2 and size[0] == size[1]:
         size = size[0]
-    return size if isinstance(size, int) and size > 0 else None
+    return size if _is_count(size, 1 << 14) else None
 
 
 def _requirements(fields, channels, levels, size):
@@ -275,6 +308,10 @@ def _schedule_part(inner):
     path = next((path for path in candidates if path.is_file()), None)
     fields = _fields(path, _read_json(path), SCHEDULE_FIXED, SCHEDULE_FREE) if path else SCHEDULE_FREE
     steps = fields["num_train_timesteps"]
+    if not _is_count(steps, 10**6) or not all(_is_number(fields[f"beta_{end}"]) for end in ("start", "end")):
+        raise ValueError("num_train_timesteps, beta_start and beta_end of the scheduler are numbers")
+    if not 0 < fields["beta_start"] <= fields["beta_end"] < 1:
+        raise ValueError("beta_start and beta_end of the scheduler lie between 0 and 1")
     return {
         "model.num_scales": steps,
         "model.beta_min": round(fields["beta_start"] * steps, 12),  # rounded to what a config says: 0.1, 20.0
@@ -313,8 +350,11 @@ def load(folder, config):
             f"{folder} does not fit the config: {'; '.join(rows)}; set these on the command line, such as "
             "--config.data.image_size=64, or use another --config"
         )
+    weights = read_weights(folder)
+    with torch.device("meta"):
+        check_weights(folder, weights, DDPM(config, attention_up="all"))  # before anything of the claimed size is made
     net = DDPM(config, attention_up="all")
-    copy_weights(folder, read_weights(folder), net)
+    copy_weights(folder, weights, net)
     return net
 
 
@@ -326,7 +366,7 @@ def copy_weights(source, weights, net):
         UserError: as `check_weights`, or weights are NaN or infinite.
     """
     check_weights(source, weights, net)
-    bad = [name for name, value in weights.items() if not torch.isfinite(value).all()]
+    bad = [name for name, value in weights.items() if not tensor_files.is_finite(value)]
     if bad:
         raise UserError(f"{source} holds NaN or infinite weights ({len(bad)} tensors, {bad[0]} first); copy it again")
     for name, (parameter, turned) in name_table(net).items():
@@ -346,7 +386,7 @@ def check_weights(source, weights, net):
     """
     table = name_table(net)
     problems = [f"{name} is missing" for name in table if name not in weights]
-    problems += [f"{name} is unknown" for name in weights if name not in table]
+    problems += [f"{name[:80]} is unknown" for name in weights if name not in table]
     problems += [
         f"{name} has the shape {tuple(weights[name].shape)}"
         for name, (parameter, turned) in table.items()

@@ -12,7 +12,6 @@ checkpoint's size, and as text its config, the number of training steps and the 
 import argparse
 import dataclasses
 import functools
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -22,10 +21,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import models  # noqa: E402 (the repository's root is on the path only now)
+import checkpoint_schema  # noqa: E402 (the repository's root is on the path only now)
+import models  # noqa: E402
 import storage  # noqa: E402
 from configs.base import from_dict, to_dict  # noqa: E402
-from console import UserError, guard, say  # noqa: E402
+from console import UserError, guard, read_config, say  # noqa: E402
 from models import diffusers_weights  # noqa: E402
 from models.ddpm import DDPM  # noqa: E402
 
@@ -71,12 +71,12 @@ class Checkpoint:
 
 
 def read(path):
-    """The `Checkpoint` in a file, or in a folder of diffusers'.
+    """The `Checkpoint` in a file, in a folder of diffusers', or the newest in a work folder.
 
     Raises:
         UserError: the file is missing, damaged, holds pickled code, or is no checkpoint.
     """
-    path = Path(path)
+    path = storage.find_checkpoint(path)
     if path.is_dir():
         return _read_diffusers(path)
     return _read_ema(path) if path.suffix == ".safetensors" else _read_training(path)
@@ -84,13 +84,15 @@ def read(path):
 
 def _read_training(path):
     content = storage.read_checkpoint(path)
-    config = content.get("config")
+    config, weights = content.get("config"), checkpoint_schema.without_prefix(content["model"])
+    if content["ema"] is None:
+        return Checkpoint("plain weights, without moving averages", weights, None, None, None, {})
     return Checkpoint(
         format="training checkpoint of Score-SDE, as published" if config is None else "training checkpoint of main.py",
-        weights={name.removeprefix("module."): value for name, value in content["model"].items()},
+        weights=weights,
         averages=content["ema"]["shadow_params"],
-        step=int(content["step"]),
-        config=config,
+        step=content["step"],
+        config=None if config is None else checkpoint_schema.complete(config),
         notes={},
     )
 
@@ -99,6 +101,7 @@ def _read_ema(path):
     weights, config, step, notes = storage.read_ema_weights(path)
     if "conv_in.weight" in weights:
         raise UserError(f"{path} belongs to a folder of diffusers'; name the folder, whose config.json is needed too")
+    config = None if config is None else checkpoint_schema.complete(config)
     return Checkpoint("EMA weights (safetensors)", weights, None, step, config, notes)
 
 
@@ -118,14 +121,7 @@ def load_config(path):
     """
     if not Path(path).is_file():
         raise UserError(f"there is no config at {path}; they are in {ROOT / 'configs'}")
-    spec = importlib.util.spec_from_file_location("leaf", path)
-    if spec is None:
-        raise UserError(f"{path} is no config: it is no Python file; configs are in {ROOT / 'configs'}")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise UserError(f"{path} is no config: it has no function get_config")
-    return module.get_config()
+    return read_config(str(path))
 
 
 def leaves():
@@ -289,7 +285,7 @@ def convert(checkpoint, path, target, config, notes):
         raise UserError(f"--to {target}: the new file's name must end in .safetensors, which recon.py goes by")
     if config is None and checkpoint.config is None:
         raise UserError(f"{path} does not say what config it was trained with; name it with --config")
-    tree = checkpoint.config if config is None else to_dict(config)
+    tree = storage.config_of(path) if config is None else to_dict(config)
     net = models.create_model(from_dict(tree))
     storage.write_ema_weights(target, path, net, tree, {**checkpoint.notes, **notes})
     say(f"{target}: EMA weights of {path}, {Path(target).stat().st_size / 1e6:.1f} MB")

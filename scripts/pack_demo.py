@@ -26,11 +26,12 @@ FILES = {"FashionMNIST": "fashion_mnist.npz", "MNIST": "mnist.npz"}
 
 def pack(name, count, data_root, path):
     """Writes the first `count` test images of a named grey data set to `path`."""
-    images = datasets.load(name, split="test", image_size=28, num_channels=1, data_root=data_root, max_images=count)
+    images = datasets.load(name, split="test", image_size=28, num_channels=1, data_root=data_root)
+    pixels = images.read(0, count)[:, 0].numpy()  # (count, 28, 28) uint8
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, images=images.read(0, count)[:, 0].numpy())  # (count, 28, 28) uint8
+    np.savez_compressed(buffer, images=pixels)
     write_bytes(path, buffer.getvalue())
-    say(f"{path}: {len(images)} images, {path.stat().st_size / 1000:.0f} kB")
+    say(f"{path}: {len(pixels)} images, {path.stat().st_size / 1000:.0f} kB")
 
 
 def main():

@@ -2,7 +2,8 @@
 
     python tests/forked.py rows.json
 
-`rows.json` is a list of [command, arguments, folder to run in]; prints a list of [exit code, stdout, stderr].
+`rows.json` is a list of [command, arguments, folder to run in, the console's encoding]; prints a list of [exit code,
+standard output, standard error].
 """
 
 import importlib
@@ -18,7 +19,7 @@ import console
 LATER = ["torch", "training", "evaluation", "storage", "sklearn.metrics", "matplotlib.figure", "models.inference"]
 
 
-def run(command, arguments, folder):
+def run(command, arguments, folder, encoding):
     """Exit code, standard output and standard error of a command."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         sys.stdout.flush()
@@ -26,11 +27,13 @@ def run(command, arguments, folder):
         if child == 0:
             os.dup2(out.fileno(), 1)
             os.dup2(err.fileno(), 2)
+            sys.stdout.reconfigure(encoding=encoding, errors="strict")
+            sys.stderr.reconfigure(encoding=encoding, errors="backslashreplace")
             os._exit(_leave(command, arguments, folder))
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         out.seek(0)
         err.seek(0)
-        return [code, out.read().decode(), err.read().decode()]
+        return [code, out.read().decode(encoding), err.read().decode(encoding)]
 
 
 def _leave(command, arguments, folder):

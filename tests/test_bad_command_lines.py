@@ -1,6 +1,5 @@
 """Wrong command lines of the three commands: one line that says what to do, exit code 2, nothing written."""
 
-import json
 import os
 import re
 
@@ -143,12 +142,9 @@ def outcomes(tmp_path_factory):
     for name, (words, _) in ROWS.items():
         folders[name] = tmp_path_factory.mktemp("row")
         fill(folders[name])
-        rows.append([words[0], words[1:], str(folders[name])])
-    table = tmp_path_factory.mktemp("table") / "rows.json"
-    table.write_text(json.dumps(rows))
-    code, out, err = tiny.command("tests/forked.py", table)
-    assert code == 0, err
-    return dict(zip(ROWS, zip(json.loads(out), folders.values(), strict=True), strict=True))
+        rows.append([words[0], words[1:], folders[name], "utf-8"])
+    done = tiny.forked(rows, tmp_path_factory.mktemp("table"))
+    return dict(zip(ROWS, zip(done, folders.values(), strict=True), strict=True))
 
 
 def fill(folder):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import xml.etree.ElementTree as ET
 
 import numpy as np
@@ -191,7 +192,7 @@ def test_recon_flags_have_their_effects():
         "--config.model.nf=64", "--out_of_domain=SVHN", "--noid_center_crop", "--ood_center_crop=false",
         "--reps_per_image=10", "--batch_size=200", "--seed=7", "--device=cpu", "--max_images=3", "--data_root=d",
         "--workers=2", "--match_resolution", "--memory_gb=2.5", "--save_mask", "--mask_save_dir=m",
-        "--mask_type=random", "--mask_num_blocks=8", "--mask_patch_size=2", "--mask_ratio=0.3",
+        "--mask_type=random", "--mask_patch_size=2", "--mask_ratio=0.3",
         "--mask_identifier=tag", "--sampler=ddim", "--steps=7", "--time_grid=lambda", "--t_start=0.8",
         "--t_end=0.1", "--eta=0.5", "--constraint=project", "--returns=1", "--lift=both", "--precision=bf16",
         "--compile",
@@ -206,7 +207,7 @@ def test_recon_flags_have_their_effects():
         "sources": {"pos": ["MNIST", False], "neg": ["SVHN", False]}, "max_images": 3, "data_root": "d",
         "workers": 2, "match_resolution": True, "memory_gb": 2.5, "ranks": vars(distributed.ALONE),
         "mask_directory": "m", "mask_options": {
-            "mask_type": "random", "num_blocks": 8, "patch_size": 2, "ratio": 0.3, "file_path": None,
+            "mask_type": "random", "num_blocks": 4, "patch_size": 2, "ratio": 0.3, "file_path": None,
             "identifier": "tag",
         },
     }  # fmt: skip
@@ -249,8 +250,19 @@ def test_a_preset_brings_its_settings_and_repetitions_and_flags_win(name):
     assert (options["sampling"]["steps"], options["sampling"]["time_grid"], options["reps"]) == (33, "quadratic", 1)
 
 
+def test_what_is_typed_of_the_config_wins_over_a_preset():
+    values, _ = sampling.PRESETS["fast"]
+    typed = ["--config.sampling.t_start=0.3", "--config.sampling.steps=7", "--config.sampling.corrector=none"]
+    found = called("--sampler=fast", *typed)["sampling"]
+    expected = {**TREE["sampling"], **values, "t_start": 0.3, "steps": 7}
+    assert {**TREE["sampling"], **found} == expected
+    assert {**TREE["sampling"], **called("--sampler=fast", "--t_start=0.3", "--steps=7")["sampling"]} == expected
+
+
 def test_lifting_by_noise_knows_nothing():
-    assert called("--sampler=ddim", "--lift=noise", "--t_start=0.5")["mask_options"]["mask_type"] == "none"
+    lifting = ["--sampler=ddim", "--lift=noise", "--t_start=0.5"]
+    assert called(*lifting)["mask_options"]["mask_type"] == "none"
+    assert called(*lifting, "--mask_type=none")["mask_options"]["mask_type"] == "none"
 
 
 def test_a_mask_file_implies_its_type():
@@ -265,7 +277,7 @@ def test_a_mask_file_implies_its_type():
 CONFIG = f"--config={tiny.CONFIG_FILE}"
 TRAIN = ["main.py", "--mode=train", "--workdir={out}"]
 RECON = ["recon.py", "--workdir={out}", "--ckpt_path=nowhere.pth", "--in_domain=MNIST"]
-MISTAKES = {  # noticed before torch is imported
+MISTAKES = {  # noticed before anything is loaded
     "unknown flag": ([*TRAIN, CONFIG, "--batchsize=3"], "Unknown command line flag 'batchsize'"),
     "no config": (TRAIN, "Flag --config must have a value"),
     "no workdir": (["main.py", CONFIG, "--mode=train"], "Flag --workdir must have a value"),
@@ -282,11 +294,93 @@ MISTAKES = {  # noticed before torch is imported
     "no repetitions": ([*RECON, CONFIG, "--reps_per_image=0"], "--reps_per_image=0: 0 is not a positive integer"),
     "no workers": ([*RECON, CONFIG, "--workers=0"], "--workers=0: 0 is not a positive integer"),
     "no images": ([*RECON, CONFIG, "--max_images=0"], "--max_images=0: 0 is not a positive integer"),
+    "no width": ([*TRAIN, CONFIG, "--config.model.nf=0"], r"config\.model\.nf is 0; it must be an int of at least 4"),
+    "no width to reconstruct with": ([*RECON, CONFIG, "--config.model.nf=0"], r"config\.model\.nf is 0; it must be an"),
+    "no learning rate": ([*TRAIN, CONFIG, "--config.optim.lr=nan"], r"config\.optim\.lr is nan; it must be a finite"),
+    "a negative seed": ([*TRAIN, CONFIG, "--seed=-1"], "--seed is -1; it must be an int from 0 to 9223372036854775807"),
+    "a negative seed of noise": ([*RECON, CONFIG, "--seed=-1"], "--seed is -1; it must be an int from 0 to"),
+    "a predictor beside a sampler": (
+        [*RECON, CONFIG, "--sampler=ddim", "--config.sampling.predictor=reverse_diffusion"],
+        "predictor: not with the sampler ddim, which is a predictor itself",
+    ),
+    "snr without a corrector": (
+        [*TRAIN, CONFIG, "--config.sampling.snr=0.16"],
+        "config.sampling: snr: not without a corrector; choose langevin or ald",
+    ),
     "two kinds of mask": (
         [*RECON, CONFIG, "--mask_file_path=own.png", "--mask_type=center"],
         "--mask_file_path goes with --mask_type file, not center; leave one out",
     ),
 }
+LIFT = ["--sampler=ddim", "--lift=noise", "--t_start=0.5"]
+INEFFECTIVE = {  # flags of recon.py, and what is said of them
+    "empty out-of-domain": (["--out_of_domain="], "--out_of_domain is empty; give it a value or leave it out"),
+    "blank folder": (["--workdir= "], "--workdir is empty"),
+    "empty mask file": (["--mask_file_path="], "--mask_file_path is empty"),
+    "empty tag": (["--mask_identifier="], "--mask_identifier is empty"),
+    "mask folder alone": (["--mask_save_dir=m"], "--mask_save_dir goes with --save_mask; add it or leave both out"),
+    "crop of no side": (["--noood_center_crop"], "--ood_center_crop goes with --out_of_domain; add it or leave"),
+    "a ratio of squares": (
+        ["--mask_type=checkerboard", "--mask_ratio=0.3"],
+        "--mask_ratio has no effect with --mask_type checkerboard; leave it out, or choose random",
+    ),
+    "patches of the centre": (["--mask_patch_size=2"], "--mask_patch_size has no effect with --mask_type center"),
+    "blocks at random": (
+        ["--mask_type=random", "--mask_num_blocks=4"],
+        "--mask_num_blocks has no effect with --mask_type random; .* choose checkerboard or checkerboard_alt",
+    ),
+    "blocks of a file": (
+        ["--mask_file_path=own.png", "--mask_num_blocks=4"], "--mask_num_blocks has no effect with --mask_type file",
+    ),
+    "a mask lifted by noise": (
+        [*LIFT, "--mask_type=center"], r"--mask_type has no effect with --lift noise \(no pixel is known\); leave one",
+    ),
+    "a mask file lifted by noise": ([*LIFT, "--mask_file_path=own.png"], "--mask_file_path has no effect with"),
+    "a mask and noise from the config": (
+        ["--config.sampling.lift=noise", "--mask_ratio=0.5"], "--mask_ratio has no effect with --lift noise",
+    ),
+    **{
+        f"{name} twice": (
+            [f"--{name}={value}", f"--config.{field}={value}"], f"--{name} and --config.{field} say the same; leave",
+        )
+        for name, field, value in [
+            ("seed", "seed", 3), ("device", "device", "cpu"), ("sampler", "sampling.sampler", "ddim"),
+            ("steps", "sampling.steps", 7), ("t_start", "sampling.t_start", 0.5), ("eta", "sampling.eta", 0.5),
+        ]
+    },
+}  # fmt: skip
+
+REFUSED = """
+import os, sys
+import console, recon
+from absl import flags
+recon.define_flags()
+for line in sys.stdin.read().splitlines():
+    if os.fork() == 0:  # flags can be parsed once only
+        try:
+            sys.argv = ["recon.py", *line.split("\\t")]  # which ml_collections reads
+            flags.FLAGS(sys.argv)
+            recon.check_flags(flags.FLAGS)
+            recon.choose_mask_type(flags.FLAGS)
+            print("accepted", flush=True)
+        except console.UserError as error:
+            print(error, flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+def test_flags_that_would_have_no_effect_are_refused_by_name():
+    """Each alone; what the published commands give is accepted."""
+    published = [*REQUIRED, "--out_of_domain=SVHN", "--mask_type=checkerboard_alt", "--mask_num_blocks=8"]
+    lines = ["\t".join([*REQUIRED, *arguments]) for arguments, _ in INEFFECTIVE.values()] + ["\t".join(published)]
+    process = tiny.start("-c", REFUSED, stdin=subprocess.PIPE)
+    out, err = process.communicate("\n".join(lines), timeout=120)
+    told = out.splitlines()
+    assert len(told) == len(lines), err
+    for line, (name, (_, message)) in zip(told, INEFFECTIVE.items(), strict=False):
+        assert re.match(message, line), name
+    assert told[-1] == "accepted"
 
 
 def one_line(err):

@@ -3,9 +3,15 @@
 import errno
 import io
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
+import tiny
 import torch
+from absl import flags
+from helpers import ROOT
 
 import console
 from console import UserError
@@ -137,3 +143,244 @@ def test_devices_that_are_not_there(name, count, message, monkeypatch):
     gpus(monkeypatch, count)
     with pytest.raises(UserError, match=message):
         console.choose_device(name)
+
+
+# ------------------------------------------------------------------------------------------------- what is printed
+
+PRINTABLE = {  # text, encoding of the stream -> what is shown
+    "plain": ("a b'c", "ascii", "a b'c"),
+    "letters": ("Größe 猫 \N{PARTY POPPER}", "utf-8", "Größe 猫 \N{PARTY POPPER}"),
+    "wide spaces": ("a\u3000b\xa0c", None, "a\u3000b\xa0c"),
+    "joined letters": ("می\u200cخواهم", None, "می\u200cخواهم"),
+    "letters that a console lacks": ("Größe 猫", "latin-1", r"Größe \u732b"),
+    "letters that ASCII lacks": ("é\N{PARTY POPPER}", "ascii", r"\xe9\U0001f389"),
+    "bytes": (os.fsdecode(b"caf\xe9\xff"), "utf-8", r"caf\xe9\xff"),
+    "colours": ("a\x1b[31mb\x9b", "utf-8", r"a\x1b[31mb\x9b"),
+    "a window's title": ("\x1b]0;x\x07", None, r"\x1b]0;x\x07"),
+    "line breaks": ("a\nb\r\tc\x0b\u2028\x85", "utf-8", r"a\nb\r\tc\x0b\u2028\x85"),
+    "overwriting": ("a\b\b\x7f", "utf-8", r"a\x08\x08\x7f"),
+    "directions": ("\u202egnp.exe\u2066", "utf-8", r"\u202egnp.exe\u2066"),
+    "invisible": ("a\u200b\ufeff\xad\U000e0041", "utf-8", r"a\u200b\ufeff\xad\U000e0041"),
+    "a lone surrogate": ("\ud83d", "utf-8", r"\ud83d"),
+    "zero": ("\0", "ascii", r"\x00"),
+}
+
+
+def stream(encoding):
+    return io.TextIOWrapper(io.BytesIO(), encoding=encoding or "utf-8", errors="strict")
+
+
+@pytest.mark.parametrize("name", PRINTABLE)
+def test_printable(name):
+    text, encoding, shown = PRINTABLE[name]
+    assert console.printable(text, encoding and stream(encoding)) == shown
+    shown.encode(encoding or "utf-8")
+
+
+@pytest.mark.parametrize("name", PRINTABLE)
+def test_everything_said_can_be_printed(name, monkeypatch):
+    """Each door to the console, on a stream that refuses what it cannot encode."""
+    text, encoding, shown = PRINTABLE[name]
+    for target in ("stdout", "stderr"):
+        monkeypatch.setattr(console.sys, target, stream(encoding))
+    console.say(text)
+    console.log(text)
+    console.warn(text)
+    with console.progress(total=1, desc=text) as bar:
+        bar.refresh()
+    with pytest.raises(SystemExit):
+        console.fail(f"'{text}'")
+    out, err = (target.buffer.getvalue().decode(target.encoding) for target in (console.sys.stdout, console.sys.stderr))
+    assert out == f"{shown}\n{shown}\n"
+    assert err.startswith(f"warning: {shown}\n\r{shown}:   0%|")
+    assert err.endswith("'\n")
+    assert "\x1b" not in err
+
+
+def test_without_a_console(monkeypatch):
+    """A process that was started with standard output or error closed."""
+    monkeypatch.setattr(console.sys, "stdout", None)
+    monkeypatch.setattr(console.sys, "stderr", None)
+    console.say("x")
+    console.warn("x")
+    assert list(console.progress(range(2), desc="x")) == [0, 1]
+    assert console.guard(lambda args: args, 3) == 3
+
+
+WORDS = [
+    "plain",
+    "a b",
+    "it's",
+    'a"b',
+    "$HOME",
+    "`date`",
+    "a;b",
+    "*",
+    "~",
+    "",
+    "é",
+    "\\n",
+    "a\x1bb",
+    "a\nb'c\\d",
+    "\udce9",
+]
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_a_printed_command_can_be_copied(word):
+    command = console.printable(console.shell("printf", "%s", word))
+    assert command.isprintable()
+    done = subprocess.run(["bash", "-c", command], capture_output=True, check=True)
+    assert done.stdout == os.fsencode(word)
+
+
+# --------------------------------------------------------------------------------------------------------- flags
+
+
+def flag_values(*arguments):
+    """The value of a flag that is a path."""
+    values = flags.FlagValues()
+    flags.DEFINE(console._Path(), "path", "./d", "A path.", flag_values=values, serializer=flags.ArgumentSerializer())
+    values(["program", *arguments])
+    return values
+
+
+def test_paths_start_at_home_where_they_say_so(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert flag_values().path == "./d"
+    assert flag_values("--path=~/x/").path == "/home/me/x/"
+    assert flag_values("--path", "~").path == "/home/me"
+    assert flag_values("--path=a/~").path == "a/~"
+    assert flag_values("--path=~nobody-of-that-name/x").path == "~nobody-of-that-name/x"
+    assert console.expand("~/x") == "/home/me/x"
+
+
+def test_a_config(tmp_path, monkeypatch):
+    """Its fields can be overridden, none added; with a text behind a colon; by a name with a colon; from home."""
+    source = (
+        "from ml_collections import ConfigDict\n\n\ndef get_config(which='a'):\n    return ConfigDict({'w': which})\n"
+    )
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("c.py", "c:d.py"):
+        (tmp_path / name).write_text(source)
+        config = console.read_config(f"~/{name}")
+        assert config.w == "a"
+        config.w = "b"
+        with pytest.raises(AttributeError):
+            config.v = 1
+    assert console.read_config(str(tmp_path / "c.py:text:more")).w == "text:more"
+    assert not list(tmp_path.glob("*/"))  # no compiled copies
+
+
+# ----------------------------------------------------------------------------------------------- how a command ends
+
+ENDS = """
+import os, signal, sys, threading, time
+import console
+
+def interrupt(delay=0.0):
+    threading.Timer(delay, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    time.sleep(10)
+
+def once(_):
+    interrupt()
+
+def twice(_):
+    try:
+        interrupt()
+    finally:
+        interrupt()
+
+def turned_into_another_error(_):
+    try:
+        interrupt()
+    except KeyboardInterrupt:
+        raise ImportError("numpy.core.multiarray failed to import")
+
+def while_a_thread_ends(_):
+    threading.Thread(target=lambda: [time.sleep(0.5), os.kill(os.getpid(), signal.SIGINT), time.sleep(10)]).start()
+    interrupt()
+
+def after_the_end(_):
+    threading.Thread(target=lambda: [time.sleep(0.5), os.kill(os.getpid(), signal.SIGINT), time.sleep(10)]).start()
+
+def many_lines(_):
+    for _ in range(100000):
+        console.say("line")
+
+def many_warnings(_):
+    for _ in range(100000):
+        console.warn("line")
+
+def a_pipe_of_its_own(_):
+    read, write = os.pipe()
+    os.close(read)
+    os.write(write, b"x")
+
+console.run(globals()[sys.argv[1]], sys.argv[:1])
+"""
+INTERRUPTED = "interrupted; the same command continues where this run stopped\n"
+
+
+def bash(line):
+    environment = {**os.environ, "CODE": ENDS, "PYTHONPATH": "."}
+    return subprocess.run(["bash", "-c", line], env=environment, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("how", ["once", "twice", "turned_into_another_error", "while_a_thread_ends"])
+def test_interrupts_end_quietly(how):
+    assert tiny.command("-c", ENDS, how) == (console.EXIT_INTERRUPTED, "", INTERRUPTED)
+
+
+def test_an_interrupt_after_the_end_is_quiet():
+    code, out, err = tiny.command("-c", ENDS, "after_the_end")
+    assert (code, out, err) in [(-signal.SIGINT, "", ""), (0, "", "")]
+
+
+def test_an_interrupt_while_the_flags_are_read(tmp_path):
+    (tmp_path / "slow.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    arguments = ["main.py", "--mode=train", "--workdir=out", f"--config={tmp_path / 'slow.py'}"]
+    assert tiny.command(*arguments) == (console.EXIT_INTERRUPTED, "", INTERRUPTED)
+
+
+@pytest.mark.parametrize(("how", "command"), [("many_lines", "head -1"), ("many_warnings", "head -1 >&2")])
+def test_output_that_nobody_reads_any_more(how, command):
+    line = f'"{sys.executable}" -c "$CODE" {how} 2>&1 | {command}; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(
+        ["bash", "-c", line],
+        env={**os.environ, "CODE": ENDS, "PYTHONPATH": "."},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == console.EXIT_NO_READER == 141
+    assert (done.stdout + done.stderr).removeprefix("warning: ") == "line\n"
+
+
+def test_help_that_nobody_reads_to_its_end():
+    line = f'"{sys.executable}" main.py --helpfull | true; exit ${{PIPESTATUS[0]}}'
+    done = bash(line)
+    assert done.returncode in (0, console.EXIT_NO_READER)
+    assert done.stderr == ""
+
+
+def test_another_broken_pipe_is_a_bug():
+    code, _, err = tiny.command("-c", ENDS, "a_pipe_of_its_own")
+    assert code == 1
+    assert err.endswith("BrokenPipeError: [Errno 32] Broken pipe\n")
+
+
+def test_a_full_disk_behind_standard_output():
+    line = f'"{sys.executable}" -c "$CODE" many_lines >/dev/full'
+    done = subprocess.run(
+        ["bash", "-c", line],
+        env={**os.environ, "CODE": ENDS, "PYTHONPATH": "."},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == console.EXIT_USER_ERROR
+    assert (
+        done.stderr
+        == "error: No space left on device: while writing; free some space, then run the same command again\n"
+    )

@@ -6,6 +6,7 @@ left to TensorFlow; 2 channels; a MomentumOptimizer's slots and the global step)
 beside each holds what TensorFlow computed with it from (wave((3, 3, 32, 32), 0.4) + 1) / 2 in eval mode.
 """
 
+import errno
 import shutil
 import struct
 import subprocess
@@ -13,10 +14,12 @@ import sys
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from helpers import GOLDEN, ROOT, fill_, tensor, wave
 
+import files
 from console import UserError
 from metrics import convert_simclr, simclr, tensor_bundle
 from metrics.simclr_resnet import Architecture, ResNet
@@ -339,11 +342,7 @@ def test_unwritable_place(tmp_path, monkeypatch, capfd):
     with pytest.raises(UserError, match="cannot write"):
         convert_simclr.main([str(WRITTEN / "plain-250228"), str(tmp_path / "file" / "out.pth")])
 
-    def full(value, file):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(files.os, "fsync", tiny.failing(errno.ENOSPC))
     with pytest.raises(UserError, match="No space left"):
         convert_simclr.main([str(WRITTEN / "plain-250228"), str(tmp_path / "out.pth")])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]

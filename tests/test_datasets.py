@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import datasets
+import files
 from console import UserError
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "center_crop.npz")
@@ -50,10 +51,24 @@ def folder(tmp_path):
     return tmp_path / "pictures"
 
 
+@pytest.fixture(autouse=True)
+def nothing_was_said():
+    """What is told once a run is told in every test."""
+    datasets._say_once.cache_clear()
+
+
 @pytest.fixture
 def on_demand(monkeypatch):
     """No set of images is small enough to be kept."""
     monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 0)
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The files that were read, in the order in which that began."""
+    names, read = [], datasets.read_file
+    monkeypatch.setattr(datasets, "read_file", lambda path: names.append(path.name) or read(path))
+    return names
 
 
 # ------------------------------------------------------------------------------------------------------- the crop
@@ -92,22 +107,16 @@ def _write_animated(path):
     Image.fromarray(RAMP).save(path, save_all=True, append_images=[Image.fromarray(255 - RAMP)], lossless=True)
 
 
-def _write_transparent(path):
-    ramp = Image.fromarray(RAMP)
-    Image.merge("RGBA", [ramp, ramp, ramp, Image.new("L", (32, 32), 7)]).save(path)
-
-
-def _write_rotated(path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: the camera was turned
-    Image.fromarray(RAMP).save(path, exif=exif)
-
-
 FORMATS = {
     "grey.png": lambda path: Image.fromarray(RAMP).save(path),
     "colour.webp": lambda path: Image.fromarray(RAMP).convert("RGB").save(path, lossless=True),
     "palette.png": lambda path: Image.fromarray(RAMP).convert("P").save(path),
-    "transparent.png": _write_transparent,
+    "no ending": lambda path: Image.fromarray(RAMP).save(path, "PNG"),
+    "lies.jpg": lambda path: Image.fromarray(RAMP).save(path, "PNG"),
+    "scan.tga": lambda path: Image.fromarray(RAMP).save(path),
+    "old.pcx": lambda path: Image.fromarray(RAMP).save(path),
+    "modern.jp2": lambda path: Image.fromarray(RAMP).save(path),
+    "quick.qoi": lambda path: Image.fromarray(RAMP).convert("RGB").save(path),
     "deep.png": _write_16_bit,
     "deep.tif": _write_16_bit,
     "deep_big_endian.pgm": _write_16_bit,
@@ -115,7 +124,6 @@ FORMATS = {
     "animated.png": _write_animated,
     "animated.webp": _write_animated,
     "pages.tiff": _write_animated,
-    "rotated.png": _write_rotated,
     "upper.BMP": lambda path: Image.fromarray(RAMP).save(path),
 }
 
@@ -231,18 +239,35 @@ def test_a_list_resolves_paths_beside_itself_then_here(folder, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("limit", [0, 2 << 30])
-def test_max_images_takes_the_first_usable_and_stops(limit, folder, monkeypatch):
+def test_max_images_takes_evenly_spread_usable_ones_and_no_more(limit, tmp_path, monkeypatch, opened, capsys):
+    """Of class folders all are among them; a damaged one is stood in for, and the order stays that of the source."""
     monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", limit)
-    (folder / "a" / "x.png").write_bytes(b"damaged")
-    for index in range(100):
-        noise_picture(index).save(folder / f"more{index:03}.png")
-    opened = []
-    decode = datasets.decode_file
-    monkeypatch.setattr(datasets, "decode_file", lambda path: opened.append(path) or decode(path))
-    images = load(folder, max_images=3)
-    assert len(images) == 3
-    assert len(opened) == 4  # the damaged one and no more than was needed
-    assert images.read(0, 100).shape == (3, 3, 32, 32)
+    for index in range(40):
+        (tmp_path / "p" / f"class{index // 10}").mkdir(parents=True, exist_ok=True)
+        noise_picture(index).save(tmp_path / "p" / f"class{index // 10}" / f"{index:02}.png")
+    (tmp_path / "p" / "class1" / "10.png").write_bytes(b"damaged")
+    images = load(tmp_path / "p", max_images=4)
+    assert images.labels == ["class0/00.png", "class1/11.png", "class2/20.png", "class3/30.png"]
+    assert len(opened) == 5  # the damaged one and no more than was needed
+    assert torch.equal(
+        read_all(images), torch.stack([chw(datasets.crop(noise_picture(i), 32)) for i in (0, 11, 20, 30)])
+    )
+    assert "'p': 4 of 40 images are used, evenly spread (--max_images)" in capsys.readouterr().out
+    assert len(load(tmp_path / "p", max_images=50)) == 39
+    assert "evenly" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("usable", [{0, 1, 2}, {9}, set(), set(range(3, 20)), set(range(0, 20, 2))])
+@pytest.mark.parametrize("limit", [1, 3, 7, 20])
+def test_every_file_is_tried_before_there_are_too_few(usable, limit):
+    found, failed, tried = {}, {}, []
+    for piece in datasets._turns(20, limit, 4, found, failed):
+        assert 0 < len(piece) <= 4
+        tried += piece
+        found.update((row, None) for row in piece if row in usable)
+        failed.update((row, None) for row in piece if row not in usable)
+    assert len(tried) == len(set(tried))
+    assert len(found) == min(limit, len(usable))
 
 
 def test_decoded_on_demand_is_the_same_as_kept(folder, monkeypatch):
@@ -259,15 +284,339 @@ def test_fingerprints_tell_contents_apart(limit, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", limit)
     first = load(folder).fingerprint
     assert first == load(folder, workers=1).fingerprint
-    assert first.startswith("pictures:7:")
-    folder.rename(tmp_path / "moved")
+    assert first.startswith("7:")
+    folder.rename(tmp_path / "moved")  # what it is called is no content
+    assert first == load(tmp_path / "moved").fingerprint
     (tmp_path / "moved").rename(folder)
+    (folder / "f.png").rename(folder / "g.png")
     assert first == load(folder).fingerprint
     assert first != load(folder, max_images=6).fingerprint
     assert first != load(folder, image_size=16).fingerprint
     assert first != load(folder, center_crop=False).fingerprint
     noise_picture(50, (41, 33)).save(folder / "b.png")
     assert first != load(folder).fingerprint
+
+
+# ------------------------------------------------------------------------------------- identity: content, not names
+
+
+def frames(folder, seed):
+    """BMP pictures of equal names and sizes."""
+    folder.mkdir(parents=True)
+    for index in range(3):
+        noise_picture(10 * seed + index).save(folder / f"{index}.bmp")
+    return folder
+
+
+def array_file(path, seed):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, np.random.default_rng(seed).integers(0, 256, (3, 40, 33, 3), dtype=np.uint8))
+    return path
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("limit", [0, 2 << 30])
+@pytest.mark.parametrize(("make", "name"), [(frames, "pictures"), (array_file, "pictures.npy")])
+def test_equal_names_and_sizes_are_no_identity(make, name, limit, check, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", limit)
+    first, second = (make(tmp_path / str(seed) / name, seed) for seed in (1, 2))
+    same = make(tmp_path / "other" / f"x{name}", 1)
+    marks = [load(source, check=check).fingerprint for source in (first, second, same)]
+    assert marks[0] != marks[1]
+    assert marks[0] == marks[2]  # the same content by another name
+
+
+def test_files_are_read_once_for_both_check_and_fingerprint(folder, on_demand, opened):
+    images = load(folder)
+    assert images.fingerprint.startswith("7:")
+    assert len(opened) == 7
+
+
+def test_a_file_edited_in_place_is_noticed(tmp_path, on_demand):
+    images = load(frames(tmp_path / "p", 1))
+    noise_picture(50).save(tmp_path / "p" / "1.bmp")  # as many bytes
+    assert torch.equal(images.read(0, 1)[0], chw(datasets.crop(noise_picture(10), 32)))
+    with pytest.raises(UserError, match=r"1\.bmp was changed while it was in use; run the same command again"):
+        images.read(1, 2)
+
+
+def test_an_array_edited_in_place_is_noticed(tmp_path, on_demand):
+    images = load(array_file(tmp_path / "p.npy", 1))
+    assert images.fingerprint.startswith("3:")
+    values = np.load(tmp_path / "p.npy", mmap_mode="r+")
+    values[1, 0, 0, 0] ^= 1
+    values.flush()
+    images.read(0, 1)
+    with pytest.raises(UserError, match=r"image 1 of .*p\.npy was changed while it was in use"):
+        images.read(1, 2)
+
+
+def test_a_large_training_set_is_known_by_samples(folder, on_demand, monkeypatch, opened):
+    monkeypatch.setattr(datasets, "_SAMPLED_FILES", 3)
+    first = load(folder, check=False).fingerprint
+    assert opened == ["y.png", "b.png", "d.bmp"]  # rows 0, 2 and 4 of 7
+    (folder / "gone.png").symlink_to("nowhere")
+    assert load(folder, check=False).fingerprint != first
+    (folder / "gone.png").unlink()
+    assert load(folder, check=False).fingerprint == first
+    noise_picture(50, (41, 33)).save(folder / "f.png")  # none of the samples, but of another size
+    assert load(folder, check=False).fingerprint != first
+
+
+def test_labels_and_treatment_tell_what_was_used_and_how(folder, tmp_path):
+    (folder / "b.png").write_bytes(b"damaged")
+    used = ["a/b/y.png", "a/x.png", "c.PNG", "d.bmp", "e.png", "f.png"]
+    images = load(folder)
+    assert images.labels == used
+    assert images.treatment == {
+        "orientation": "as the camera noted", "transparency": "on white", "cut": None, "shape": "crop", "through": None,
+    }  # fmt: skip
+    assert load(folder, center_crop=False, through=20).treatment["shape"] == "squeeze"
+    (tmp_path / "CelebA").mkdir()
+    noise_picture(0, (178, 218)).save(tmp_path / "CelebA" / "0.png")
+    named = load("CelebA", data_root=tmp_path)
+    assert (named.labels, named.treatment["cut"]) == (["0.png"], 140)
+    assert (named.treatment["orientation"], named.treatment["transparency"]) == ("as stored", "dropped")
+    assert load(array_file(tmp_path / "p.npy", 1)).labels is None
+
+
+def test_a_users_own_pictures_are_seen_as_viewers_show_them(tmp_path):
+    """Turned as the camera noted, on white where transparent; of a named set the stored pixels count."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = noise_picture(0, (60, 30))
+    hidden = picture.copy()
+    hidden.putalpha(0)
+    (tmp_path / "FFHQ").mkdir()
+    picture.save(tmp_path / "FFHQ" / "a.png", exif=exif)
+    hidden.save(tmp_path / "FFHQ" / "b.png")
+    own, named = read_all(load(tmp_path / "FFHQ")), read_all(load("FFHQ", data_root=tmp_path))
+    assert torch.equal(own[0], chw(datasets.crop(picture.rotate(-90, expand=True), 32)))
+    assert (own[1] == 255).all()
+    assert torch.equal(named, chw(datasets.crop(picture, 32)).expand(2, 3, 32, 32))
+
+
+# -------------------------------------------------------------------------------------- what is no input of a folder
+
+
+def save(path, seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise_picture(seed).save(path)
+
+
+def _marked(root):
+    files.mark(root / "run")
+    save(root / "run" / "plot.png")
+    return "run"
+
+
+def _owned(root):
+    with files.owned(root / "run"):
+        save(root / "run" / "masks" / "mask.png")
+    return "run"
+
+
+def _results(root):
+    save(root / "run" / "histogram.png")
+    (root / "run" / "pos").mkdir()
+    (root / "run" / "pos" / "batch_0.pth").write_bytes(b"")
+    (root / "run" / "manifest.json").write_text("{}")
+    return "run"
+
+
+def _scores(root):
+    save(root / "a" / "run" / "histogram.png")
+    (root / "a" / "run" / "results.json").write_text("{}")
+    (root / "a" / "run" / "scores_MSE.csv").write_text("")
+    return "a/run"
+
+
+def _training(root):
+    save(root / "run" / "samples" / "iter_5" / "sample.png")
+    (root / "run" / "checkpoints-meta").mkdir()
+    return "run"
+
+
+def _samples(root):
+    save(root / "samples" / "iter_5" / "sample.png")
+    return "samples"
+
+
+def _evaluation(root):
+    save(root / "eval" / "grid.png")
+    np.savez(root / "eval" / "report_3.npz", a=1)
+    return "eval"
+
+
+def _own_work_folder(root):
+    with files.owned(root):
+        (root / "checkpoints").mkdir()
+        (root / "checkpoints" / "checkpoint_1").write_bytes(b"")
+    return "checkpoints"
+
+
+WRITTEN = [_marked, _owned, _results, _scores, _training, _samples, _evaluation, _own_work_folder]
+
+
+@pytest.mark.parametrize("write", WRITTEN)
+def test_folders_that_this_program_wrote_are_left_out(write, tmp_path, capsys):
+    root = tmp_path / "photos"
+    save(root / "a.png")
+    save(root / "sub" / "b.png")
+    name = write(root)
+    images = load(root)
+    assert images.labels == ["a.png", "sub/b.png"]
+    assert images.skipped == []
+    assert f"'{root}': left out, as this program wrote it: {name}\n" in capsys.readouterr().out
+
+
+def test_users_folders_that_look_alike_are_read(tmp_path, capsys):
+    for name in ("pos/a.png", "neg/b.png", "samples/c.png", "eval/d.png", "checkpoints/e.png", "iter_5/f.png"):
+        save(tmp_path / name)
+    (tmp_path / "manifest.json").write_text("{}")
+    (tmp_path / "results.json").write_text("{}")
+    assert len(load(tmp_path)) == 6
+    assert "wrote" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("write", [_marked, _results])
+def test_a_folder_of_results_is_no_input(write, tmp_path):
+    write(tmp_path)
+    with pytest.raises(UserError, match="run is written by this program, so its images are no input; give a folder of"):
+        load(tmp_path / "run")
+    with pytest.raises(UserError, match=r"holds no images \(this program wrote run\); check the path"):
+        load(tmp_path)
+
+
+def test_what_systems_put_among_images_is_no_image(folder, capsys):
+    for name in (".hidden.png", "__MACOSX/._b.png", "@eaDir/b.png/SYNOPHOTO.jpg", ".ipynb_checkpoints/b.png",
+                 ".thumbnails/b.png", "a/.trash/b.png"):  # fmt: skip
+        save(folder / name)
+    assert len(load(folder)) == 7
+    assert "eaDir" not in "".join(capsys.readouterr())
+
+
+def test_other_files_are_counted_by_their_endings(folder, capsys):
+    for name in ("b.CSV", "clip.mp4", "more.txt", "figure.eps"):
+        (folder / name).write_text("none")
+    for name in ("README", "damaged.xyz"):
+        (folder / name).write_text("none")
+    os.mkfifo(folder / "pipe.png")
+    images = load(folder)
+    assert images.skipped == [
+        ("README", "not an image, or damaged"),
+        ("damaged.xyz", "not an image, or damaged"),
+        ("pipe.png", "not a regular file"),
+    ]
+    told = f"'{folder}': 5 files are left out by their endings: 1 .csv, 1 .eps, 1 .mp4, 2 .txt\n"
+    assert told in capsys.readouterr().out
+    (folder / "only").mkdir()
+    (folder / "only" / "x.csv").write_text("none")
+    with pytest.raises(UserError, match=r"holds no images \(1 \.csv\); check the path"):
+        load(folder / "only")
+
+
+def test_links_to_folders_do_not_depend_on_the_file_system(folder, tmp_path, monkeypatch):
+    """Two links to one folder: the first by name counts, in whatever order the system lists them."""
+    save(tmp_path / "elsewhere" / "z.png")
+    for name in ("link2", "link1"):
+        (folder / name).symlink_to(tmp_path / "elsewhere")
+    walk = os.walk
+
+    def backwards(top, **options):
+        for parent, below, names in walk(top, **options):
+            below.sort(reverse=True)
+            yield parent, below, names[::-1]
+
+    expected = load(folder).labels
+    assert "link1/z.png" in expected
+    monkeypatch.setattr(os, "walk", backwards)
+    assert load(folder).labels == expected
+
+
+@pytest.mark.parametrize(("most", "factor"), [(4095, 16), (255, 257)])
+def test_dark_16_bit_images_are_warned_of(most, factor, tmp_path, capsys):
+    for index in range(3):
+        values = np.random.default_rng(index).integers(0, most, (32, 32), dtype=np.uint16)
+        values[0, 0] = most
+        Image.fromarray(values).save(tmp_path / f"{index}.png")
+    noise_picture(0).save(tmp_path / "plain.png")
+    load(tmp_path)
+    told = capsys.readouterr().err
+    assert f"the 3 images of 16 bits reach only {most} of 65535" in told
+    assert f"multiply the values by {factor}\n" in told
+    Image.fromarray(np.full((32, 32), 4096, np.uint16)).save(tmp_path / "bright.png")
+    load(tmp_path)
+    assert "16 bits" not in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------- ways to write a source
+
+
+def test_a_path_wins_over_a_name_and_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_mnist(tmp_path / "data", "MNIST")
+    assert len(load("mnist", data_root=tmp_path / "data")) == 19
+    save(tmp_path / "mnist" / "own.png")
+    images = load("mnist", data_root=tmp_path / "data")
+    assert images.labels == ["own.png"]
+    assert f"'mnist' is the folder {tmp_path}/mnist; rename it to have the data set" in capsys.readouterr().out
+    save(tmp_path / "data" / "FFHQ" / "test" / "1.png")
+    save(tmp_path / "data" / "FFHQ" / "train" / "2.png")
+    monkeypatch.chdir(tmp_path / "data")  # where the named sets lie: their folders are not the user's own
+    assert load("FFHQ", data_root=".").labels == ["1.png"]
+    assert len(load("MNIST", data_root=tmp_path / "data")) == 19
+
+
+def test_the_home_folder(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save(tmp_path / "data" / "FFHQ" / "test" / "1.png")
+    (tmp_path / "list.txt").write_text("~/pictures/b.png\n")
+    np.save(tmp_path / "p.npy", np.zeros((5, 32, 32), np.uint8))
+    for source, count in (("~/pictures", 7), ("~/list.txt", 1), ("~/p.npy", 5), ("~/pictures/b.png", 1)):
+        assert len(load(source)) == count
+    assert len(load("FFHQ", data_root="~/data")) == 1
+
+
+def test_one_picture_is_a_set(folder):
+    images = load(folder / "b.png")
+    assert (images.name, len(images), images.labels) == ("b", 1, [str(folder / "b.png")])
+    assert torch.equal(read_all(images)[0], chw(datasets.crop(noise_picture(0), 32)))
+    (folder / "x.csv").write_text("b.png")
+    with pytest.raises(UserError, match="unknown data set"):
+        load(folder / "x.csv")
+
+
+LINES = {
+    "plain": "a b/x.png",
+    "label": "a b/x.png 3",
+    "word": "a b/x.png\tcat",
+    "comma": "a b/x.png, 3",
+    "quotes": '"a b/x.png"',
+    "single quotes": "'a b/x.png'",
+    "quotes and label": '"a b/x.png" 3',
+    "backslashes": "a b\\x.png",
+    "all": '"a b\\x.png";3',
+}
+
+
+@pytest.mark.parametrize("line", LINES.values(), ids=LINES)
+def test_lines_of_a_list(line, tmp_path):
+    save(tmp_path / "a b" / "x.png", 3)
+    (tmp_path / "list.txt").write_text(f"{line}\n")
+    images = load(tmp_path / "list.txt")
+    assert images.labels[0].strip() in ("a b/x.png", r"a b\x.png")
+    assert torch.equal(read_all(images)[0], chw(datasets.crop(noise_picture(3), 32)))
+
+
+def test_lines_that_name_no_file_are_told_as_they_are(tmp_path):
+    save(tmp_path / "x.png")
+    (tmp_path / "x.png").rename(tmp_path / "x.png 1")  # a name with a blank is that name, not a label
+    save(tmp_path / "x.png", 1)
+    (tmp_path / "list.txt").write_text('x.png 1\n"gone.png" 2\n')
+    images = load(tmp_path / "list.txt")
+    assert images.labels == ["x.png 1"]
+    assert images.skipped == [('"gone.png" 2', "no such file")]
 
 
 # ------------------------------------------------------------------------------------------------- users' mistakes
@@ -287,7 +636,9 @@ def test_fingerprints_tell_contents_apart(limit, folder, tmp_path, monkeypatch):
         ("here", {"image_size": 0}, "at least 1"),
         ("here", {}, "holds no images"),
         ("empty.txt", {}, "names no images"),
-        ("binary.txt", {}, "cannot be read as text"),
+        ("binary.txt", {}, "cannot be read as text .*; save it as UTF-8"),
+        ("x" * 5000, {}, "unknown data set"),
+        ("null\0byte", {}, "unknown data set"),
     ],
 )
 def test_sources_that_cannot_be_loaded(source, options, message, tmp_path, monkeypatch):
@@ -397,7 +748,8 @@ def test_cifar(name, split, tmp_path, monkeypatch):
     images = load(name, split=split, data_root=tmp_path)
     assert images.name == name
     assert torch.equal(read_all(images), pixels)
-    assert torch.equal(read_all(load(name, split=split, data_root=tmp_path, max_images=2)), pixels[:2])
+    spread = pixels[[0, len(pixels) // 2]]
+    assert torch.equal(read_all(load(name, split=split, data_root=tmp_path, max_images=2)), spread)
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -630,14 +982,6 @@ def test_workers_change_nothing(folder, on_demand):
             assert torch.equal(first.batch(step), second.batch(step))
 
 
-@pytest.fixture
-def opened(monkeypatch):
-    """The files that were decoded, in the order in which that began."""
-    names, decode = [], datasets.decode_file
-    monkeypatch.setattr(datasets, "decode_file", lambda path: names.append(path.name) or decode(path))
-    return names
-
-
 def test_reading_decodes_what_is_asked_for_alone(folder, on_demand, opened):
     images = load(folder)
     assert len(opened) == 7  # the check
@@ -716,7 +1060,10 @@ def test_arrays_go_through_the_crop(shape, suffix, limit, channels, tmp_path, mo
     values = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     path = tmp_path / f"pack.{suffix}"
     np.save(path, values) if suffix == "npy" else np.savez(path, values)
-    cropped = [datasets.crop(Image.fromarray(row.squeeze()), 32) for row in values]
+    pictures = [Image.fromarray(row.squeeze()) for row in values]
+    if shape[-1] == 4:
+        pictures = [Image.alpha_composite(Image.new("RGBA", each.size, "white"), each) for each in pictures]
+    cropped = [datasets.crop(picture, 32) for picture in pictures]
     if channels == 1:
         cropped = [picture.convert("L") for picture in cropped]
     expected = torch.stack(
@@ -724,7 +1071,7 @@ def test_arrays_go_through_the_crop(shape, suffix, limit, channels, tmp_path, mo
     )
     images = load(path, num_channels=channels)
     assert torch.equal(read_all(images), expected)
-    assert torch.equal(read_all(load(path, num_channels=channels, max_images=2)), expected[:2])
+    assert torch.equal(read_all(load(path, num_channels=channels, max_images=2)), expected[[0, 2]])
     assert images.fingerprint == load(path, num_channels=channels).fingerprint
 
 
@@ -739,12 +1086,77 @@ def test_one_of_several_arrays(tmp_path):
             load(f"{tmp_path}/{wrong}")
 
 
+ACCEPTED = {
+    "channels first": ((5, 3, 40, 33), lambda values: values.transpose(0, 2, 3, 1)),
+    "grey channel first": ((5, 1, 40, 33), lambda values: values[:, 0]),
+    "one grey image": ((1, 40, 33), lambda values: values),
+    "28x28 channel first": ((5, 1, 28, 28), lambda values: values[:, 0]),
+    "booleans": ((5, 40, 33), lambda values: values),
+    "colour booleans": ((5, 32, 32, 3), lambda values: values),
+}
+
+
+@pytest.mark.parametrize("limit", [0, 2 << 30])
+@pytest.mark.parametrize("suffix", ["npy", "npz"])
+@pytest.mark.parametrize("kind", ACCEPTED)
+def test_ways_to_write_images_as_an_array(kind, suffix, limit, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", limit)
+    shape, as_usual = ACCEPTED[kind]
+    values = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    usual = as_usual(values)
+    if "booleans" in kind:
+        values = values > 127
+        usual = np.where(values, 255, 0).astype(np.uint8)
+    for name, content in (("odd", values), ("usual", usual)):
+        path = tmp_path / f"{name}.{suffix}"
+        np.save(path, content) if suffix == "npy" else np.savez(path, content)
+    odd, plain = load(tmp_path / f"odd.{suffix}"), load(tmp_path / f"usual.{suffix}")
+    assert torch.equal(read_all(odd), read_all(plain))
+    assert odd.native == plain.native == min(usual.shape[1:3])
+
+
+AMBIGUOUS = [(40, 48, 3), (40, 48, 1), (40, 48, 4), (3, 40, 48), (5, 3, 40, 3), (5, 1, 40, 1)]
+
+
+@pytest.mark.parametrize("shape", AMBIGUOUS)
+def test_ambiguous_arrays_are_refused_with_the_way_to_write_them(shape, tmp_path):
+    values = np.zeros(shape, np.uint8)
+    np.save(tmp_path / "pack.npy", values)
+    with pytest.raises(UserError, match="may be") as caught:
+        load(tmp_path / "pack.npy")
+    if len(shape) == 3:
+        assert "array[None] for one picture, array[..., None] for grey images" in str(caught.value)
+        np.save(tmp_path / "grey.npy", values[..., None])
+        assert len(load(tmp_path / "grey.npy")) == shape[0]
+        np.save(tmp_path / "one.npy", values[None])
+        assert len(load(tmp_path / "one.npy")) == 1
+
+
+def test_an_array_that_can_be_images_is_suggested(tmp_path):
+    np.savez(tmp_path / "x.npz", labels=np.zeros(9, int), ids=np.zeros((9, 2), np.uint8), z=np.zeros((9, 8, 8), bool))
+    with pytest.raises(UserError, match=r"holds the arrays labels, ids, z; choose one, as in .*x.npz:z"):
+        load(tmp_path / "x.npz")
+    np.savez(tmp_path / "y.npz", labels=np.zeros(9, int), ids=np.zeros((9, 2), np.uint8))
+    with pytest.raises(UserError, match=r"arrays labels, ids, of which none is images; images are uint8 or bool"):
+        load(tmp_path / "y.npz")
+
+
+def test_wrong_arrays_are_refused_before_they_are_unpacked(tmp_path, monkeypatch):
+    np.savez_compressed(tmp_path / "x.npz", np.zeros((1000, 100)))
+    monkeypatch.setattr(datasets, "read_array", None)
+    with pytest.raises(UserError, match="holds float64 of shape 1000x100"):
+        load(tmp_path / "x.npz")
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (np.zeros((2, 32, 32, 3)), "holds float64"),
-        (np.zeros((2, 3, 32, 32), np.uint8), "shape 2x3x32x32"),
-        (np.zeros((32, 32), np.uint8), "shape 32x32"),
+        (np.zeros((2, 32, 32, 3)), r"holds float64 of shape 2x32x32x3; .*write \(255 \* array\)"),
+        (np.zeros((2, 32, 32), np.uint16), r"holds uint16 .*write \(array // 257\)"),
+        (np.zeros((2, 32, 32), int), r"holds int64 .*write array.astype\('uint8'\)"),
+        (np.zeros((2, 4, 32, 32), np.uint8), r"shape 2x4x32x32; images are"),
+        (np.zeros((2, 2, 32, 32), np.uint8), "shape 2x2x32x32"),
+        (np.zeros((32, 32), np.uint8), r"shape 32x32; .*write array\[None\] for a single image"),
         (np.zeros((0, 32, 32), np.uint8), "shape 0x32x32"),
         (np.array([print]), "no plain arrays"),
     ],
@@ -1005,7 +1417,8 @@ def test_batches_under_way_are_given_up_with_the_feed(folder, on_demand):
 
 @pytest.mark.parametrize("size", [0, 12])
 def test_a_batch_that_cannot_be_filled(size):
-    with pytest.raises(UserError, match=f"a batch of {size} cannot be taken from the 11 images of 'numbered'"):
+    message = f"a batch of {size} cannot be taken from the 11 images of 'numbered'; choose a batch size from 1 to 11"
+    with pytest.raises(UserError, match=message):
         feed(numbered(11), size)
 
 

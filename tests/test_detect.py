@@ -1,6 +1,8 @@
 """Scores of results folders against the published numbers; what is written; folders that cannot be scored."""
 
+import concurrent.futures
 import csv
+import dataclasses
 import json
 import re
 import shutil
@@ -16,6 +18,7 @@ from sklearn.metrics import roc_auc_score
 
 import console
 import detect
+import files
 import metrics
 import storage
 from console import UserError
@@ -47,15 +50,16 @@ def published(tmp_path):
 def made(tmp_path):
     """A results folder as recon.py makes it, with a manifest that tells of files left out."""
     folder = storage.ResultsFolder(tmp_path / "random_patch4_ratio0.5_reps3")
-    entry = {"dataset": "CIFAR10", "images": 10, "batches": 3, "skipped": [], "positions": None}
+    entry = {"dataset": "CIFAR10", "images": 10, "batch_size": 4, "batches": 3, "skipped": []}
     left_out = {
         "dataset": "some/photos",
         "images": 6,
+        "batch_size": 3,
         "batches": 2,
         "skipped": [["a.png", "empty"], ["b.png", "no image"]],
-        "positions": [0, 2, 3, 4, 6, 7],
+        "labels": ["c.png", "d.png", "e.png", "f.png", "g.png", "h.png"],
     }
-    settings = {"seed": 3, "mask": {"mask_type": "random"}, "config": {"data": {"image_size": 16}}}
+    settings = {"seed": 3, "reps_per_image": 3, "mask": {"mask_type": "random"}, "config": {"data": {"image_size": 16}}}
     folder.claim(settings, {"pos": entry, "neg": left_out}, {"torch": "2"})
     fill(folder, "pos", [4, 4, 2])
     fill(folder, "neg", [3, 3], noise=0.15)
@@ -187,7 +191,7 @@ def test_scores_csv(made):
         header, *rows = csv.reader(file)
     assert header == ["side", "position", "batch", "score", "distance_rep0", "distance_rep1", "distance_rep2"]
     assert [row[:3] for row in rows[:5]] == [["pos", str(i), str(i // 4)] for i in range(5)]
-    assert [row[:3] for row in rows[10:]] == [["neg", p, b] for p, b in zip("023467", "000111", strict=True)]
+    assert [row[:3] for row in rows[10:]] == [["neg", p, b] for p, b in zip("012345", "000111", strict=True)]
     back = storage.read_scores(made / "scores_MSE.csv")
     for side, table in result.tables.items():
         for name, values in table.items():
@@ -200,10 +204,10 @@ def test_results_json(made):
         "repetitions": 3,
         "images": {"pos": 10, "neg": 6},
         "failures": {"pos": 0, "neg": 2},
-        "settings": {"seed": 3, "mask": {"mask_type": "random"}},
+        "settings": {"seed": 3, "reps_per_image": 3, "mask": {"mask_type": "random"}},
         "sides": {
-            "pos": {"dataset": "CIFAR10", "images": 10, "batches": 3},
-            "neg": {"dataset": "some/photos", "images": 6, "batches": 2},
+            "pos": {"dataset": "CIFAR10", "images": 10, "batch_size": 4, "batches": 3},
+            "neg": {"dataset": "some/photos", "images": 6, "batch_size": 3, "batches": 2},
         },
         "metrics": {"MSE": {"roc_auc": result.roc_auc, "interval_95": list(result.interval), "bootstrap": 1000}},
     }
@@ -216,6 +220,39 @@ def test_sides_are_called_by_their_data_sets(made, published):
     assert result.names == {"pos": "in-domain", "neg": "out-of-domain"}
 
 
+EARLIER = {
+    "as it was": ({}, None),
+    "positions": ({"positions": [0, 2, 3, 4, 6, 7]}, None),
+    "few positions": ({"positions": [0, 2]}, "manifest.json cannot be read .*tells of 6 images and of 2 positions"),
+    "more images": (
+        {"images": 9, "batch_size": 5, "labels": None}, "holds 6 images, but its manifest.json tells of 9; make all",
+    ),
+    "more positions": (
+        {"images": None, "positions": list(range(9))}, "holds 6 images, but its manifest.json tells of 9; make all",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EARLIER)
+def test_folders_of_an_earlier_version_keep_their_positions_or_are_refused(made, name):
+    """Which are told in their manifests; never are the images renumbered without a word."""
+    changes, message = EARLIER[name]
+    manifest = json.loads((made / "manifest.json").read_text())
+    del manifest["format"]
+    entry = {**manifest["sides"]["neg"], **changes}
+    manifest["sides"]["neg"] = {name: value for name, value in entry.items() if value is not None}
+    (made / "manifest.json").write_text(json.dumps(manifest))
+    for path in made.rglob("batch_*.pth"):
+        batch = torch.load(path, weights_only=True)
+        torch.save({name: batch[name] for name in ("orig", "masked", "recon")}, path)
+    if message is None:
+        (result,) = detect.detect(made, ["MSE"], reps=3, plots=False)
+        assert result.tables["neg"]["position"].tolist() == changes.get("positions", [0, 1, 2, 3, 4, 5])
+        return
+    with pytest.raises(UserError, match=message):
+        detect.detect(made, ["MSE"], reps=3, plots=False)
+
+
 def test_results_json_keeps_metrics_scored_earlier_on_the_same(made):
     detect.detect(made, ["MSE"], reps=3, plots=False)
     detect.detect(made, ["SSIM"], reps=3, bootstrap=0, plots=False)
@@ -225,6 +262,152 @@ def test_results_json_keeps_metrics_scored_earlier_on_the_same(made):
     detect.detect(made, ["SSIM"], reps=2, plots=False)
     assert list(storage.read_results(made)["metrics"]) == ["SSIM"]
     assert storage.read_results(made)["repetitions"] == 2
+
+
+REPETITIONS = {  # folder's name, what its manifest says, --reps -> how many were made
+    "all": ("center_reps3", None, 3, None),
+    "fewer, by the name": ("center_reps3", None, 1, 3),
+    "fewer, by the manifest": ("renamed", 3, 2, 3),
+    "the manifest before the name": ("center_reps10", 3, 2, 3),
+    "nobody says": ("renamed", None, 1, None),
+    "a manifest that says no number": ("renamed", "3", 1, None),
+}
+
+
+@pytest.mark.parametrize("name", REPETITIONS)
+def test_repetitions_that_are_not_used_are_told(name, made, capsys):
+    folder, told, reps, expected = REPETITIONS[name]
+    manifest = json.loads((made / "manifest.json").read_text())
+    manifest["settings"].update({} if told is None else {"reps_per_image": told})
+    (made / "manifest.json").write_text(json.dumps(manifest))
+    detect.detect(made.rename(made.parent / folder), ["MSE"], reps=reps, plots=False)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    line = f"warning: using {reps} of {expected} repetitions; --reps {expected} uses all"
+    assert lines == ([line] if expected else [])
+
+
+class Stub(metrics.Metric):
+    """MSE under another name and with options."""
+
+    def __init__(self, device, **options):
+        self.options = options
+
+    def prepare(self, images):
+        return images
+
+    def compare(self, orig, recon):
+        return (orig - recon).square().mean(dim=(1, 2, 3))
+
+
+def with_options(monkeypatch, name, **options):
+    """Has the metric `name` be the stub with these options."""
+    create = metrics.create
+
+    def stub(asked, device, **ignored):
+        if asked != name:
+            return create(asked, device, **ignored)
+        tool = Stub(device, **options)
+        tool.name = name
+        return tool
+
+    monkeypatch.setattr(metrics, "create", stub)
+
+
+def warnings_of(capsys):
+    lines = capsys.readouterr().err.splitlines()
+    return [line for line in lines if line.startswith("warning: ") and "repetitions; --reps" not in line]
+
+
+def test_variants_of_a_metric_do_not_replace_each_other_silently(made, monkeypatch, capsys):
+    with_options(monkeypatch, "SIMCLR", resize_type="bicubic", weights="aa")
+    detect.detect(made, ["SIMCLR", "MSE"], reps=3, plots=False)
+    entry = storage.read_results(made)["metrics"]["SIMCLR"]
+    assert entry["options"] == {"resize_type": "bicubic", "weights": "aa"}
+    assert "options" not in storage.read_results(made)["metrics"]["MSE"]
+    detect.detect(made, ["SIMCLR"], reps=3, plots=False)
+    assert warnings_of(capsys) == []
+    with_options(monkeypatch, "SIMCLR", resize_type="none", weights="aa")
+    detect.detect(made, ["SIMCLR"], reps=3, plots=False)
+    assert warnings_of(capsys) == [
+        "warning: earlier SIMCLR scores were made with other options and are replaced "
+        '(resize_type: "bicubic" there, "none" here)'
+    ]
+    assert storage.read_results(made)["metrics"]["SIMCLR"]["options"]["resize_type"] == "none"
+    assert "MSE" in storage.read_results(made)["metrics"]
+
+
+def test_simclr_keeps_its_weights_and_resizing(made, monkeypatch):
+    """Of the metric itself: the weights' content, not their path, which says nothing once they are replaced."""
+    from metrics import simclr
+
+    path = made / "w.pth"
+    path.write_bytes(b"weights")
+    monkeypatch.setattr(simclr, "read_network", lambda path: torch.nn.Identity())
+    tool = metrics.create("SIMCLR", CPU, resize_type="nearest", path=path)
+    assert tool.options == {"resize_type": "nearest", "weights": files.file_hash(path)}
+
+
+def test_metrics_that_leave_the_summary_are_told(made, capsys):
+    detect.detect(made, ["MSE", "SSIM"], reps=3, plots=False)
+    assert warnings_of(capsys) == []
+    detect.detect(made, ["SSIM"], reps=2, plots=False)
+    told = "warning: results.json no longer tells of MSE, measured otherwise (repetitions: 3 there, 2 here)"
+    assert warnings_of(capsys) == [told]
+
+
+def test_two_at_once_lose_nothing(made):
+    """Read, changed and written by one process at a time."""
+    (result,) = detect.detect(made, ["MSE"], reps=3, bootstrap=0, plots=False)
+    names = [f"M{number}" for number in range(16)]
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        folder = storage.ResultsFolder(made)
+        work = [pool.submit(detect.write, folder, [dataclasses.replace(result, metric=name)], 3, 0) for name in names]
+    assert [future.result() for future in work] == [None] * 16
+    assert sorted(storage.read_results(made)["metrics"]) == sorted(["MSE", *names])
+
+
+@pytest.mark.parametrize("part", ["_roc", "_grid", "_png"])
+def test_a_picture_that_fails_is_a_warning(part, published, monkeypatch, capsys):
+    """The scores are written by then."""
+
+    def fail(*arguments):
+        raise ValueError("ParseFatalException: \x1b[31m$")
+
+    monkeypatch.setattr(detect, part, fail)
+    (result,) = detect.detect(published, ["MSE"], reps=3)
+    lost = {"_roc": ["roc"], "_grid": ["pictures"], "_png": PICTURES}[part]
+    assert warnings_of(capsys) == [
+        f"warning: {name}_MSE.png is left out, the scores are there: ParseFatalException: \\x1b[31m$" for name in lost
+    ]
+    assert result.files == ["scores_MSE.csv", *(f"{name}_MSE.png" for name in PICTURES if name not in lost)]
+    assert storage.read_results(published)["metrics"]["MSE"]["roc_auc"] == result.roc_auc
+
+
+def test_a_picture_that_cannot_be_written_is_a_warning(published, monkeypatch, capsys):
+    (published / "roc_MSE.png").mkdir()
+    (result,) = detect.detect(published, ["MSE"], reps=3)
+    assert [line for line in warnings_of(capsys) if "roc_MSE.png is left out" in line]
+    assert "roc_MSE.png" not in result.files
+
+
+SHOWN = {  # name of a data set -> what pictures show
+    "plain": ("CIFAR10", "CIFAR10"),
+    "a formula": ("$x^2$", "$x^2$"),
+    "half a formula": ("a$b", "a$b"),
+    "no formula": ("$\\frac$", "$\\frac$"),
+    "an escaped sign": ("a\\$b$", "a\\$b$"),
+    "bytes and codes": ("caf\udce9\x1b[31m\n", "caf\\xe9\\x1b[31m\\n"),
+    "long": ("n" * 200, "n" * 40 + "..." + "n" * 17),
+}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_names_in_pictures_are_no_formulas(name):
+    from matplotlib.text import Text
+
+    given, shown = SHOWN[name]
+    text = detect._text(given)
+    assert Text(0, 0, text)._preprocess_math(text) == (shown, False)
 
 
 def test_no_plots(published):
@@ -404,6 +587,7 @@ def test_damaged_folder_is_refused_and_left_alone(published, damage):
         ({"reps": -2}, "--reps must be at least 1, not -2"),
         ({"reps": 4}, "holds 3 repetitions, 4 were asked for"),
         ({"bootstrap": -1}, "--bootstrap must be at least 0"),
+        ({"bootstrap": 10**12}, "--bootstrap must be at most 10000000, not 10{12}: more make no difference"),
         ({"grid_images": -1}, "--grid_images must be at least 0"),
         ({"device": "tpu"}, "unknown device 'tpu'"),
         ({"metric_names": []}, "--metric names no metric"),

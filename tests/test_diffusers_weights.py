@@ -327,6 +327,107 @@ def test_half_precision_weights_become_float32(tiny, tmp_path):
     torch.testing.assert_close(net.conv_in.weight, tiny[1]["conv_in.weight"], rtol=1e-3, atol=1e-6)  # 11 bits
 
 
+def nested(depth):
+    return '{"a":' * depth + "1" + "}" * depth
+
+
+CRAFTED = {  # config.json as a dict of changes to TINY, or as text
+    "empty": ("", "no JSON"),
+    "deep nesting": (nested(10**5), "no JSON"),
+    "a million digits": ('{"sample_size": ' + "1" * 10**6 + "}", "no JSON"),
+    "NaN": ('{"dropout": NaN}', "no JSON"),
+    "bytes that are no text": (b"\xff\xfe{}", "no JSON"),
+    "two megabytes": ("{}" + " " * (2 << 20), "too large for a config"),
+    "text": ('"hello"', "no table"),
+    "class is a table": ({"_class_name": {"a": ["b" * 9999]}}, "is of a"),
+    "an empty name": ({"": 1}, "does not know"),
+    "no channels": ({"block_out_channels": []}, "wrong type or number"),
+    "channels of zero": ({"block_out_channels": [0, 0]}, "wrong type or number"),
+    "channels as text": ({"block_out_channels": ["32", "64"]}, "wrong type or number"),
+    "channels nested": ({"block_out_channels": [[32], [64]]}, "wrong type or number"),
+    "channels negative": ({"block_out_channels": [-32, -64]}, "wrong type or number"),
+    "channels huge": ({"block_out_channels": [32, 32 << 60]}, "wrong type or number"),
+    "channels are a table": ({"block_out_channels": {"0": 32}}, "wrong type or number"),
+    "levels are numbers": ({"down_block_types": [1, 2]}, "down_block_types is"),
+    "levels nested": ({"down_block_types": [["DownBlock2D"], {}]}, "wrong type or number"),
+    "levels are text": ({"down_block_types": "DownBlock2D"}, "wrong type or number"),
+    "a thousand levels": (
+        {"block_out_channels": [32] * 1000, "down_block_types": ["DownBlock2D"] * 1000},
+        "wrong type",
+    ),
+    "layers huge": ({"layers_per_block": 10**9}, "wrong type or number"),
+    "layers as text": ({"layers_per_block": "2"}, "wrong type or number"),
+    "layers broken": ({"layers_per_block": 1.5}, "wrong type or number"),
+    "layers none": ({"layers_per_block": None}, "wrong type or number"),
+    "size huge": ({"sample_size": 2**60}, "sample_size is"),
+    "size nested": ({"sample_size": [[16], [16]]}, "sample_size is"),
+    "size as text": ({"sample_size": "16"}, "sample_size is"),
+    "size of three": ({"sample_size": [16, 16, 16]}, "sample_size is"),
+    "size negative": ({"sample_size": -16}, "sample_size is"),
+    "colours true": ({"in_channels": True, "out_channels": True}, "wrong type or number"),
+    "colours nested": ({"in_channels": [3]}, "wrong type or number"),
+    "dropout as text": ({"dropout": "much"}, "wrong type or number"),
+    "dropout of two": ({"dropout": 2}, "wrong type or number"),
+    "centre as text": ({"center_input_sample": "yes"}, "wrong type or number"),
+    "heads nested": ({"attention_head_dim": [8]}, "wrong type or number"),
+    "times nested": ({"time_embedding_dim": {"a": 1}}, "time_embedding_dim is"),
+    "activation nested": ({"act_fn": [["silu"]]}, "act_fn is"),
+}
+
+
+@pytest.mark.parametrize("name", CRAFTED)
+def test_crafted_configs_are_one_line(name, tmp_path):
+    content, message = CRAFTED[name]
+    folder = write(tmp_path, {**TINY, **content} if isinstance(content, dict) else TINY)
+    if not isinstance(content, dict):
+        (tmp_path / CONFIG).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=message) as error:
+        read(folder)
+    text = str(error.value)
+    assert "\n" not in text
+    assert str(tmp_path) in text
+    assert len(text) < 500
+
+
+CRAFTED_SCHEDULES = {
+    "steps as text": {"num_train_timesteps": "many"},
+    "steps huge": {"num_train_timesteps": 10**12},
+    "steps none": {"num_train_timesteps": None},
+    "no steps": {"num_train_timesteps": 0},
+    "beta as text": {"beta_start": "0.1"},
+    "beta nested": {"beta_end": [0.02]},
+    "beta negative": {"beta_start": -1.0},
+    "betas the wrong way round": {"beta_start": 0.3, "beta_end": 0.1},
+    "beta huge": {"beta_end": 1e300},
+}
+
+
+@pytest.mark.parametrize("name", CRAFTED_SCHEDULES)
+def test_crafted_schedules_are_one_line(name, tmp_path):
+    with pytest.raises(UserError, match="values of a wrong type or number") as error:
+        read(write(tmp_path, TINY, scheduler=CRAFTED_SCHEDULES[name]))
+    assert "\n" not in str(error.value)
+
+
+def test_a_config_of_another_size_than_the_weights_makes_nothing_of_it(tiny, tmp_path):
+    folder = write(tmp_path, {**TINY, "block_out_channels": [32 * 600, 32 * 1200]}, tiny[1])
+    with pytest.raises(UserError, match=r"do not fit its config\.json"):
+        diffusers_weights.load(folder, read(folder))
+
+
+def test_a_weight_under_two_names_is_refused(tiny, tmp_path):
+    name = next(name for name in tiny[1] if ".to_q." in name)
+    folder = write(tmp_path, TINY, {**tiny[1], old_name(name): tiny[1][name].clone()})
+    with pytest.raises(UserError, match="under its old and its new name"):
+        diffusers_weights.load(folder, read(folder))
+
+
+def test_whole_numbers_are_no_weights(tiny, tmp_path):
+    folder = write(tmp_path, TINY, {**tiny[1], "conv_in.bias": torch.zeros(32, dtype=torch.int32)})
+    with pytest.raises(UserError, match=r"conv_in\.bias as torch\.int32"):
+        diffusers_weights.load(folder, read(folder))
+
+
 def test_missing_and_damaged_weight_files_are_told(tiny, tmp_path):
     folder = write(tmp_path, TINY)
     with pytest.raises(UserError, match=f"there is no {WEIGHTS}"):

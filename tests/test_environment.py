@@ -27,16 +27,16 @@ REQUIREMENTS = "requirements.txt", "requirements-learned.txt", "requirements-tes
 COMMANDS = "main", "recon", "detect"
 LAYERS = [  # from the top; a module imports those below its own layer
     COMMANDS,
-    ("evaluation",),
+    ("evaluation", "command_line"),
     ("training",),
     ("storage",),
     ("losses", "likelihood"),
     ("sampling",),
     ("datasets",),
     ("models",),
-    ("metrics",),
+    ("metrics", "checkpoint_schema"),
     ("configs", "sde_lib", "masks", "noise", "distributed"),
-    ("files",),
+    ("files", "images", "tensor_files"),
     ("console",),
 ]
 LAYER = {name: index for index, layer in enumerate(LAYERS) for name in layer}
@@ -139,9 +139,9 @@ def test_functions_are_short():
 
 DISTRIBUTION = {
     "PIL": "pillow", "absl": "absl-py", "skimage": "scikit-image", "sklearn": "scikit-learn",
-    "torch_fidelity": "torch-fidelity",
+    "torch_fidelity": "torch-fidelity", "pillow_heif": "pillow-heif",
 }  # fmt: skip
-OPTIONAL = {"torch-fidelity"}  # asked for where it is used
+OPTIONAL = {"torch-fidelity", "pillow-heif"}  # asked for where it is used
 BEHIND = {"torch.utils.tensorboard": "tensorboard"}  # modules that need a package besides their own
 RUN_BY_NAME = {"diffusers", "pytest-timeout", "ruff"}  # tools that nothing imports
 PIN = re.compile(r"([\w-]+)==([\w.]+)(?:; python_version (>=|<) \"3\.11\")?(?:\s+# \S.*)?")

@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from test_configs import fields
 
 import evaluation
+import files
 import likelihood
 import noise
 import storage
 import training
-from configs.base import to_dict
+from configs.base import TREE, check, to_dict
 from console import UserError
 from metrics import fidelity
 
@@ -44,7 +46,7 @@ def test_evaluation(tree, whole, tmp_path, capsys):
     evaluation.evaluate(tree, workdir, "losses", tiny.CPU, "./data")
     out = capsys.readouterr().out
     assert "missing checkpoints, left out: 3, 4\n" in out
-    assert sorted(path.name for path in (workdir / "losses").iterdir()) == ["ckpt_1_loss.npz", "ckpt_2_loss.npz"]
+    assert sorted(path.name for path in (workdir / "losses").glob("ckpt*")) == ["ckpt_1_loss.npz", "ckpt_2_loss.npz"]
     saved = {k: np.load(workdir / "losses" / f"ckpt_{k}_loss.npz") for k in (1, 2)}
     for k in saved:
         values = saved[k]["all_losses"]
@@ -84,6 +86,7 @@ def arrays(path):
             r"unknown split \(config\.eval\.bpd_dataset\) 'valid'; choose one of: train, test",
         ),
         ({"data__dataset": "CIFAR11"}, "unknown data set"),
+        ({"data__test_dataset": "CIFAR11"}, "unknown data set"),
         ({"model__nf": 64}, "was trained with another config"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -171,7 +174,7 @@ def test_bpd_files(likelihoods, bpd_tree, capsys):
     """Two batches of 10 images, five times for the test set; then the mean of all."""
     folder = likelihoods / "eval"
     names = {f"test_ckpt_2_bpd_{i}.npz" for i in range(10)} | {f"train_ckpt_2_bpd_{i}.npz" for i in range(2)}
-    assert {path.name for path in folder.iterdir()} == names
+    assert {path.name for path in folder.iterdir()} == {*names, files.MARK}
     found = [arrays(folder / f"test_ckpt_2_bpd_{i}.npz") for i in range(10)]
     assert [len(batch["bpd"]) for batch in found] == [8, 2] * 5
     assert all(batch["evaluations"] > 20 for batch in found)
@@ -254,7 +257,7 @@ def test_samples_come_before_the_weights_are_missed(sampling_tree, whole, packag
             evaluate(sampling_tree, workdir)
         monkeypatch.setattr(training, "draw_samples", None)  # the second time all samples are there
     assert "checkpoint 2: 14 samples are in " in capsys.readouterr().out
-    assert sorted(path.name for path in (workdir / "eval").iterdir()) == ["ckpt_1", "ckpt_2"]
+    assert sorted(path.name for path in (workdir / "eval").iterdir()) == [files.MARK, "ckpt_1", "ckpt_2"]
     for k in (1, 2):
         batches = [arrays(workdir / "eval" / f"ckpt_{k}" / f"samples_{r}.npz")["samples"] for r in range(4)]
         assert [batch.shape for batch in batches] == [(4, 8, 8, 1)] * 3 + [(2, 8, 8, 1)]
@@ -306,6 +309,7 @@ def test_reports(sampling_tree, whole, tmp_path, monkeypatch, capsys):
 def test_other_samples_are_not_scored_as_these(sampling_tree, whole, package, tmp_path, monkeypatch):
     monkeypatch.setattr(fidelity, "Inception", no_weights)
     workdir = shutil.copytree(whole, tmp_path / "run")
+    sampling_tree.model.num_scales = 24  # correctors need more than 20
     with pytest.raises(UserError, match="no weights"):
         evaluate(sampling_tree, workdir)
     sampling_tree.sampling.corrector = "ald"
@@ -323,3 +327,198 @@ def test_what_scores_need_is_told_before_any_work(sampling_tree, whole, monkeypa
     with pytest.raises(UserError, match=r"at least 10 samples, not 9; raise --config\.eval\.num_samples"):
         evaluate(sampling_tree, whole)
     assert tiny.snapshot(whole) == before
+
+
+# --------------------------------------------------------------------------------------- where the results may lie
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "", ".", "a/../../x", "checkpoints", "samples/x", "tensorboard"])
+def test_results_stay_in_a_folder_of_their_own(name, tree, whole):
+    before, beside = tiny.snapshot(whole), sorted(whole.parent.iterdir())
+    with pytest.raises(UserError, match=r"--eval_folder is '.*'; it must be the name of a folder of its own below"):
+        evaluate(tree, whole, name)
+    assert tiny.snapshot(whole) == before
+    assert sorted(whole.parent.iterdir()) == beside
+
+
+def test_two_evaluations_in_one_folder(tree, whole, tmp_path):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    with files.owned(workdir / "eval"):
+        with pytest.raises(UserError, match=r"run/eval is being written to by .*; wait until it ends"):
+            evaluate(tree, workdir)
+        evaluate(tree, workdir, "another")
+    evaluate(tree, workdir)
+
+
+def test_evaluating_while_training_goes_on(tree, whole, tmp_path, monkeypatch):
+    step, made = training.Trainer.train_step, []
+
+    def meanwhile(self, x):
+        if self.state.step == 8:
+            options = tree.copy_and_resolve_references()
+            options.eval.end_ckpt = 1
+            evaluate(options, tmp_path, "losses")
+            made.append(arrays(tmp_path / "losses" / "ckpt_1_loss.npz")["mean_loss"])
+        return step(self, x)
+
+    monkeypatch.setattr(training.Trainer, "train_step", meanwhile)
+    tiny.train(tree, tmp_path)
+    assert np.isfinite(made).all()
+    assert len(made) == 1
+    last = "checkpoints/checkpoint_2.pth"
+    assert tiny.same(storage.read_checkpoint(tmp_path / last), storage.read_checkpoint(whole / last))
+
+
+# --------------------------------------------------------------------------- what every result says it depends on
+
+
+@pytest.fixture
+def identities(whole, tmp_path, monkeypatch):
+    """A function: config -> {kind of result: what it says it was made from}; nothing is computed."""
+    stub = {"all_losses": np.ones(1), "mean_loss": np.array(1.0), "bpd": np.ones(1), "evaluations": np.array(1)}
+    monkeypatch.setattr(fidelity, "require_package", lambda: None)
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    kinds = {"loss": "ckpt_2_loss.npz", "bpd": "test_ckpt_2_bpd_0.npz", "samples": "samples_0.npz"}
+    kinds |= {"report": "report_2.npz"}
+
+    def collect(config):
+        found = {}
+        scores = {"IS": 1.0, "fid": 1.0, "kid": 1.0}
+
+        def read(path, settings):
+            found[path.name] = settings
+            return scores if "report" in path.name else {**stub, "bpd": np.ones(10)}
+
+        monkeypatch.setattr(storage, "read_arrays", read)
+        monkeypatch.setattr(evaluation, "_rounds", lambda count, size: 1)
+        check(config)  # as main.py does first
+        evaluate(config, workdir)
+        return {kind: found[name] for kind, name in kinds.items()}
+
+    return collect
+
+
+FREE = {  # fields that no result depends on, and why
+    "device": "the same up to rounding",
+    "data.random_flip": "training alone",
+    "data.uniform_dequantization": "training alone",
+    "data.category": "of LSUN; its images enter",
+    "model.dropout": "training alone",
+    "model.ema_rate": "training alone; the weights enter",
+    **dict.fromkeys((f"optim.{name}" for name in TREE["optim"]), "training alone; the weights enter"),
+    **dict.fromkeys(
+        (
+            f"training.{name}"
+            for name in (
+                *("batch_size", "n_iters", "log_freq", "eval_freq", "snapshot_freq", "snapshot_freq_for_preemption"),
+                "snapshot_sampling",
+            )
+        ),
+        "training alone; the weights enter",
+    ),
+    **{f"eval.{name}": "what is made" for name in TREE["eval"] if name != "batch_size"},
+}
+OTHERS = {  # another value of each field that results may depend on
+    "seed": 7, "data.test_dataset": "others", "data.dataset": "others", "data.image_size": 16,
+    "data.num_channels": 3, "data.centered": False,
+    "model.name": "ncsnpp", "model.nf": 64, "model.ch_mult": (2,), "model.num_res_blocks": 2,
+    "model.attn_resolutions": (8,), "model.resamp_with_conv": False, "model.nonlinearity": "elu",
+    "model.normalization": "BatchNorm", "model.conditional": False, "model.embedding_type": "positional",
+    "model.scale_by_sigma": True, "model.num_scales": 24, "model.beta_min": 0.2, "model.beta_max": 10.0,
+    "model.sigma_min": 0.02, "model.sigma_max": 40.0,
+    "training.sde": "vpsde", "training.continuous": False, "training.likelihood_weighting": True,
+    "training.reduce_mean": False,
+    "sampling.method": "ode", "sampling.predictor": "reverse_diffusion", "sampling.corrector": "ald",
+    "sampling.n_steps_each": 2, "sampling.snr": 0.3, "sampling.noise_removal": False,
+    "sampling.probability_flow": True, "sampling.sampler": "ddim", "sampling.steps": 10,
+    "sampling.time_grid": "lambda", "sampling.t_start": 0.9, "sampling.t_end": 0.1, "sampling.eta": 0.5,
+    "sampling.constraint": "project", "sampling.returns": 1, "sampling.lift": "both",
+    "eval.batch_size": 3,
+}  # fmt: skip
+DEPEND = {  # the results that a field matters to, where not to all
+    **dict.fromkeys((f"sampling.{name}" for name in TREE["sampling"]), ("samples", "report")),
+    "training.likelihood_weighting": ("loss",),
+    "training.reduce_mean": ("loss",),
+    "data.test_dataset": ("loss", "bpd"),
+    "data.dataset": ("loss", "bpd", "report"),
+    "model.num_scales": ("samples", "report"),
+}
+SAMPLING = {  # settings from which those of sampling are changed
+    "published": {"sampling.predictor": "euler_maruyama"},
+    "corrector": {"sampling.corrector": "langevin", "sampling.predictor": "reverse_diffusion"},
+    "ddim": {"sampling.sampler": "ddim"},
+    "euler": {"sampling.sampler": "euler"},
+}
+
+
+@pytest.fixture
+def every_part(tree, data):
+    tree.update_from_flattened_dict(
+        {"eval.enable_bpd": True, "eval.enable_sampling": True, "eval.num_samples": 12, "model.num_scales": 30}
+    )
+    return tree
+
+
+def changed(tree, path, value):
+    copy = tree.copy_and_resolve_references()
+    copy.update_from_flattened_dict({path: value})
+    return copy
+
+
+def test_every_field_that_a_result_depends_on_enters_its_identity(every_part, identities, tmp_path):
+    """Every field of the config: a result made with another value says so, or the value is refused."""
+    others, first = str(tiny.write_pictures(tmp_path / "others.npz", 10, seed=9)), identities(every_part)
+    tree = {path for path, _ in fields(every_part)}
+    assert tree == OTHERS.keys() | FREE.keys() & tree
+    refused = set()
+    for path, value in OTHERS.items():
+        value = others if value == "others" else value
+        try:
+            now = identities(changed(every_part, path, value))
+        except UserError:
+            refused.add(path)
+            continue
+        for kind in DEPEND.get(path, first):
+            assert now[kind] != first[kind], f"{kind} does not depend on {path}"
+    assert refused.isdisjoint({"sampling.steps", "sampling.predictor", "model.num_scales", "training.reduce_mean"})
+    assert {"sampling.t_start", "sampling.snr", "model.nf"} <= refused
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_every_setting_of_sampling_enters_the_identity_of_samples(name, every_part, identities):
+    every_part.update_from_flattened_dict(SAMPLING[name])
+    first, entered = identities(every_part), set()
+    for path, value in OTHERS.items():
+        if not path.startswith("sampling.") or every_part.sampling[path[9:]] == value:
+            continue
+        try:
+            now = identities(changed(every_part, path, value))
+        except UserError:
+            continue
+        entered.add(path[9:])
+        assert now["samples"] != first["samples"], path
+        assert now["report"] != first["report"], path
+    assert {"steps"} <= entered
+    assert {"corrector": {"snr", "n_steps_each"}, "ddim": {"eta", "time_grid"}}.get(name, set()) <= entered
+
+
+def test_samples_from_a_later_time_are_refused_before_anything_is_written(sampling_tree, whole, package):
+    before = tiny.snapshot(whole)
+    sampling_tree.sampling.update({"sampler": "ddim", "t_start": 0.6})
+    with pytest.raises(UserError, match=r"samples cannot be drawn with config\.sampling: t_start=0\.6; give that to"):
+        evaluate(sampling_tree, whole)
+    assert tiny.snapshot(whole) == before
+
+
+def test_samples_of_other_steps_are_not_taken_for_these(sampling_tree, whole, package, tmp_path, monkeypatch):
+    """Their number of steps was compared under the name of another field."""
+    monkeypatch.setattr(fidelity, "Inception", no_weights)
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    sampling_tree.sampling.steps = 2
+    with pytest.raises(UserError, match="no weights"):
+        evaluate(sampling_tree, workdir)
+    sampling_tree.sampling.steps = 0
+    with pytest.raises(
+        UserError, match=r"samples_0\.npz was made from something else \(sampling\.steps: 2 there, 0 here"
+    ):
+        evaluate(sampling_tree, workdir)

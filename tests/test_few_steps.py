@@ -3,10 +3,14 @@
 import pytest
 import torch
 from helpers import GaussianScore, filled_model, load_config, small
+from test_configs import LEAVES
+from test_configs import load as load_leaf
 from test_sampling import COUNT, SDES, gaussian_data, keyed, moments
 
 import sampling
 import sde_lib
+import training
+from configs.base import TREE
 from console import UserError
 from sampling import ExponentialIntegrator
 
@@ -379,8 +383,189 @@ def test_too_few_steps_for_a_discrete_process_are_refused():
         ({"sampler": "ddim", "lift": "noise"}, "need t_start < 1"),
         ({"t_start": 0.5}, "t_start: not with the published sampler; choose one of euler, ddim"),
         ({"time_grid": "lambda", "returns": 2}, "time_grid, returns: not with the published sampler"),
+        (
+            {"sampler": "ddim", "probability_flow": True},
+            "probability_flow: not with the sampler ddim; choose eu",
+        ),
+        (
+            {"sampler": "dpmpp_2m", "probability_flow": True},
+            "probability_flow: not with the sampler dpmpp_2m; cho",
+        ),
+        ({"sampler": "sde_dpmpp_2m", "probability_flow": True}, "probability_flow: not with the sampler sde_dpmpp_2m"),
+        ({"sampler": "ddim", "noise_removal": False}, "noise_removal: not with the sampler ddim, which is a predictor"),
+        ({"sampler": "euler", "predictor": "none"}, "predictor: not with the sampler euler"),
+        ({"eta": 0.5}, "eta goes with the sampler ddim"),
+        ({"snr": 0.2}, "snr: not without a corrector; choose langevin or ald"),
+        ({"n_steps_each": 2, "snr": 0.2}, "n_steps_each, snr: not without a corrector"),
+        ({"predictor": "none"}, "the predictor 'none' needs a corrector, or nothing would happen"),
+        (
+            {"predictor": "none", "corrector": "ald", "probability_flow": True},
+            "probability_flow: not with the predictor",
+        ),
+        (
+            {"sampler": "ddim", "lift": "noise", "t_start": 0.5, "constraint": "project"},
+            "constraint: not with the lift ",
+        ),
+        ({"sampler": "ddim", "steps": 1, "time_grid": "lambda"}, "time_grid: not with a single step"),
+        ({"sampler": "ddim", "steps": 1, "returns": 1}, "returns: not with a single step"),
+        ({"method": "ode"}, "method is ode, which can only draw samples; set it to pc"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(values, message):
     with pytest.raises(UserError, match=message):
         process_of(**values)
+
+
+@pytest.mark.parametrize("corrector", ["langevin", "ald"])
+def test_a_corrector_of_too_few_scales_is_refused(corrector):
+    """Its step size comes from the discrete process, of which nothing is left at 20 scales."""
+    config = load_config("subvp/cifar10_ddpm_continuous.py")
+    config.model.num_scales, config.sampling.corrector = 20, corrector
+    with pytest.raises(UserError, match=rf"{corrector} needs config\.model\.num_scales above 20, not 20"):
+        sampling.create_process(config, sde_lib.create_sde(config))
+    config.model.num_scales = 21
+    sampling.create_process(config, sde_lib.create_sde(config))
+
+
+@pytest.mark.parametrize("path", LEAVES)
+def test_no_published_config_and_no_preset_is_refused(path):
+    config = load_leaf(path).get_config()
+    sde = sde_lib.create_sde(config)
+    sampling.create_process(config, sde).check_sampling()
+    config.sampling.method = "ode"
+    sampling.check_effects(config.sampling, sde)
+    for name in [*sampling.PRESETS, *sampling.SAMPLERS]:
+        config = load_leaf(path).get_config()
+        config.sampling.update(sampling.preset(name, config)[0] if name in sampling.PRESETS else {"sampler": name})
+        for steps in (config.sampling.steps, 1):
+            config.sampling.steps = steps
+            sampling.create_process(config, sde)
+
+
+def test_usual_values_are_those_of_the_published_configs():
+    found = {name: set() for name in sampling.USUAL}
+    for path in LEAVES:
+        for name, value in load_leaf(path).get_config().sampling.items():
+            found[name].add(value)
+    assert found == {name: set(values) for name, values in sampling.USUAL.items()}
+    assert {name: values[0] for name, values in sampling.USUAL.items()} == TREE["sampling"]
+
+
+def test_what_was_typed_is_refused_where_it_has_no_effect_whatever_its_value():
+    config = load_config("ve/cifar10_ddpm.py")
+    sampling.check_typed(config, {"sampling.snr", "model.nf"})
+    config.sampling.update({"sampler": "ddim", "corrector": "none"})
+    sampling.check_typed(config, {"sampling.steps", "sampling.eta"})
+    for name, message in {"predictor": "a predictor itself", "snr": "a corrector"}.items():
+        with pytest.raises(UserError, match=f"{name}: not with.*{message}"):
+            sampling.check_typed(config, {f"sampling.{name}"})
+
+
+# -------------------------------------------------------------------------------------- every setting has an effect
+
+BASES = {  # settings from which every field is changed by itself
+    "published": {},
+    "ancestral": {"predictor": "ancestral_sampling"},
+    "flow": {"predictor": "reverse_diffusion", "probability_flow": True},
+    "no predictor": {"predictor": "none", "corrector": "ald"},
+    "langevin": {"corrector": "langevin"},
+    "ald": {"corrector": "ald", "n_steps_each": 2},
+    "euler": {"sampler": "euler"},
+    "ddim": {"sampler": "ddim"},
+    "ddim deterministic": {"sampler": "ddim", "eta": 0.0, "corrector": "langevin"},
+    "dpmpp_2m": {"sampler": "dpmpp_2m"},
+    "sde_dpmpp_2m": {"sampler": "sde_dpmpp_2m", "time_grid": "lambda"},
+    "project": {"sampler": "ddim", "constraint": "project", "t_start": 0.6},
+    "noise": {"sampler": "ddim", "lift": "noise", "t_start": 0.6},
+    "one step": {"sampler": "ddim", "steps": 1, "t_start": 0.6},
+}
+OTHERS = {
+    "method": ["ode"],
+    "predictor": ["reverse_diffusion", "ancestral_sampling", "none"],
+    "corrector": ["none", "langevin", "ald"],
+    "n_steps_each": [3],
+    "snr": [0.3],
+    "noise_removal": [False],
+    "probability_flow": [True, False],
+    "sampler": ["published", "euler", "ddim", "dpmpp_2m", "sde_dpmpp_2m"],
+    "steps": [37],
+    "time_grid": ["uniform", "quadratic"],
+    "t_start": [0.8],
+    "t_end": [0.1],
+    "eta": [0.5],
+    "constraint": ["replace", "project"],
+    "returns": [1],
+    "lift": ["mask", "noise", "both"],
+}
+
+
+def outcome(values, inpaints):
+    """What settings make of three Gaussian images, by inpainting or sampling; None where they are refused."""
+    config = load_config("vp/ddpm/cifar10_continuous.py")
+    config.model.num_scales = 40
+    config.sampling.update(values)
+    sde, source = sde_lib.create_sde(config), keyed(3)
+    model = GaussianScore(sde, *gaussian_data())
+    try:
+        if not inpaints:
+            return training.create_sampler(config, sde)(model, source)
+        return sampling.create_process(config, sde).inpaint(model, keyed(3, seed=5)(0, "prior"), MASK, source)
+    except UserError:
+        return None
+
+
+@pytest.mark.parametrize("inpaints", [True, False], ids=["inpainting", "sampling"])
+@pytest.mark.parametrize("base", BASES)
+def test_every_setting_changes_the_result_or_is_refused(base, inpaints):
+    """All of config.sampling, one field at a time; the usual predictor may stand where the sampler is another."""
+    first = outcome(BASES[base], inpaints)
+    if first is None:  # for inpainting alone
+        assert not inpaints
+        assert {"t_start", "constraint", "lift"} & BASES[base].keys()
+        return
+    assert OTHERS.keys() == TREE["sampling"].keys()
+    for name, values in OTHERS.items():
+        for value in values:
+            current = {**TREE["sampling"], **BASES[base]}
+            usual = name == "predictor" and value != "none" and current["sampler"] != "published"
+            # one step leads every sampler to the same prediction; t_end may stand there as a preset's
+            alike = name in ("sampler", "t_end") and base == "one step"
+            if value == current[name] or usual or alike:
+                continue
+            result = outcome({**BASES[base], name: value}, inpaints)
+            assert result is None or not torch.equal(result, first), f"{name}={value} does nothing"
+
+
+# ------------------------------------------------------------------------------------- what samples cannot start from
+
+
+def test_samples_start_from_noise_alone():
+    """From t = 1 the mean of the data is met; what starts later is refused, since the prior is not its marginal."""
+    config = load_config("subvp/cifar10_ddpm_continuous.py")
+    own = {"sampler": "ddim", "eta": 0.0, "time_grid": "lambda", "steps": 50}
+    config.sampling.update(own)
+    sde = sde_lib.create_sde(config)
+    mean = torch.full((4,), 0.3)
+    model = GaussianScore(sde, mean, 0.04 * torch.eye(4))
+    samples = sampling.create_process(config, sde).sample(model, keyed(COUNT))
+    torch.testing.assert_close(samples.flatten(1).mean(dim=0), mean, rtol=0, atol=0.02)
+    for values in ({"constraint": "project"}, {"t_start": 0.3}, {"t_start": 0.3, "lift": "both"}):
+        config.sampling.update({**TREE["sampling"], **own, **values})
+        process = sampling.create_process(config, sde)
+        told = ", ".join(f"{name}={value}" for name, value in values.items())
+        with pytest.raises(UserError, match=f"cannot be drawn with config.sampling: {told}; give that to recon"):
+            process.sample(model, keyed(3))
+    late = sampling.sample(model, sde, keyed(COUNT), predictor=process.predictor, times=process.times)
+    assert late.mean() < 0.27  # what it would come to: the prior taken for the marginal at 0.3
+
+
+@pytest.mark.parametrize("name", SDES)
+def test_samples_may_be_taken_back(name):
+    """Steps that are taken back and repeated keep the distribution, up to the steps' width (see `FEW`)."""
+    sde, (mean, cov) = SDES[name](1000), gaussian_data()
+    times = sampling.with_returns(sampling.time_grid(sde, 100, sde.eps, spacing="lambda"), 1)
+    solver = ExponentialIntegrator(sde)
+    result = sampling.sample(GaussianScore(sde, mean, cov), sde, keyed(COUNT), predictor=solver, times=times)
+    got_mean, got_cov = moments(result)
+    torch.testing.assert_close(got_mean, mean, rtol=0, atol=0.04)
+    torch.testing.assert_close(got_cov, cov, rtol=0, atol=0.08)

@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import signal
+import threading
 
 import pytest
 import tiny
@@ -196,3 +197,39 @@ def test_only_a_new_folder_is_marked(tmp_path):
         files.mark(tmp_path / name)
     assert listing(tmp_path / "mine") == ["photo.png"]
     assert listing(tmp_path / "new") == [files.MARK]
+
+
+# ------------------------------------------------------------------------------------------------- short sections
+
+
+def test_a_short_section_waits_for_its_turn_and_leaves_nothing(tmp_path):
+    inside, leave, order = threading.Event(), threading.Event(), []
+
+    def first():
+        with files.alone(tmp_path):
+            inside.set()
+            leave.wait(10)
+            order.append("first")
+
+    def second():
+        inside.wait(10)
+        with files.alone(tmp_path):
+            order.append("second")
+
+    threads = [threading.Thread(target=work) for work in (first, second)]
+    for thread in threads:
+        thread.start()
+    inside.wait(10)
+    threads[1].join(0.2)
+    assert order == []
+    leave.set()
+    for thread in threads:
+        thread.join()
+    assert order == ["first", "second"]
+    assert listing(tmp_path) == []
+
+
+def test_a_short_section_where_folders_cannot_be_locked(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.fcntl, "flock", tiny.failing(errno.EBADF))
+    with files.alone(tmp_path):
+        files.write_text(tmp_path / "x", "y")

@@ -294,7 +294,7 @@ def test_a_full_disk_while_writing_leaves_whole_batches(monkeypatch, tmp_path):
 
 def reconstructor(limit, corrector="none"):
     """A reconstructor on a device that runs out of memory beyond `limit` trajectories, and the sizes that it tried."""
-    config = tiny.config(sampling__corrector=corrector, model__num_scales=4)
+    config = tiny.config(sampling__corrector=corrector, model__num_scales=4 if corrector == "none" else 24)
     net = models.create_model(config)
     tiny.randomise(net)
     tried = []

@@ -249,9 +249,9 @@ def test_a_published_checkpoint_is_converted_by_a_config(tmp_path):
         (["nowhere.pth"], "there is no checkpoint at nowhere.pth"),
         (["nowhere.safetensors"], "there is no checkpoint at nowhere.safetensors"),
         ([str(SCRIPT)], "damaged or is no torch file"),
-        ([str(GOLDEN)], "no config.json"),
+        ([str(ROOT / "configs")], "no config.json"),
         ([str(PUBLISHED), "--config", "nowhere.py"], "there is no config at nowhere.py"),
-        ([str(PUBLISHED), "--config", str(ROOT / "pyproject.toml")], "no Python file"),
+        ([str(PUBLISHED), "--config", str(ROOT / "pyproject.toml")], "pyproject.toml fails with SyntaxError in line 2"),
         ([str(PUBLISHED), "--config", str(ROOT / "console.py")], "no function get_config"),
         ([str(PUBLISHED), "--note", "a=b"], "--note goes with --to"),
         ([str(PUBLISHED), "--to", "x.safetensors", "--note", "a"], "write KEY=TEXT"),
@@ -274,6 +274,40 @@ def test_a_damaged_file_is_told(tmp_path):
     save_file({"a": torch.zeros(1)}, path, {"config": "{"})
     with pytest.raises(UserError, match="no JSON"):
         tool.main([str(path)])
+
+
+BROKEN_CONFIGS = {
+    "raises": "raise ValueError('a\\nb')",
+    "leaves": "import sys; sys.exit(3)",
+    "is no Python": "def get_config(:",
+    "raises when called": "def get_config(): return 1 / 0",
+    "a plain dict": "def get_config(): return {}",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_CONFIGS)
+def test_a_config_that_is_none_is_told(name, tmp_path):
+    (tmp_path / "broken.py").write_text(BROKEN_CONFIGS[name] + "\n")
+    with pytest.raises(UserError, match=r"broken\.py is no config") as error:
+        tool.main([str(PUBLISHED), "--config", str(tmp_path / "broken.py")])
+    assert "\n" not in str(error.value)
+
+
+def test_plain_weights_and_work_folders_are_told(trained, tmp_path, capsys):
+    checkpoint = storage.read_checkpoint(trained[0])
+    torch.save(checkpoint["model"], tmp_path / "plain.pth")
+    assert dict(output(capsys, tmp_path / "plain.pth"))["format"] == "plain weights, without moving averages"
+    (tmp_path / "plain.pth").unlink()
+    torch.save(checkpoint, tmp_path / "checkpoint_3.pth")
+    assert "training checkpoint of main.py" in dict(output(capsys, tmp_path))["format"]
+
+
+def test_a_config_that_lies_makes_no_network(trained, tmp_path):
+    checkpoint = storage.read_checkpoint(trained[0])
+    checkpoint["config"]["model"]["num_res_blocks"] = 10**9
+    torch.save(checkpoint, tmp_path / "lies.pth")
+    with pytest.raises(UserError, match="more blocks than the file has weights"):
+        tool.main([str(tmp_path / "lies.pth"), "--to", str(tmp_path / "x.safetensors")])
 
 
 def test_on_the_command_line_a_mistake_is_one_line_and_exit_code_2(tmp_path):

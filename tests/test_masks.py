@@ -140,7 +140,30 @@ def _save_picture(path, mode):
     Image.fromarray((OWN * 255).astype(np.uint8)).convert(mode).save(path)
 
 
+def _save_transparent(path, colour, alpha):
+    """Known where `alpha` says so, whatever `colour` lies under it; the other way round where that is the mask."""
+    Image.merge("LA", [Image.fromarray((part * 255).astype(np.uint8)) for part in (colour, alpha)]).save(path)
+
+
+def _save_turned(path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees, clockwise
+    Image.fromarray((np.rot90(OWN) * 255).astype(np.uint8)).save(path, exif=exif)
+
+
 WRITERS = {
+    "hidden_white.png": lambda path: _save_transparent(path, np.ones_like(OWN), OWN),
+    "all_opaque.png": lambda path: _save_transparent(path, OWN, np.ones_like(OWN)),
+    "both.png": lambda path: _save_transparent(path, np.maximum(OWN, np.tri(32)), np.maximum(OWN, 1 - np.tri(32))),
+    "palette_transparent.png": lambda path: (
+        Image.fromarray((OWN).astype(np.uint8))
+        .convert("P")
+        .point(lambda level: 255 - level)
+        .save(path, transparency=255)
+    ),
+    "turned.png": _save_turned,
+    "no ending": lambda path: Image.fromarray((OWN * 255).astype(np.uint8)).save(path, "PNG"),
+    "float.tiff": lambda path: Image.fromarray(OWN.astype(np.float32)).save(path),
     "grey.png": lambda path: _save_picture(path, "L"),
     "colour.bmp": lambda path: _save_picture(path, "RGB"),
     "one_bit.png": lambda path: _save_picture(path, "1"),
@@ -173,7 +196,53 @@ class _Evil:
         return (print, ("ran",))
 
 
+def _save_bomb(path):
+    """A small file that claims to unpack to 4.3 GB: it is not unpacked to find out."""
+    np.savez_compressed(path, OWN)
+    _claim(path, 2**32 - 2)
+
+
+def _claim(path, size):
+    """Writes into a zip file of one member that it has `size` bytes, where the central directory says so."""
+    content = path.read_bytes()
+    place = content.index(b"PK\x01\x02") + 24  # uncompressed size, 4 bytes
+    path.write_bytes(content[:place] + size.to_bytes(4, "little") + content[place + 4 :])
+
+
+def _save_huge_tensor(path):
+    torch.save(torch.from_numpy(OWN), path)
+    _claim(path, 3 * 10**9)
+
+
+def _save_cut_off(path):
+    np.save(path, OWN)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _claim_much(path):
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f8", "fortran_order": False, "shape": (10**6, 10**6)})
+
+
 BAD = {
+    "zero_one.png": (
+        lambda path: Image.fromarray(OWN.astype(np.uint8)).save(path),
+        "no white pixel: its values go up to 1 of 255; .*multiply the values by 255",
+    ),
+    "zero_one_16_bit.png": (
+        lambda path: Image.fromarray(OWN.astype(np.uint16)).save(path),
+        "multiply the values by 65535",
+    ),
+    "bytes_16_bit.png": (
+        lambda path: Image.fromarray((OWN * 255).astype(np.uint16)).save(path),
+        "up to 255 of 65535; .*multiply the values by 257",
+    ),
+    "huge.png": (lambda path: Image.new("L", (9000, 9000)).save(path), "size 9000x9000"),
+    "bomb.npz": (_save_bomb, "cannot be read .*unpacks to 4.3 GB"),
+    "huge.pth": (_save_huge_tensor, "unpacks to 3.0 GB"),
+    "cut.npy": (_save_cut_off, "does not hold the bytes that its header claims"),
+    "claims.npy": (_claim_much, "does not hold the bytes that its header claims"),
+    "grey_floats.tiff": (lambda path: Image.fromarray((OWN / 2).astype(np.float32)).save(path), "other than 0"),
     "size.npy": (lambda path: np.save(path, OWN[:16]), "size 16x32; the images are of 32x32"),
     "flat.npy": (lambda path: np.save(path, OWN.ravel()), "size 1024"),
     "size.png": (lambda path: Image.new("L", (16, 16)).save(path), "size 16x16"),
@@ -193,6 +262,12 @@ BAD = {
     "broken.png": (lambda path: path.write_bytes(b"nothing"), "cannot be read"),
     "none.png": (lambda path: None, "there is no mask file"),
 }
+
+
+def test_a_mask_file_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    np.save(tmp_path / "own.npy", OWN)
+    assert masks.load_mask_file("~/own.npy", 32).mean() == 0.25
 
 
 @pytest.mark.parametrize("name", BAD)

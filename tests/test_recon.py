@@ -3,6 +3,7 @@
 import errno
 import json
 import re
+import shlex
 import shutil
 import signal
 
@@ -105,7 +106,7 @@ def test_batches_are_as_published(made):
     ]  # fmt: skip
     for name, batch in tensors(made).items():
         count = {"pos/batch_1.pth": 3, "neg/batch_1.pth": 1}.get(name, 4)
-        assert batch.keys() == theirs.keys()
+        assert batch.keys() == {*theirs, "identity", "digest"}
         assert batch["orig"].shape == (count, 1, SIZE, SIZE)
         for part in ("masked", "recon"):
             assert isinstance(batch[part], list)
@@ -159,7 +160,8 @@ def test_manifest(made, checkpoint):
     assert {name: sides["neg"][name] for name in ("dataset", "images", "batch_size", "batches", "skipped")} == {
         "dataset": "noise", "images": 5, "batch_size": 4, "batches": 2, "skipped": [],
     }  # fmt: skip
-    assert sides["pos"]["fingerprint"].startswith("squares:7:")
+    assert sides["pos"]["fingerprint"].startswith("7:")
+    assert (sides["pos"]["labels"], manifest["format"]) == (None, storage.FORMAT)
     assert {"torch", "python", "numpy", "device", "checkpoint_path", "checkpoint_step"} <= manifest["versions"].keys()
 
 
@@ -279,10 +281,10 @@ def test_random_masks_do_not_know_the_names_of_the_sets(checkpoint, sources, tmp
 CHILD = """
 import os, signal, sys
 from pathlib import Path
-import storage, tiny
+import files, tiny
 
 checkpoint, pos, neg, workdir = map(Path, sys.argv[1:])
-writes, flush = [], storage.os.fsync
+writes, flush = [], files.os.fsync
 
 def fsync(handle):  # the manifest, two in-domain batches, then the first out-of-domain one
     writes.append(handle)
@@ -290,7 +292,7 @@ def fsync(handle):  # the manifest, two in-domain batches, then the first out-of
         os.kill(os.getpid(), signal.SIGKILL)
     flush(handle)
 
-storage.os.fsync = fsync
+files.os.fsync = fsync
 tiny.reconstruct(workdir, checkpoint, {"pos": pos, "neg": neg})
 """
 
@@ -339,6 +341,105 @@ def test_missing_and_truncated_batches_are_made_again(results, made, checkpoint,
     assert tiny.same(tensors(results), tensors(made))
 
 
+def zero_bytes(path):
+    """Zeroes 500 bytes within the pixels of the last reconstruction."""
+    last = torch.load(path, weights_only=True)["recon"][-1].numpy().tobytes()
+    data = bytearray(path.read_bytes())
+    at = data.index(last)
+    data[at : at + 500] = bytes(500)
+    path.write_bytes(data)
+
+
+def test_a_damaged_batch_is_refused_by_detect_and_made_again_by_recon(
+    results, made, checkpoint, sources, counted, capsys
+):
+    """The same command mends it, as the message says."""
+    zero_bytes(results / "pos" / "batch_1.pth")
+    shutil.copy(results / "pos" / "batch_0.pth", results / "neg" / "batch_0.pth")
+    with pytest.raises(UserError, match=r"pos/batch_1\.pth is damaged .*; run the same recon\.py command again, it"):
+        detect.detect(results, ["MSE"])
+    reconstruct(results.parent, checkpoint, sources)
+    assert counted == [("squares", [4, 5, 6]), ("noise", [0, 1, 2, 3])]
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert warnings == [
+        "warning: in-domain, made again: batch_1.pth is damaged (its content does not match its digest)",
+        "warning: out-of-domain, made again: batch_0.pth was made from other images or settings",
+    ]
+    assert tiny.same(tensors(results), tensors(made))
+    assert detect.detect(results, ["MSE"], plots=False)
+
+
+def test_a_renamed_set_continues(results, made, checkpoint, sources, tmp_path, counted):
+    """The manifest tells the new name."""
+    (results / "pos" / "batch_1.pth").unlink()
+    shutil.copy(sources["pos"], tmp_path / "renamed.npz")
+    reconstruct(results.parent, checkpoint, {**sources, "pos": tmp_path / "renamed.npz"})
+    assert counted == [("renamed", [4, 5, 6])]
+    assert tiny.same(tensors(results), tensors(made))
+    assert storage.ResultsFolder(results).manifest()["sides"]["pos"]["dataset"] == "renamed"
+
+
+def test_a_folder_of_an_earlier_version_is_scored_but_not_continued(results, checkpoint, sources, counted):
+    manifest = json.loads((results / "manifest.json").read_text())
+    del manifest["format"], manifest["settings"]["noise"]
+    (results / "manifest.json").write_text(json.dumps(manifest))
+    for path in results.rglob("batch_*.pth"):
+        batch = torch.load(path, weights_only=True)
+        torch.save({name: batch[name] for name in ("orig", "masked", "recon")}, path)
+    before = tensors(results)
+    with pytest.raises(UserError, match=r"holds batches of an earlier version, with another noise; choose another"):
+        reconstruct(results.parent, checkpoint, sources)
+    assert counted == []
+    assert tiny.same(tensors(results), before)
+    assert detect.detect(results, ["MSE"], plots=False)
+
+
+# ------------------------------------------------------------------------------------------------- one run a folder
+
+
+def test_a_second_run_is_refused_while_the_first_writes(made, checkpoint, sources, tmp_path, monkeypatch, counted):
+    """Also one of another seed, in the time before the first batch is there; the first is not disturbed."""
+    tried, inpaint = [], sampling.inpaint
+
+    def interfering(*args, **options):
+        if not tried:
+            tried.append(True)
+            for seed in (0, 1):
+                with pytest.raises(UserError, match=rf"{ALT} is being written to by process \d+ on .*; wait until it"):
+                    reconstruct(tmp_path / "run", checkpoint, sources, seed=seed)
+        return inpaint(*args, **options)
+
+    monkeypatch.setattr(sampling, "inpaint", interfering)
+    folder = reconstruct(tmp_path / "run", checkpoint, sources)
+    assert tried
+    assert len(counted) == 4
+    assert tiny.same(tensors(folder), tensors(made))
+    assert reconstruct(tmp_path / "run", checkpoint, sources) == folder  # it is free again
+
+
+def test_a_manifest_that_goes_while_batches_are_made(checkpoint, sources, tmp_path, monkeypatch):
+    """No batch is written beside another manifest, or none."""
+    inpaint = sampling.inpaint
+
+    def removing(*args, **options):
+        if (tmp_path / "run" / ALT / "pos" / "batch_0.pth").exists():
+            (tmp_path / "run" / ALT / "manifest.json").unlink(missing_ok=True)
+        return inpaint(*args, **options)
+
+    monkeypatch.setattr(sampling, "inpaint", removing)
+    with pytest.raises(UserError, match=r"manifest\.json was removed or replaced while this run wrote there; run"):
+        reconstruct(tmp_path / "run", checkpoint, sources)
+
+
+def test_the_next_command_is_quoted_for_the_shell(checkpoint, sources, tmp_path, capsys):
+    folder = reconstruct(tmp_path / "it's $HOME; a run", checkpoint, sources, max_images=2)
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("next: python detect.py --result_path ")
+    assert shlex.split(line)[1:] == [
+        "python", "detect.py", "--result_path", str(folder), "--reps", "2", "--metric", "MSE",
+    ]  # fmt: skip
+
+
 OTHER = {
     "seed": ({"seed": 1}, "seed: 0 there, 1 here"),
     "batch size": ({"batch_size": 3}, r"neg\.batch_size: 4 there, 3 here"),
@@ -347,7 +448,7 @@ OTHER = {
     "sampler": ({"tree": {"sampling__noise_removal": False}}, "noise_removal: true there, false here"),
     "mask": ({"mask": {"num_blocks": 4, "ratio": 0.4}}, r"mask\.ratio: 0\.5 there, 0\.4 here"),
     "checkpoint": ({"checkpoint": 5}, r"checkpoint: .* there, .* here"),
-    "in-domain": ({"pos": "noise.npz"}, r'pos\.dataset: "squares" there, "noise" here'),
+    "in-domain": ({"pos": "noise.npz"}, r"pos\.fingerprint: .*pos\.images: 7 there, 5 here"),
 }
 
 
@@ -508,11 +609,11 @@ def test_the_out_of_domain_side_may_come_later(made, checkpoint, sources, tmp_pa
 # ------------------------------------------------------------------------------------------------ sources of images
 
 
-def test_max_images_takes_the_first(made, checkpoint, sources, tmp_path):
+def test_max_images_takes_evenly_spread_ones(made, checkpoint, sources, tmp_path):
     folder = reconstruct(tmp_path / "run", checkpoint, sources, max_images=2)
-    for side in sources:
+    for side, rows in {"pos": [0, 3], "neg": [0, 2]}.items():  # of 7 and of 5, in first batches of 4
         for mine, theirs in zip(load(folder, side), load(made, side), strict=True):
-            batch = theirs[:2] if theirs.ndim == 4 else theirs[:, :2]
+            batch = theirs[rows] if theirs.ndim == 4 else theirs[:, rows]
             torch.testing.assert_close(mine, batch, rtol=0, atol=1e-5)
 
 
@@ -621,7 +722,7 @@ def test_a_mask_file(bright, checkpoint, tmp_path):
 def test_saved_masks_can_be_read_again(kind, bright, checkpoint, tmp_path):
     mask = MaskOptions(kind, patch_size=2, identifier="tag")
     folder = reconstruct(tmp_path / "run", checkpoint, bright, mask=mask, mask_directory="")
-    saved = sorted(path.name for path in (folder / "masks").iterdir())
+    saved = sorted(path.name for path in (folder / "masks").glob("*.png"))
     batches = ["pos_batch0_", "pos_batch1_"] if kind == "random" else [""]
     assert saved == [f"{mask.name}_{batch}rep{rep}.png" for batch in batches for rep in range(2)]
     seen = masks_of(folder)
@@ -635,7 +736,7 @@ def test_saved_masks_can_be_read_again(kind, bright, checkpoint, tmp_path):
 
 def test_masks_can_be_saved_elsewhere(bright, checkpoint, tmp_path):
     folder = reconstruct(tmp_path / "run", checkpoint, bright, mask_directory=tmp_path / "mine")
-    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / "mine").glob("*.png")) == [
         "checkerboard_alt_blocks4_rep0.png", "checkerboard_alt_blocks4_rep1.png",
     ]  # fmt: skip
     assert not (folder / "masks").exists()
@@ -715,7 +816,7 @@ def test_bad_input_is_told_in_one_line_and_writes_nothing(name, checkpoint, sour
 
 def test_a_full_disk(checkpoint, sources, tmp_path, monkeypatch):
     """The batch that found no room is made again later; those before it stay."""
-    writes, flush = [], storage.os.fsync
+    writes, flush = [], files.os.fsync
 
     def fsync(handle):
         writes.append(handle)
@@ -723,11 +824,11 @@ def test_a_full_disk(checkpoint, sources, tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         flush(handle)
 
-    monkeypatch.setattr(storage.os, "fsync", fsync)
+    monkeypatch.setattr(files.os, "fsync", fsync)
     with pytest.raises(UserError, match=r"cannot write .*pos/batch_1\.pth: No space left on device; free some space"):
         reconstruct(tmp_path / "run", checkpoint, sources)
     assert sorted(path.name for path in (tmp_path / "run" / ALT).rglob("*") if path.is_file()) == [
-        "batch_0.pth", "manifest.json",
+        ".lift-map-detect", "batch_0.pth", "manifest.json",
     ]  # fmt: skip
     monkeypatch.undo()
     assert len(tensors(reconstruct(tmp_path / "run", checkpoint, sources))) == 4
@@ -735,5 +836,7 @@ def test_a_full_disk(checkpoint, sources, tmp_path, monkeypatch):
 
 def test_a_workdir_that_cannot_be_made(checkpoint, sources, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match=r"cannot write .*manifest\.json: .*choose another folder"):
+    with pytest.raises(
+        UserError, match=r"cannot write to .*: .*a file stands where a folder is needed; choose another path"
+    ):
         reconstruct(tmp_path / "file", checkpoint, sources)

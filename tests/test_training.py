@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import console
+import files
 import losses
 import storage
 import training
@@ -49,11 +50,12 @@ def tree(data):
 
 
 def results(workdir):
-    """The files that a run leaves, besides its logs -> content, checkpoints as tensors."""
+    """The files that a run leaves, besides its logs and marks -> content, checkpoints as tensors."""
     found = {}
     for path in workdir.rglob("*"):
         name = path.relative_to(workdir).as_posix()
-        if path.is_file() and name != "stdout.txt" and not name.startswith("tensorboard/"):
+        own = path.name in ("stdout.txt", files.MARK) or name.startswith("tensorboard/")
+        if path.is_file() and not own:
             found[name] = storage.read_checkpoint(path) if path.suffix == ".pth" else path.read_bytes()
     return found
 
@@ -62,10 +64,10 @@ def results(workdir):
 
 CHILD = """
 import os, signal, sys
-import storage, tiny, training
+import files, tiny, training
 
 moment, dataset, workdir, dropout = sys.argv[1:]
-writes, flush, train_step = [], storage.os.fsync, training.Trainer.train_step
+writes, flush, train_step = [], files.os.fsync, training.Trainer.train_step
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -73,16 +75,16 @@ def die():
 def step(self, x):  # the next one to be saved would be step 9
     return die() if self.state.step == 8 else train_step(self, x)
 
-def fsync(handle):  # checkpoint, numbered checkpoint, two of samples, then the first one again: not yet renamed
+def fsync(handle):  # checkpoint, numbered one, mark and two of samples, then the first one again: not yet renamed
     flush(handle)
     writes.append(handle)
-    if len(writes) == 5:
+    if len(writes) == 6:
         die()
 
 if moment == "step":
     training.Trainer.train_step = step
 else:
-    storage.os.fsync = fsync
+    files.os.fsync = fsync
 tiny.train(tiny.config(data__dataset=dataset, model__dropout=float(dropout)), workdir)
 """
 
@@ -101,8 +103,7 @@ def test_a_killed_run_ends_as_one_that_was_not(moment, dropout, data, whole, tmp
     if dropout == 0:
         whole = tmp_path / "whole"
         tiny.train(tree, whole)
-    for path in unfinished:
-        path.unlink()
+    assert not any(path.exists() for path in unfinished)  # the run that owns the folder removed them
     assert tiny.same(results(workdir), results(whole))
     assert "resuming at step" in (workdir / "stdout.txt").read_text()
 
@@ -122,7 +123,7 @@ def test_a_run_that_dies_at_any_file_ends_with_all_of_them(writes, tree, whole, 
             raise Death
         flush(handle)
 
-    monkeypatch.setattr(storage.os, "fsync", fsync)
+    monkeypatch.setattr(files.os, "fsync", fsync)
     with pytest.raises(Death):
         tiny.train(tree, tmp_path)
     tiny.train(tree, tmp_path)
@@ -218,7 +219,7 @@ def test_a_damaged_checkpoint_is_not_overwritten(tree, whole, tmp_path):
 def test_files_are_the_published_ones(whole):
     assert results(whole).keys() == WRITTEN
     assert {path.name for path in whole.iterdir()} == {
-        "checkpoints", "checkpoints-meta", "samples", "stdout.txt", "tensorboard",
+        "checkpoints", "checkpoints-meta", "samples", "stdout.txt", "tensorboard", files.MARK,
     }  # fmt: skip
     steps = {name: storage.read_checkpoint(whole / name)["step"] for name in WRITTEN if name.endswith(".pth")}
     assert steps == {  # a checkpoint holds the number of the next step, as published
@@ -364,6 +365,14 @@ BAD = {
     "predictor": ({"sampling__predictor": "heun"}, r"unknown predictor \(config\.sampling\.predictor\) 'heun'"),
     "no predictor of this SDE": ({"sampling__predictor": "ancestral_sampling"}, "is not defined for sub-VP"),
     "corrector": ({"sampling__corrector": "x"}, r"unknown corrector \(config\.sampling\.corrector\) 'x'"),
+    "samples from a later time": (
+        {"sampling__sampler": "ddim", "sampling__t_start": 0.6},
+        r"samples cannot be drawn with config\.sampling: t_start=0\.6; give that to recon\.py alone",
+    ),
+    "an ODE with steps": (
+        {"sampling__method": "ode", "sampling__steps": 5, "sampling__sampler": "ddim"},
+        r"config\.sampling: sampler, steps: not with the method 'ode', which has nothing to choose; set method=pc",
+    ),
     "method": ({"sampling__method": "dpm"}, r"unknown method \(config\.sampling\.method\) 'dpm'; choose one of: pc"),
 }
 
@@ -384,15 +393,189 @@ def test_a_bad_sampler_does_not_matter_where_nothing_is_sampled(data, tmp_path):
 
 def test_a_workdir_that_cannot_be_made(tree, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match=r"cannot write to .*file/run: .*; choose another --workdir"):
+    with pytest.raises(UserError, match=r"cannot write to .*file/run: .*; .* choose another path"):
         tiny.train(tree, tmp_path / "file" / "run")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_log_on_a_full_disk(tree, tmp_path, capsys):
-    (tmp_path / "stdout.txt").symlink_to("/dev/full")
+def test_a_log_on_a_full_disk(tree, tmp_path, monkeypatch, capsys):
+    open_own = files.open_own
+    full = lambda: os.fdopen(os.open("/dev/full", os.O_WRONLY), "w")
+    monkeypatch.setattr(files, "open_own", lambda path: full() if path.name == "stdout.txt" else open_own(path))
     with pytest.raises(SystemExit) as exit_:
         console.guard(lambda _: tiny.train(tree, tmp_path), None)
     assert exit_.value.code == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert errors == ["error: No space left on device: while writing; free some space, then run the same command again"]
+
+
+@pytest.mark.parametrize("name", ["stdout.txt", files.MARK])
+@pytest.mark.parametrize("target", ["elsewhere.txt", "nowhere.txt", "/dev/null"])
+def test_a_log_that_is_a_link_is_not_followed(name, target, tree, tmp_path):
+    kept = tmp_path / "elsewhere.txt"
+    kept.write_text("mine\n")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(tmp_path / target)
+    with pytest.raises(UserError, match=rf"{re.escape(name)} is a link, which is not followed; remove it, or choose"):
+        tiny.train(tree, tmp_path / "run")
+    assert kept.read_text() == "mine\n"
+    assert not (tmp_path / "nowhere.txt").exists()
+
+
+@pytest.mark.parametrize("name", ["stdout.txt", files.MARK])
+def test_a_log_that_is_no_plain_file_is_refused(name, tree, tmp_path):
+    """Opening a FIFO to write waits for a reader for ever."""
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=rf"{re.escape(name)} is no plain file; remove it"):
+        tiny.train(tree, tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------- 0 means never
+
+
+@pytest.mark.parametrize("field", ["log_freq", "eval_freq", "snapshot_freq", "snapshot_freq_for_preemption"])
+def test_a_frequency_of_0_is_never(field, tree, whole, tmp_path):
+    """The last step is saved all the same, as checkpoint_1 where no other is numbered; training is not changed."""
+    tree.training[field] = 0
+    tiny.train(tree, tmp_path)
+    steps = {
+        "log_freq": r"step: \d+, training_loss",
+        "eval_freq": r"step: \d+, eval_loss",
+        "snapshot_freq": r"samples of step (?!12 )",
+        "snapshot_freq_for_preemption": r"never written",
+    }
+    assert not re.search(steps[field], (tmp_path / "stdout.txt").read_text())
+    names = {name for name in results(tmp_path) if name.startswith("checkpoints")}
+    numbered = {"checkpoints/checkpoint_1.pth", "checkpoints/checkpoint_2.pth"}
+    expected = {"checkpoints/checkpoint_1.pth"} if field == "snapshot_freq" else numbered
+    assert names == {str(META), *expected}
+    last = "checkpoint_1" if field == "snapshot_freq" else "checkpoint_2"
+    mine, theirs = (storage.read_checkpoint(path) for path in (tmp_path / f"checkpoints/{last}.pth", whole / META))
+    assert all(tiny.same(mine[part], theirs[part]) for part in ("model", "ema", "step"))
+
+
+def test_without_losses_on_test_images_none_are_needed(tree, tmp_path, monkeypatch):
+    load = training.datasets.load
+    splits = []
+    monkeypatch.setattr(training.datasets, "load", lambda *a, **k: splits.append(k["split"]) or load(*a, **k))
+    tree.training.eval_freq, tree.data.test_dataset = 0, "nowhere"
+    tiny.train(tree, tmp_path)
+    assert splits == ["train"]
+
+
+# ---------------------------------------------------------------------------------------------- which test images
+
+
+@pytest.mark.parametrize(("count", "held"), [(1, 0), (19, 0), (20, 2), (105, 10), (10_000, 1000), (1_000_000, 1000)])
+def test_a_share_is_held_back_evenly(count, held):
+    rows = training.held_back(count)
+    assert len(rows) == held
+    if held:
+        assert 0 <= rows[0] < rows[-1] < count
+        gaps = rows.diff()
+        assert gaps.max() - gaps.min() <= 1
+        assert abs(rows[0].item() - (count - 1 - rows[-1].item())) <= 1
+
+
+def divided(tree, tmp_path):
+    """The images that training and its loss see, and evaluation; as sets of bytes."""
+    trainer = training.Trainer(tree, tmp_path, tiny.CPU, "./data")
+    sets = [trainer.batches(split).images for split in ("train", "test")]
+    sets += [trainer.images(split) for split in ("train", "test")]
+    return [[image.numpy().tobytes() for image in images.read(0, len(images))] for images in sets]
+
+
+def test_images_of_ones_own_are_divided(tmp_path, capsys):
+    tree = tiny.config(data__dataset=str(tiny.write_pictures(tmp_path / "mine.npz", 40)))
+    train, test, evaluated_train, evaluated_test = divided(tree, tmp_path)
+    assert (len(train), len(test)) == (36, 4)
+    assert not set(train) & set(test)
+    assert {*train, *test} == {image.tobytes() for image in tiny.pictures(40)}
+    assert (evaluated_train, evaluated_test) == (train, test)
+    line = "'mine': 4 of the 40 images are held back from training for the test loss; config.data.test_dataset names "
+    assert capsys.readouterr().out.count(line) == 1
+
+
+def test_a_folder_too_large_for_memory_is_divided_alike(tmp_path, monkeypatch):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for number, image in enumerate(tiny.pictures(30)):
+        Image.fromarray(image).save(folder / f"{number:02}.png")
+    tree = tiny.config(data__dataset=str(folder), training__batch_size=27)
+    inside = divided(tree, tmp_path)
+    monkeypatch.setattr(training.datasets, "IN_MEMORY_BYTES", 100)
+    assert divided(tree, tmp_path) == inside
+    assert [len(images) for images in inside] == [27, 3, 27, 3]
+    batches = training.Trainer(tree, tmp_path, tiny.CPU, "./data").batches("train")
+    seen = ((batches.batch(0) + 1) * 127.5).round().to(torch.uint8)
+    plain = {*inside[0], *(np.frombuffer(x, np.uint8).reshape(8, 8)[:, ::-1].tobytes() for x in inside[0])}
+    assert {image.numpy().tobytes() for image in seen} <= plain
+
+
+def test_test_images_can_be_named(tmp_path, capsys):
+    tree = tiny.config(
+        data__dataset=str(tiny.write_pictures(tmp_path / "mine.npz", 40)),
+        data__test_dataset=str(tiny.write_pictures(tmp_path / "others.npz", 7, seed=5)),
+    )
+    train, test, _, evaluated = divided(tree, tmp_path)
+    assert set(train) == {image.tobytes() for image in tiny.pictures(40)}
+    assert test == evaluated == [image.tobytes() for image in tiny.pictures(7, seed=5)]
+    assert capsys.readouterr().out == ""
+
+
+def test_a_named_set_keeps_its_own_split(tmp_path, monkeypatch, capsys):
+    asked, load = [], training.datasets.load
+    path = str(tiny.write_pictures(tmp_path / "any.npz", 40))
+    stand_in = lambda source, **options: asked.append((source, options["split"])) or load(path, **options)
+    monkeypatch.setattr(training.datasets, "load", stand_in)
+    assert [len(images) for images in divided(tiny.config(), tmp_path)] == [40] * 4
+    assert asked == [("FASHION_MNIST", split) for split in ("train", "test")] * 2
+    assert capsys.readouterr().out == ""
+
+
+def test_few_images_are_not_divided_and_it_is_told(tmp_path, capsys):
+    tree = tiny.config(data__dataset=str(tiny.write_pictures(tmp_path / "few.npz", 19)))
+    assert [len(images) for images in divided(tree, tmp_path)] == [19] * 4
+    assert "'few': 19 images are too few to hold some back, so the test loss is of the training" in (
+        capsys.readouterr().out
+    )
+
+
+# ------------------------------------------------------------------------------------------ one training a folder
+
+
+def test_two_trainings_in_one_folder(tree, data, tmp_path):
+    """The second is refused while the first one writes, and loses nothing; then it goes on."""
+    step = training.Trainer.train_step
+
+    def second(self, x):
+        if self.state.step == 4:
+            command = "import console, sys, tiny; console.guard(lambda _: tiny.train(tiny.config("
+            command += "data__dataset=sys.argv[1], model__dropout=0.1), sys.argv[2]), None)"
+            outcomes.append(tiny.command("-c", command, data, tmp_path))
+        return step(self, x)
+
+    outcomes = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.Trainer, "train_step", second)
+        tiny.train(tree, tmp_path)
+    ((code, _, err),) = outcomes
+    assert code == 2
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert re.search(rf"{tmp_path} is being written to by .*process {os.getpid()}.*; wait until it ends", errors[0])
+    assert results(tmp_path).keys() == WRITTEN
+
+
+def test_a_training_that_ended_meanwhile_is_not_overwritten(tree, whole, tmp_path, monkeypatch):
+    """The checkpoint changed between reading it and owning the folder."""
+    owned = files.owned
+
+    def late(folder):
+        shutil.copytree(whole, folder, dirs_exist_ok=True)
+        return owned(folder)
+
+    monkeypatch.setattr(files, "owned", late)
+    with pytest.raises(UserError, match=r"another run trained in .* just now; start this one again"):
+        tiny.train(tree, tmp_path)
+    assert tiny.same(results(tmp_path), results(whole))

@@ -1,5 +1,6 @@
 """A model so small that it trains in seconds, its data, and how the commands are run with it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -63,7 +64,8 @@ def pictures(count, seed=0, size=SIZE):
 
 def write_pictures(path, count, seed=0, size=SIZE):
     """`pictures` as an .npz file; returns its path."""
-    np.savez(path, images=pictures(count, seed, size))
+    images = pictures(count, seed, size)
+    np.savez(path, images=images[..., None] if count == 3 else images)  # (3, S, S) might be one picture in colour
     return path
 
 
@@ -146,3 +148,12 @@ def finish(process, timeout=300):
 def command(*arguments):
     """Runs a Python process to its end: exit code, standard output, standard error."""
     return finish(start(*arguments))
+
+
+def forked(rows, folder):
+    """Runs command lines as `tests/forked.py` does: rows [command, arguments, folder, encoding]; their outcomes."""
+    table = folder / "rows.json"
+    table.write_text(json.dumps([[name, [os.fsdecode(a) for a in words], str(at), to] for name, words, at, to in rows]))
+    code, out, err = command("tests/forked.py", table)
+    assert code == 0, err
+    return json.loads(out)

@@ -1,0 +1,319 @@
+"""What a run keeps of itself, what continuing it refuses or tells, and which checkpoint a path names."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from helpers import GOLDEN
+
+import command_line
+import losses
+import models
+import recon
+import storage
+import training
+from configs.base import from_dict, to_dict
+from console import UserError
+
+META = training.META_CHECKPOINT
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tiny.write_pictures(tmp_path_factory.mktemp("data") / "squares.npz", 10)
+
+
+@pytest.fixture(scope="module")
+def done(data, tmp_path_factory):
+    """A finished run of three steps, without warm-up."""
+    workdir = tmp_path_factory.mktemp("run")
+    tiny.train(short(data), workdir)
+    return workdir
+
+
+def short(data, **changes):
+    usual = {"training__n_iters": 2, "training__snapshot_sampling": False, "optim__warmup": 0}
+    return tiny.config(data__dataset=str(data), **{**usual, **changes})
+
+
+@pytest.fixture
+def run(done, tmp_path):
+    """A copy of the run."""
+    return shutil.copytree(done, tmp_path / "run")
+
+
+# ------------------------------------------------------------------------------------------------------- resuming
+
+
+def test_a_run_keeps_what_it_was_trained_on(done, data):
+    kept = storage.read_checkpoint(done / META)["data"]
+    assert (kept["images"], kept["source"]) == (10, str(data))
+    assert kept["fingerprint"]
+
+
+REFUSED = {
+    "training__batch_size": (5, r"training\.batch_size: 4 there, 5 here\).*--config\.training\.batch_size=4"),
+    "training__reduce_mean": (False, r"training\.reduce_mean: true there, false here"),
+    "training__likelihood_weighting": (True, r"training\.likelihood_weighting: false there, true here"),
+    "data__random_flip": (False, r"data\.random_flip: true there"),
+    "data__uniform_dequantization": (True, r"data\.uniform_dequantization: false there"),
+    "data__image_size": (16, r"data\.image_size: 8 there, 16 here"),
+    "model__dropout": (0.5, r"model\.dropout: .* there, 0\.5 here"),
+    "model__ema_rate": (0.5, r"model\.ema_rate: .* there, 0\.5 here"),
+    "seed": (7, "was trained with seed 42, not 7"),
+}
+
+
+@pytest.mark.parametrize("field", REFUSED)
+def test_what_shapes_a_run_may_not_change(field, run, data):
+    value, message = REFUSED[field]
+    tree = short(data, **{field: value, "training__n_iters": 3})
+    before = tiny.snapshot(run)
+    with pytest.raises(UserError, match=message):
+        tiny.train(tree, run)
+    assert tiny.snapshot(run) == before
+
+
+def test_other_images_are_refused(run, data, tmp_path):
+    with np.load(data) as file:
+        images = file["images"].copy()
+    images[3, 0, 0] ^= 255
+    np.savez(tmp_path / "others.npz", images=images)
+    before = tiny.snapshot(run)
+    with pytest.raises(UserError, match=r"was trained on other images \(10 of .*squares.*; here are 10 of .*others"):
+        tiny.train(short(tmp_path / "others.npz", training__n_iters=3), run)
+    assert tiny.snapshot(run) == before
+
+
+def test_what_may_change_is_told(run, data, capsys):
+    """Also without warm-up the config's rates win over the checkpoint's."""
+    changes = {"lr": 3e-5, "beta1": 0.8, "eps": 1e-6, "weight_decay": 0.01, "grad_clip": 2.0}
+    tree = short(data, training__n_iters=3, training__log_freq=1, **{f"optim__{k}": v for k, v in changes.items()})
+    tiny.train(tree, run)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("continuing with other"))
+    for name in (*(f"optim.{name}" for name in changes), "training.n_iters", "training.log_freq"):
+        assert f"{name}: " in line
+    assert "training.n_iters: 2 before, 3 now" in line
+    group = storage.read_checkpoint(run / META)["optimizer"]["param_groups"][0]
+    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (3e-5, (0.8, 0.999), 1e-6, 0.01)
+
+
+def test_a_checkpoint_that_says_less_is_continued(run, data):
+    """Of the published program, or of an earlier version of this one."""
+    content = torch.load(run / META, weights_only=True)
+    for part in ("data", "config", "randomness"):
+        content.pop(part)
+        torch.save(content, run / META)
+        tiny.train(short(data, training__n_iters=3), run)
+        assert storage.read_checkpoint(run / META)["step"] == 4
+        assert storage.read_checkpoint(run / META)["data"]["images"] == 10
+
+
+BREAKS = {
+    "the averaged weights": lambda state: state.ema.shadow[0].fill_(float("nan")),
+    "the optimizer's averages": lambda state: state.optimizer.state_dict()["state"][0]["exp_avg"].fill_(float("inf")),
+    "the weights": lambda state: next(state.net.parameters()).fill_(float("nan")),
+}
+
+
+@pytest.mark.parametrize("part", BREAKS)
+def test_what_is_not_finite_is_not_saved(part, data, tmp_path):
+    trainer = training.Trainer(short(data), tmp_path, tiny.CPU, "./data")
+    trainer.train_step(trainer.batches("train").batch(0))
+    assert losses.not_finite(trainer.state) == []
+    with torch.no_grad():
+        BREAKS[part](trainer.state)
+    with pytest.raises(UserError, match=rf"{part}.* NaN or infinite after step 0: training diverged"):
+        trainer.save(META)
+    assert not list(tmp_path.rglob("*.pth"))
+
+
+def test_an_ema_rate_of_nan_ends_the_run(data, tmp_path):
+    tree = short(data)
+    tree.model.ema_rate = float("nan")
+    with pytest.raises(UserError):
+        tiny.train(tree, tmp_path / "run")
+    assert not list(tmp_path.rglob("*.pth"))
+
+
+def test_large_but_finite_numbers_are_saved():
+    config = tiny.config()
+    state = losses.create_state(config, models.create_model(config))
+    with torch.no_grad():
+        next(state.net.parameters()).fill_(3e38)  # whose square is not finite
+    assert losses.not_finite(state) == []
+
+
+# -------------------------------------------------------------------------------------------------- which checkpoint
+
+
+def test_a_folder_names_its_newest_checkpoint(run, capsys):
+    shutil.copy(run / META, run / "checkpoints" / "checkpoint_12.pth")
+    content = torch.load(run / META, weights_only=True)
+    for name, step in {"checkpoint_9.pth": 900, "checkpoint_10.pth": 1000, "checkpoint_11.pth": 30}.items():
+        torch.save({**content, "step": step}, run / "checkpoints" / name)
+    for folder in (run, run / "checkpoints"):
+        assert storage.find_checkpoint(folder) == run / "checkpoints" / "checkpoint_10.pth"
+        assert "checkpoint_10.pth, the newest in" in capsys.readouterr().out
+    torch.save({**content, "step": 5000}, run / META)
+    assert storage.find_checkpoint(run) == run / META
+    assert storage.find_checkpoint(run / "checkpoints-meta") == run / META
+    (run / META).write_bytes(b"damaged")
+    assert storage.find_checkpoint(run) == run / "checkpoints" / "checkpoint_10.pth"
+    assert "checkpoint.pth is damaged" in capsys.readouterr().err
+    assert storage.find_checkpoint(run / META) == run / META  # a file is taken as it is
+
+
+def test_a_folder_without_checkpoints(tmp_path):
+    with pytest.raises(UserError, match=r"there is no checkpoint in .*; check the path"):
+        storage.find_checkpoint(tmp_path)
+    (tmp_path / "x.pth").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="none of the 1 files there can be used"):
+        storage.find_checkpoint(tmp_path)
+
+
+# -------------------------------------------------------------------------------------------- the config it carries
+
+
+def test_the_config_of_a_checkpoint(done, data, tmp_path):
+    light = tmp_path / "ema.safetensors"
+    tree = short(data)
+    storage.write_ema_weights(light, done / META, models.create_model(tree), to_dict(tree), {})
+    for path in (done, done / META, light):
+        assert to_dict(from_dict(storage.config_of(path))) == to_dict(tree)
+
+
+def test_fields_that_came_later_have_their_usual_values(run):
+    content = torch.load(run / META, weights_only=True)
+    for name in ("steps", "lift"):
+        del content["config"]["sampling"][name]
+    torch.save(content, run / META)
+    config = storage.config_of(run / META)
+    assert (config["sampling"]["steps"], config["sampling"]["lift"]) == (0, "mask")
+
+
+def test_a_checkpoint_without_a_config():
+    with pytest.raises(UserError, match=r"does not say what config .*; give --config .*inspect_checkpoint\.py .* fits"):
+        storage.config_of(GOLDEN / "train_small_checkpoint.pth")
+
+
+CLAIMS = {
+    "wide": ("nf", 2**40, "no network can be built"),
+    "a bit wide": ("nf", 64, "does not fit the config"),
+    "deep": ("num_res_blocks", 10**9, "more blocks than the file has weights"),
+    "no level": ("ch_mult", [], "no network can be built"),
+    "another network": ("name", "unet", "no network can be built"),
+    "no width": ("nf", 0, "no network can be built"),
+}
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_a_config_of_a_network_that_the_file_does_not_hold(name, run):
+    """Nothing of the claimed size is made."""
+    field, value, message = CLAIMS[name]
+    content = torch.load(run / META, weights_only=True)
+    content["config"]["model"][field] = value
+    torch.save(content, run / META)
+    with pytest.raises(UserError, match=message) as error:
+        storage.config_of(run / META)
+    assert "\n" not in str(error.value)
+
+
+COMMAND = ["--in_domain=x", "--workdir=w"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "name", "value"),
+    [
+        (["--ckpt_path", "a b", *COMMAND], "ckpt_path", "a b"),
+        ([*COMMAND, "-ckpt_path=x=y"], "ckpt_path", "x=y"),
+        (["--ckpt_path=a", "--ckpt_path=b"], "ckpt_path", "b"),
+        (COMMAND, "ckpt_path", None),
+        (["--config.seed=3"], "config", None),
+        (["--ckpt_path"], "ckpt_path", None),
+    ],
+)
+def test_flags_are_found_before_they_are_parsed(argv, name, value, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["recon.py", *argv])
+    assert command_line.value_of(name) == value
+
+
+def test_commands_without_a_config(done, data, tmp_path):
+    """recon.py of a work folder, with an override; main.py --mode eval."""
+    code, out, err = tiny.command(
+        "recon.py", "--ckpt_path", done, f"--workdir={tmp_path / 'out'}", f"--in_domain={data}",
+        "--config.sampling.steps=2", "--mask_type=checkerboard",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "the newest in" in out
+    assert "Warning" not in err
+    (manifest,) = tmp_path.rglob("manifest.json")
+    config = json.loads(manifest.read_text())["settings"]["config"]
+    assert (config["sampling"]["steps"], config["model"]["nf"]) == (2, 32)
+    workdir = shutil.copytree(done, tmp_path / "run")
+    shutil.copy(workdir / META, workdir / "checkpoints" / "checkpoint_1.pth")
+    code, out, err = tiny.command("main.py", "--mode=eval", "--workdir", workdir, "--config.eval.batch_size=4")
+    assert code == 0, err
+    assert "mean test loss" in out
+
+
+def test_commands_without_a_config_that_no_checkpoint_carries(data, tmp_path):
+    rest = [f"--workdir={tmp_path / 'out'}", f"--in_domain={data}"]
+    code, _, err = tiny.command("recon.py", f"--ckpt_path={GOLDEN / 'train_small_checkpoint.pth'}", *rest)
+    assert code == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert "give --config" in err
+
+
+def test_a_given_config_is_checked(done, data, tmp_path):
+    with pytest.raises(UserError, match=r"was trained with another config \(model\.nf: 32 there, 64 here\)"):
+        tiny.reconstruct(tmp_path, done, {"pos": data}, short(data, model__nf=64))
+
+
+@pytest.mark.parametrize("size", [16, 64])
+def test_a_model_is_used_at_its_own_size(size, done, data, tmp_path):
+    """Its layers would fit."""
+    with pytest.raises(UserError, match=rf"data\.image_size: 8 there, {size} here"):
+        tiny.reconstruct(tmp_path, done, {"pos": data}, short(data, data__image_size=size))
+
+
+# --------------------------------------------------------------------------------------------------- plain weights
+
+WRAPPED = {
+    "bare": lambda weights: weights,
+    "DataParallel": lambda weights: {f"module.{name}": value for name, value in weights.items()},
+    "twice": lambda weights: {f"module.module.{name}": value for name, value in weights.items()},
+    "compiled": lambda weights: {f"_orig_mod.{name}": value for name, value in weights.items()},
+    "compiled, then wrapped": lambda weights: {f"module._orig_mod.{name}": value for name, value in weights.items()},
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_a_state_dict_alone(name, data, tmp_path, capsys):
+    config = tiny.config()
+    net = models.create_model(config)
+    tiny.randomise(net)
+    torch.save(WRAPPED[name](net.state_dict()), tmp_path / "weights.pth")
+    model, step = recon.load_model(config, tmp_path / "weights.pth", tiny.CPU)
+    assert step == 0
+    assert tiny.same(dict(model.net.named_parameters()), dict(net.named_parameters()))
+    assert "holds plain weights, without moving averages" in capsys.readouterr().out
+    state = losses.create_state(config, models.create_model(config))
+    with pytest.raises(UserError, match="training cannot continue from it"):
+        storage.restore_state(tmp_path / "weights.pth", state, to_dict(config), config.seed)
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_a_checkpoint_of_a_wrapped_network(name, done, data, tmp_path):
+    content = torch.load(done / META, weights_only=True)
+    bare = {key.removeprefix("module."): value for key, value in content["model"].items()}
+    torch.save({**content, "model": WRAPPED[name](bare)}, tmp_path / "x.pth")
+    tree = short(data)
+    nets = [recon.load_model(tree, path, tiny.CPU)[0].net for path in (done / META, tmp_path / "x.pth")]
+    assert tiny.same(*(dict(net.named_parameters()) for net in nets))
+    state = losses.create_state(tree, models.create_model(tree))
+    storage.restore_state(tmp_path / "x.pth", state, to_dict(tree), tree.seed)
