@@ -571,6 +571,7 @@ def save_masks(directory, mask_options, config, reps, seed, entries):
         }
     else:
         stacks = {"": (seed,)}
+    directory = Path(directory)
     files.mark(directory)
     for prefix, key in stacks.items():
         for rep, mask in enumerate(mask_options.stack(config.data.image_size, reps, *key)):
@@ -718,18 +719,14 @@ def run(
     mask_directory=None,
     ranks=distributed.ALONE,
 ):
-    """Reconstructs both sides into `{workdir}/{mask}_reps{R}`, continuing where an earlier run stopped.
+    """Reconstructs both sides into `{workdir}/{mask}_reps{R}`, whose path it returns; goes on where a run stopped.
 
     Args:
-        config: the config tree.
+        config: the config tree; ranks: the processes that share the batches, all of which call this.
         sources: side ('pos', 'neg') -> (source of images, whether to crop them); mask_options: a `MaskOptions`.
         mask_directory: where to write masks; "" for masks/ in the results folder, None for nowhere.
         ckpt_path, workdir, reps, batch_size, seed, max_images, data_root, workers, match_resolution, memory_gb,
             precision, compiled (--compile): as the flags; device: torch.device.
-        ranks: the processes that share the batches; all of them call this.
-
-    Returns:
-        Path: the results folder.
 
     Raises:
         UserError: for bad input, or while another run writes there; what was written before stays.
@@ -748,21 +745,25 @@ def run(
     entries = {side: describe_side(images, batch_size, sources[side][1]) for side, images in sides.items()}
     ranks.check_same((settings, entries), "settings or images")
     folder = storage.ResultsFolder(path, {side: storage.made_from(settings, entries[side]) for side in sides})
-    versions = _versions(ckpt_path, step, device)
     with contextlib.ExitStack() as owner:  # rank 0, for all ranks, until the last batch is written
         ranks.on_main(lambda: owner.enter_context(files.owned(path)))
-        missing = ranks.on_main(lambda: claim_missing(folder, settings, entries, versions))
+        missing = ranks.on_main(lambda: claim_missing(folder, settings, entries, _versions(ckpt_path, step, device)))
         if mask_directory is not None:
-            masks = Path(mask_directory or path / "masks")
+            masks = mask_directory or path / "masks"
             ranks.on_main(lambda: save_masks(masks, mask_options, config, reps, seed, entries))
         reconstruct = Reconstructor(config, model, mask_options, reps, seed, device, rows)
         get_ready(reconstruct, missing[ranks.rank :: ranks.world_size], sides, batch_size, memory_gb, compiled)
         reconstruct_missing(folder, sides, reconstruct, batch_size, missing, ranks)
+    _tell(path, sides, reps)
+    return path
+
+
+def _tell(path, sides, reps):
+    """Says where the reconstructions are, and the next command."""
     console.say(f"reconstructions: {path}")
     if "neg" in sides:
         command = ["python", "detect.py", "--result_path", str(path), "--reps", str(reps), "--metric", "MSE"]
         console.say(f"next: {shlex.join(command)}")
-    return path
 
 
 def get_ready(reconstruct, batches, sides, batch_size, memory_gb=None, compiled="auto"):
