@@ -203,6 +203,7 @@ def load(
     images = _load_source(_expand(str(source)), split, Path(_expand(str(data_root))), category, form)
     if through is None:  # else it was loaded before, to learn its resolution
         _name_skipped(images)
+        _warn_of_black(images)
     return images
 
 
@@ -217,9 +218,9 @@ def _load_source(source, split, data_root, category, form):
         return _load_files(name, *_find(name, split, data_root), form)
     if (array := _ARRAY_SOURCE.fullmatch(source)) and os.path.isfile(array["path"]):  # noqa: PTH113
         return _load_array(Path(array["path"]), array["name"], form)
+    if (is_file or is_folder) and source.replace("_", "").lower() in (key.lower() for key in DATASETS):
+        _say_once(f"'{source}' is taken for {Path(source).resolve()}; rename that to have the data set of this name")
     if is_folder:
-        if source.replace("_", "").lower() in (key.lower() for key in DATASETS):
-            _say_once(f"'{source}' is the folder {Path(source).resolve()}; rename it to have the data set of that name")
         return _load_files(_stem(source), *_folder_files(Path(source)), form)
     if is_file and source.lower().endswith(".txt"):
         return _load_files(_stem(source), *_listed_files(Path(source)), form)
@@ -706,7 +707,8 @@ def _load_files(name, labels, paths, form):
     if not found:
         label, why = skipped[0]
         raise UserError(f"none of the {len(skipped)} images of '{name}' is usable; the first, {label}: {why}")
-    _warn_of_dark(name, [seen.deepest for seen in found.values() if seen.deepest is not None])
+    if form.through is None:  # else it was loaded, and told, before
+        _warn_of_dark(name, [seen.deepest for seen in found.values() if seen.deepest is not None])
     rows, native = list(found), min(seen.edge for seen in found.values())
     if pixels is not None:
         store = _Memory(pixels)
@@ -714,6 +716,12 @@ def _load_files(name, labels, paths, form):
         store = _files_on_demand([paths[row] for row in rows], [seen.digest for seen in found.values()], form)
     details = {"labels": [labels[row] for row in rows], "treatment": form.treatment}
     return ImageSet(name, len(rows), skipped, form.shape, store, native, form.through, **details)
+
+
+def _warn_of_black(images):
+    """Warns of images in memory that hold 0 and 1 alone, as masks and class numbers do."""
+    if isinstance(images.store, _Memory) and images.store.pixels.max() == 1:
+        warn(f"'{images.name}': no pixel is above 1 of 255, so all images are nearly black; multiply the values by 255")
 
 
 def _warn_of_dark(name, deepest):
