@@ -193,18 +193,22 @@ def load(
         UserError: unknown source, failed download, damaged file, no usable image, or options out of range.  A set in
             memory never changes; a file or array that changes while a larger one is in use is refused when it is read.
     """
-    if split not in ("train", "test"):
-        raise UserError(f"unknown split '{split}'; choose one of: train, test")
-    if num_channels not in (1, 3):
-        raise UserError(f"images have 3 channels or 1 (grey), not {num_channels}; change config.data.num_channels")
-    if image_size < 1 or (max_images is not None and max_images < 1):
-        raise UserError(f"image size {image_size} and --max_images {max_images} must be at least 1")
+    _check_options(split, image_size, num_channels, max_images)
     form = _Form(image_size, num_channels, center_crop, workers or _processors(), max_images, through, check)
     images = _load_source(_expand(str(source)), split, Path(_expand(str(data_root))), category, form)
     if through is None:  # else it was loaded before, to learn its resolution
         _name_skipped(images)
         _warn_of_black(images)
     return images
+
+
+def _check_options(split, image_size, num_channels, max_images):
+    if split not in ("train", "test"):
+        raise UserError(f"unknown split '{split}'; choose one of: train, test")
+    if num_channels not in (1, 3):
+        raise UserError(f"images have 3 channels or 1 (grey), not {num_channels}; change config.data.num_channels")
+    if image_size < 1 or (max_images is not None and max_images < 1):
+        raise UserError(f"image size {image_size} and --max_images {max_images} must be at least 1")
 
 
 def _load_source(source, split, data_root, category, form):
