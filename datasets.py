@@ -5,6 +5,11 @@ file of images.
 `load` turns any of them into an `ImageSet`: uint8 images of one size, kept in memory while they are few and decoded
 on demand by worker threads otherwise (Pillow releases the interpreter's lock while it decodes and resizes).
 `TrainingBatches` and `in_order` feed a network from it.
+
+A user's own pictures are turned as the camera noted (EXIF) and laid on white where they are transparent; of named sets
+both are ignored, as published.  torchvision's sets and arrays of 28x28 grey images are resized with `resize_bilinear`;
+all other images become RGB and go through `crop`, which leaves images of the right size as they are.  Grey images get
+equal channels.
 """
 
 import collections
@@ -91,7 +96,7 @@ class ImageSet:
         """
         digest = hashlib.blake2b(repr(self.shape).encode(), digest_size=8)
         if isinstance(self.store, _OnDemand):
-            digest.update(repr(sorted(self.treatment.items())).encode())
+            digest.update(repr((self.through, sorted(self.treatment.items()))).encode())
         self.store.hash_into(digest)
         return f"{len(self)}:{digest.hexdigest()}"
 
@@ -158,12 +163,7 @@ def load(
     through=None,
     check=True,
 ):
-    """Loads any source of images.
-
-    torchvision's sets and arrays of 28x28 grey images are resized with `resize_bilinear`; all other images become RGB
-    and go through `crop` (which leaves images of the right size as they are).  Grey images get equal channels.  A
-    user's own pictures are turned as the camera noted (EXIF) and laid on white where they are transparent; of named
-    sets both are ignored, as published.
+    """Loads any source of images; see above for what becomes of them.
 
     Args:
         source: a name in DATASETS (case and underscores do not matter; `LSUN:bedroom` names a category), else a path:
@@ -177,28 +177,27 @@ def load(
         data_root: where named sets lie; torchvision's are downloaded to it on demand, for the others see `_find`.
         center_crop: False resizes files and arrays bicubically to image_size x image_size, whatever their proportions,
             instead of the crop (and of a named set's own cut); as published.
-        max_images: take only so many usable images, evenly spread over the source.
+        max_images: take only so many usable images, evenly spread.
         workers: decoding threads, by default one a processor up to 32; the images do not depend on it.
         category: of a set that has categories, where `source` names none.
-        through: pixels an edge that every image is reduced to first, in the way described above; it then gets its
+        through: pixels an edge that every image is reduced to first, as it would be resized otherwise; it then gets its
             size by `resize_bilinear`, whatever the source.  So the images of two sources come out equally sharp, if
             no image is smaller than that in either (see `ImageSet.native`).
         check: False does not decode the files of a set too large for memory once beforehand: one that turns out to be
             unusable is named when it is met, and the next usable one stands in for it.
 
     Returns:
-        ImageSet: images (N, C, H, W) uint8.
+        ImageSet.
 
     Raises:
-        UserError: unknown source, failed download, damaged file, no usable image, or options out of range.  A set in
-            memory never changes; a file or array that changes while a larger one is in use is refused when it is read.
+        UserError: unknown source, failed download, damaged file, no usable image, or options out of range; later, on
+            reading a set too large for memory, a file or array that has changed.
     """
     _check_options(split, image_size, num_channels, max_images)
     form = _Form(image_size, num_channels, center_crop, workers or _processors(), max_images, through, check)
     images = _load_source(_expand(str(source)), split, Path(_expand(str(data_root))), category, form)
     if through is None:  # else it was loaded before, to learn its resolution
-        _name_skipped(images)
-        _warn_of_black(images)
+        _warn_of(images)
     return images
 
 
@@ -271,12 +270,15 @@ def _tell_chosen(name, used, count):
         _say_once(f"'{name}': {used} of {count} images are used, evenly spread (--max_images)")
 
 
-def _name_skipped(images):
+def _warn_of(images):
+    """Names the files that are left out, and warns of images of 0 and 1 alone, as masks and class numbers are."""
     for label, why in images.skipped[:_NAMED_FAILURES]:
         warn(f"'{images.name}': {label} is left out: {why}")
     if len(images.skipped) > _NAMED_FAILURES:
         more = len(images.skipped) - _NAMED_FAILURES
         warn(f"'{images.name}': {more} more images are left out; {len(images)} are used")
+    if isinstance(images.store, _Memory) and images.store.pixels.max() == 1:
+        warn(f"'{images.name}': no pixel is above 1 of 255, so all images are nearly black; multiply the values by 255")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,13 +301,12 @@ class _Form:
 
     @property
     def treatment(self):
-        """What is done to each picture, in this order, as JSON types."""
+        """What is done to each picture besides resizing it (`through`), in this order, as JSON types."""
         return {
             "orientation": "as the camera noted" if self.own else "as stored",
             "transparency": "on white" if self.own else "dropped",
             "cut": self.cut if self.center_crop else None,
             "shape": "crop" if self.center_crop else "squeeze",
-            "through": self.through,
         }
 
     def fits_in_memory(self, count):
@@ -720,12 +721,6 @@ def _load_files(name, labels, paths, form):
         store = _files_on_demand([paths[row] for row in rows], [seen.digest for seen in found.values()], form)
     details = {"labels": [labels[row] for row in rows], "treatment": form.treatment}
     return ImageSet(name, len(rows), skipped, form.shape, store, native, form.through, **details)
-
-
-def _warn_of_black(images):
-    """Warns of images in memory that hold 0 and 1 alone, as masks and class numbers do."""
-    if isinstance(images.store, _Memory) and images.store.pixels.max() == 1:
-        warn(f"'{images.name}': no pixel is above 1 of 255, so all images are nearly black; multiply the values by 255")
 
 
 def _warn_of_dark(name, deepest):

@@ -256,16 +256,22 @@ def compare(tools, orig, recons, device):
 
 
 def _positions(folder, side, parts):
-    """Each image's index in its data set (N,): as the manifest says where files were left out, else 0, 1, 2, ...
+    """Each image's index among the images used (N,); as its manifest says in a folder of an earlier version.
 
     Raises:
-        UserError: the side has no images.
+        UserError: the side has no images, or another number than its manifest says.
     """
     count = sum(part.shape[2] for part in parts)
     if not count:
         raise UserError(f"{folder.path / side} holds batches without images; run recon.py on more images")
-    told = _sides(folder).get(side, {}).get("positions") or []
-    return np.array(told) if len(told) == count else np.arange(count)
+    entry = _sides(folder).get(side, {})
+    told = entry.get("positions")
+    if entry.get("images", count) != count or len(told or range(count)) != count:
+        raise UserError(
+            f"{folder.path / side} holds {count} images, but its manifest.json tells of "
+            f"{entry.get('images', len(told or []))}; make all anew with recon.py in another --workdir"
+        )
+    return np.arange(count) if told is None else np.array(told)
 
 
 def _table(parts, positions):

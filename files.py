@@ -46,6 +46,22 @@ def write_bytes(path, data):
             os.unlink(temporary)
 
 
+def link(source, target):
+    """Gives `source` a second name, in place of what has it; returns False where the file system cannot do so."""
+    target = Path(target)
+    temporary = target.with_name(_TEMPORARY.format(secrets.token_hex(8)))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.link(source, temporary)
+        os.replace(temporary, target)
+        return True
+    except OSError:
+        return False
+    finally:
+        with contextlib.suppress(OSError):  # it is not there after success
+            os.unlink(temporary)
+
+
 def write_text(path, text):
     """`write_bytes` of UTF-8 text."""
     write_bytes(path, text.encode())

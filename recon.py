@@ -8,7 +8,9 @@
 On several GPUs: torchrun --nproc_per_node=8 recon.py ...
 """
 
+import contextlib
 import dataclasses
+import shlex
 from pathlib import Path
 
 from absl import flags
@@ -20,6 +22,27 @@ import distributed
 _SOURCE = "a data set's name, a folder of images, a .txt list of image paths, or a .npz or .npy file of images"
 
 FLAGS = flags.FLAGS
+
+_TEXT_FLAGS = (
+    "workdir", "ckpt_path", "in_domain", "out_of_domain", "data_root",
+    "mask_file_path", "mask_save_dir", "mask_identifier",
+)  # fmt: skip
+_SAMPLER_FLAGS = ("steps", "time_grid", "t_start", "t_end", "eta", "constraint", "returns", "lift")  # config.sampling's
+_SAME_AS_CONFIG = {
+    **{name: f"sampling.{name}" for name in ("sampler", *_SAMPLER_FLAGS)},
+    "seed": "seed",
+    "device": "device",
+}
+_NEEDS = {  # a flag: the one without which it has no effect, and what to do
+    "mask_save_dir": ("save_mask", "add it or leave both out"),
+    "ood_center_crop": ("out_of_domain", "add it or leave both out"),
+}
+_MASK_FLAGS = {  # the mask types for which each does something
+    "mask_num_blocks": ["checkerboard", "checkerboard_alt"],
+    "mask_patch_size": ["random"],
+    "mask_ratio": ["random"],
+    "mask_file_path": ["file"],
+}
 
 
 def define_flags():
@@ -292,22 +315,12 @@ def rows_within(memory_gb, config, device):
     return rows
 
 
-def adopt_side(folder, side, settings, entry):
-    """Takes over a side's batches from a neighbouring work folder where they were made already, and says so."""
-    import storage
-
-    if taken := folder.adopt(side, settings, entry):
-        console.say(f"{storage.SIDES[side]}: {taken} batches taken over from an earlier run with the same settings")
-
-
-def claim_missing(folder, settings, entries, versions, sides, batch_size):
+def claim_missing(folder, settings, entries, versions):
     """Makes the results folder this run's, takes over what neighbours have, and lists what is missing then.
 
     Args:
         folder: a `storage.ResultsFolder`.
         settings, entries, versions: as `storage.ResultsFolder.claim`.
-        sides: 'pos' or 'neg' -> `datasets.ImageSet`.
-        batch_size: images per batch file.
 
     Returns:
         The batches to make, a list of (side, index).
@@ -315,16 +328,25 @@ def claim_missing(folder, settings, entries, versions, sides, batch_size):
     Raises:
         UserError: the folder holds batches of other settings.
     """
+    folder.claim(settings, entries, versions)
+    return [(side, index) for side in entries for index in _missing_of(folder, side, entries[side])]
+
+
+def _missing_of(folder, side, entry):
+    """The batches of a side to make; says what need not be made, and what is made again and why."""
     import storage
 
-    folder.claim(settings, entries, versions)
-    missing = []
-    for side, images in sides.items():
-        adopt_side(folder, side, settings, entries[side])
-        indices = [i for i in range(batches_of(images, batch_size)) if not folder.has_batch(side, i)]
-        if not indices:
-            console.say(f"{storage.SIDES[side]}: all {len(images)} images of {images.name} are there already")
-        missing += [(side, index) for index in indices]
+    lacking, name = folder.lacking(side), storage.SIDES[side]
+    taken = folder.adopt(side, lacking)
+    if taken:
+        console.say(f"{name}: {len(taken)} batches taken over from an earlier run with the same settings")
+    missing = [index for index in lacking if index not in taken]
+    again = [f"batch_{i}.pth {lacking[i]}" for i in missing if lacking[i] != storage.MISSING]
+    if again:
+        more = f"; and {len(again) - 3} more" if len(again) > 3 else ""
+        console.warn(f"{name}, made again: {'; '.join(again[:3])}{more}")
+    if not missing:
+        console.say(f"{name}: all {entry['images']} images of {entry['dataset']} are there already")
     return missing
 
 
@@ -439,21 +461,34 @@ def describe_settings(config, ckpt_path, mask_options, reps, seed, precision="fp
 
 
 def describe_side(images, batch_size, center_crop):
-    """What determines one side's batches, as JSON types: an entry of the manifest's `sides`."""
+    """An entry of the manifest's `sides`, JSON types: what determines the side's batches, and its images' names.
+
+    The names (`dataset`, `skipped`, `labels`) determine nothing: a renamed folder continues.
+    """
     return {
         "dataset": images.name,
         "fingerprint": images.fingerprint,
+        "treatment": images.treatment,
         "center_crop": center_crop,
         "images": len(images),
         "match_resolution": images.through,
         "batch_size": batch_size,
         "batches": batches_of(images, batch_size),
         "skipped": [[str(path), reason] for path, reason in images.skipped],
+        "labels": images.labels,
     }
 
 
-def save_masks(directory, mask_options, size, reps, seed, sides, batch_size):
-    """Writes the masks as PNG, white = known: one a repetition, or one a batch and repetition for random masks."""
+def save_masks(directory, mask_options, config, reps, seed, entries):
+    """Writes the masks as PNG, white = known: one a repetition, or one a batch and repetition for random masks.
+
+    Args:
+        directory: where; it is marked, so that it is not read as images.
+        mask_options: a `MaskOptions`.
+        config: the config tree, of which the images' size is read.
+        reps, seed: as in `Reconstructor`.
+        entries: the manifest's entries of the sides, which have the numbers of batches.
+    """
     import torch
     from PIL import Image
 
@@ -461,14 +496,13 @@ def save_masks(directory, mask_options, size, reps, seed, sides, batch_size):
 
     if mask_options.mask_type == "random":
         stacks = {
-            f"{side}_batch{i}_": (seed, "mask", i)
-            for side, images in sides.items()
-            for i in range(batches_of(images, batch_size))
+            f"{side}_batch{i}_": (seed, "mask", i) for side, entry in entries.items() for i in range(entry["batches"])
         }
     else:
         stacks = {"": (seed,)}
+    files.mark(directory)
     for prefix, key in stacks.items():
-        for rep, mask in enumerate(mask_options.stack(size, reps, *key)):
+        for rep, mask in enumerate(mask_options.stack(config.data.image_size, reps, *key)):
             picture = Image.fromarray((mask[0] * 255).to(torch.uint8).numpy())
             files.write_png(directory / f"{mask_options.name}_{prefix}rep{rep}.png", picture)
     console.say(f"masks: {directory}")
@@ -478,37 +512,77 @@ def choose_sampler(options):
     """Writes what the flags say of the sampler into the config; returns the repetitions of each image.
 
     Args:
-        options: `FLAGS`, or what has the same attributes; a flag given on the command line wins over a preset's value.
+        options: `FLAGS`; a flag or field of the config given on the command line wins over a preset's value.
     """
     import sampling
 
     settings, reps = options.config.sampling, options.reps_per_image
     if options.sampler in sampling.PRESETS:
         values, preset_reps = sampling.preset(options.sampler, options.config)
-        settings.update(values)
+        typed = options["config"].override_values
+        settings.update({name: value for name, value in values.items() if f"sampling.{name}" not in typed})
         if not options["reps_per_image"].present:
             reps = preset_reps
     elif options.sampler is not None:
         choices = dict.fromkeys([sampling.PUBLISHED, *sampling.PRESETS, *sampling.SAMPLERS])
         console.choose(options.sampler, choices, "sampler (--sampler)")
         settings.sampler = options.sampler
-    for name in ("steps", "time_grid", "t_start", "t_end", "eta", "constraint", "returns", "lift"):
+    for name in _SAMPLER_FLAGS:
         if options[name].value is not None:
             settings[name] = options[name].value
     return reps
 
 
+def check_flags(options):
+    """Refuses flags that were typed and would have no effect, by name.
+
+    Args:
+        options: `FLAGS`.
+
+    Raises:
+        UserError: a flag without a value, two that say the same, or one that goes with another that is not there.
+    """
+    for name in _TEXT_FLAGS:
+        if options[name].value is not None and not options[name].value.strip():
+            raise console.UserError(f"--{name} is empty; give it a value or leave it out")
+    typed = options["config"].override_values
+    for name, field in _SAME_AS_CONFIG.items():
+        if options[name].present and field in typed:
+            raise console.UserError(f"--{name} and --config.{field} say the same; leave one out")
+    for name, (other, needed) in _NEEDS.items():
+        if options[name].present and not options[other].value:
+            raise console.UserError(f"--{name} goes with --{other}; {needed}")
+
+
+def choose_mask_type(options):
+    """The mask type that the flags come to.
+
+    Args:
+        options: `FLAGS`.
+
+    Raises:
+        UserError: a flag of masks was typed that has no effect with the others.
+    """
+    kind, typed = options.mask_type, [name for name in ("mask_type", *_MASK_FLAGS) if options[name].present]
+    if (options.lift or options.config.sampling.lift) == "noise":  # then nothing is known
+        if typed and [typed, kind] != [["mask_type"], "none"]:
+            raise console.UserError(f"--{typed[0]} has no effect with --lift noise (no pixel is known); leave one out")
+        return "none"
+    if options.mask_file_path and kind != "file":
+        if "mask_type" in typed:
+            raise console.UserError(f"--mask_file_path goes with --mask_type file, not {kind}; leave one out")
+        kind = "file"
+    for name in typed:
+        if kind not in _MASK_FLAGS.get(name, [kind]):
+            kinds = " or ".join(_MASK_FLAGS[name])
+            raise console.UserError(f"--{name} has no effect with --mask_type {kind}; leave it out, or choose {kinds}")
+    return kind
+
+
 def main(_):
-    mask_type = FLAGS.mask_type
-    if FLAGS.mask_file_path and mask_type != "file":
-        if FLAGS["mask_type"].present:
-            raise console.UserError(f"--mask_file_path goes with --mask_type file, not {mask_type}; leave one out")
-        mask_type = "file"
-    if FLAGS.mask_save_dir and not FLAGS.save_mask:
-        raise console.UserError("--mask_save_dir goes with --save_mask; add it or leave both out")
+    check_flags(FLAGS)
+    mask_type = choose_mask_type(FLAGS)
     config, reps = FLAGS.config, choose_sampler(FLAGS)
-    if config.sampling.lift == "noise":
-        mask_type = "none"  # nothing is known
     mask_options = MaskOptions(
         mask_type,
         FLAGS.mask_num_blocks,
@@ -584,12 +658,13 @@ def run(
         Path: the results folder.
 
     Raises:
-        UserError: for bad input; what was written before stays.
+        UserError: for bad input, or while another run writes there; what was written before stays.
     """
+    import files
     import storage
 
     _check_settings(config, mask_options, seed)
-    folder = storage.ResultsFolder(Path(workdir) / f"{mask_options.name}_reps{reps}")
+    path = Path(workdir) / f"{mask_options.name}_reps{reps}"
     model, step = load_model(config, ckpt_path, device, precision, compiled)
     rows = rows_within(memory_gb, config, device)
     options = {"data_root": data_root, "max_images": max_images, "workers": workers}
@@ -597,17 +672,21 @@ def run(
     settings = describe_settings(config, ckpt_path, mask_options, reps, seed, precision)
     entries = {side: describe_side(images, batch_size, sources[side][1]) for side, images in sides.items()}
     ranks.check_same((settings, entries), "settings or images")
+    folder = storage.ResultsFolder(path, {side: storage.made_from(settings, entries[side]) for side in sides})
     versions = _versions(ckpt_path, step, device)
-    missing = ranks.on_main(lambda: claim_missing(folder, settings, entries, versions, sides, batch_size))
-    if mask_directory is not None:
-        masks = Path(mask_directory or folder.path / "masks")
-        ranks.on_main(lambda: save_masks(masks, mask_options, config.data.image_size, reps, seed, sides, batch_size))
-    reconstruct = Reconstructor(config, model, mask_options, reps, seed, device, rows)
-    reconstruct_missing(folder, sides, reconstruct, batch_size, missing, ranks)
-    console.say(f"reconstructions: {folder.path}")
+    with contextlib.ExitStack() as owner:  # rank 0, for all ranks, until the last batch is written
+        ranks.on_main(lambda: owner.enter_context(files.owned(path)))
+        missing = ranks.on_main(lambda: claim_missing(folder, settings, entries, versions))
+        if mask_directory is not None:
+            masks = Path(mask_directory or path / "masks")
+            ranks.on_main(lambda: save_masks(masks, mask_options, config, reps, seed, entries))
+        reconstruct = Reconstructor(config, model, mask_options, reps, seed, device, rows)
+        reconstruct_missing(folder, sides, reconstruct, batch_size, missing, ranks)
+    console.say(f"reconstructions: {path}")
     if "neg" in sides:
-        console.say(f"next: python detect.py --result_path {folder.path} --reps {reps} --metric MSE")
-    return folder.path
+        command = ["python", "detect.py", "--result_path", str(path), "--reps", str(reps), "--metric", "MSE"]
+        console.say(f"next: {shlex.join(command)}")
+    return path
 
 
 def _check_settings(config, mask_options, seed):

@@ -7,11 +7,13 @@ always.
 import contextlib
 import csv
 import dataclasses
+import functools
+import hashlib
 import io
 import json
-import os
+import math
 import pickle
-import shutil
+import re
 import warnings
 import zipfile
 from pathlib import Path
@@ -20,9 +22,12 @@ import numpy as np
 import torch
 
 from console import UserError
-from files import write_bytes, write_json, write_text
+from files import link, write_bytes, write_json, write_text
 
 MANIFEST = "manifest.json"
+FORMAT = 2  # of the manifest, and of batches that know what they were made from
+MISSING = "is missing"
+_INFORMATION = ("dataset", "skipped", "labels")  # of a side's entry: told, but not compared
 SIDES = {"pos": "in-domain", "neg": "out-of-domain"}
 _PREFIX = "module."  # published checkpoints are saved from DataParallel
 
@@ -353,74 +358,145 @@ class ResultsFolder:
     """`{workdir}/{mask}_reps{R}` with `pos/batch_{i}.pth` and `neg/batch_{i}.pth`, as published, and `manifest.json`.
 
     A batch is a dict: `orig` (B, C, H, W) in [0, 1], `masked` a list of R tensors orig * mask, `recon` a list of R
-    tensors, not clipped.  The manifest is `{"settings": {...}, "sides": {"pos": {...}, "neg": {...}}, "versions":
-    {...}}`; settings and a side's entry say everything that determines the side's batches.
+    tensors, not clipped; and, which the published code does not read, `identity` (its index, images, repetitions and
+    the hash of what it was made from, see `made_from`) and `digest` (of the identity and all pixels).
+
+    The manifest is `{"format": 2, "settings": {...}, "sides": {"pos": {...}, "neg": {...}}, "versions": {...}}`;
+    settings and the part of a side's entry that `_INFORMATION` does not name say everything that determines the side's
+    batches.  Folders of the published code have no manifest, those of earlier versions one without a format; the
+    batches of both have no identity, and are read all the same.
+
+    Attributes:
+        path: the folder.
+        making: of a run that writes here, 'pos' and 'neg' -> `made_from`: a batch is written under no other manifest.
     """
 
     path: Path
+    making: dict = dataclasses.field(default_factory=dict)
 
     def batch_path(self, side, index):
         """The file of batch `index` of 'pos' or 'neg'."""
         return self.path / side / f"batch_{index}.pth"
 
-    def has_batch(self, side, index):
-        """Whether the batch is there and complete (its zip directory, written last, can be read)."""
-        return zipfile.is_zipfile(self.batch_path(side, index))
+    def identity(self, side, index):
+        """What the manifest says of a batch; None where it says nothing (published folders, earlier versions).
+
+        Returns:
+            dict: `index`, `images` and `repetitions`, and `made_from`.
+        """
+        manifest = self.manifest() or {}
+        if manifest.get("format") is None or side not in manifest["sides"]:
+            return None
+        settings, entry = manifest["settings"], manifest["sides"][side]
+        return {
+            "index": index,
+            "images": max(0, min(entry["batch_size"], entry["images"] - index * entry["batch_size"])),
+            "repetitions": settings["reps_per_image"],
+            "made_from": made_from(settings, entry),
+        }
 
     def write_batch(self, side, index, orig, masked, recon):
-        """Writes one batch: orig (B, C, H, W), lists of R tensors of that shape."""
-        write_tensors(self.batch_path(side, index), {"orig": orig, "masked": list(masked), "recon": list(recon)})
+        """Writes one batch: orig (B, C, H, W), lists of R tensors of that shape.
+
+        Raises:
+            UserError: it cannot be written, or the manifest is no longer that of this run.
+        """
+        identity = self.identity(side, index)
+        if self.making and (identity is None or identity["made_from"] != self.making[side]):
+            raise UserError(
+                f"{self.path / MANIFEST} was removed or replaced while this run wrote there; run the same command again"
+            )
+        batch = {"orig": orig, "masked": list(masked), "recon": list(recon)}
+        if identity is not None:
+            batch |= {"identity": identity, "digest": _digest(batch, identity)}
+        write_tensors(self.batch_path(side, index), batch)
 
     def read_batch(self, side, index, reps=1):
         """The batch's `orig` (B, C, H, W) and its first `reps` reconstructions, a list of such tensors.
 
         Raises:
-            UserError: the file is missing or damaged, is no batch, or holds fewer repetitions.
+            UserError: the file is missing or damaged, is no batch or another one, or holds fewer repetitions.
         """
-        path = self.batch_path(side, index)
-        batch = read_tensors(path, "batch")
-        if not _is_batch(batch):
-            raise UserError(f"{path} is no batch of reconstructions; delete it and run recon.py again")
+        path, (batch, fault) = self.batch_path(side, index), self._examine(side, index)
+        if fault:
+            ours = self.identity(side, index) is not None
+            remedy = "run the same recon.py command again, it makes it again"
+            raise UserError(
+                f"{path} {fault}; {remedy if ours else 'copy it again, or make all anew in another --workdir'}"
+            )
         if len(batch["recon"]) < reps:
             raise UserError(f"{path} holds {len(batch['recon'])} repetitions, {reps} were asked for; lower --reps")
         return batch["orig"], batch["recon"][:reps]
+
+    def lacking(self, side):
+        """The batches of the manifest's side that are not there or cannot be used, {index: why}; each is read once."""
+        indices = range(self.manifest()["sides"][side]["batches"])
+        faults = {index: self._examine(side, index)[1] for index in indices}
+        return {index: fault for index, fault in faults.items() if fault}
+
+    def _examine(self, side, index):
+        """A batch, and what keeps it from being used (None if nothing does), which follows its path in a sentence."""
+        path, identity = self.batch_path(side, index), self.identity(side, index)
+        if not path.is_file():
+            return None, MISSING
+        try:
+            batch = read_tensors(path, "batch")
+        except UserError as error:
+            if isinstance(error.__cause__, PermissionError):
+                raise
+            return None, str(error).removeprefix(f"batch {path} ").split(";")[0]
+        return batch, _fault_of_batch(batch, identity) or (None if batch.get("identity") else _fault_of_file(path))
 
     def batch_count(self, side):
         """The number of batches of a side, which must be numbered 0, 1, 2, ... without gaps.
 
         Raises:
-            UserError: there are none, one is missing in between, or fewer than the manifest announces.
+            UserError: there are none, one is missing in between, or fewer or more than the manifest announces.
         """
-        names = [path.name for path in (self.path / side).glob("batch_*.pth")]
-        numbers = sorted(int(name[6:-4]) for name in names if name[6:-4].isdigit())
+        names = (re.fullmatch(r"batch_(0|[1-9][0-9]*)\.pth", path.name) for path in (self.path / side).glob("batch_*"))
+        numbers = sorted(int(name[1]) for name in names if name)
         if not numbers:
             raise UserError(f"{self.path / side} holds no batches ({SIDES[side]} images); run recon.py first")
         announced = (self.manifest() or {}).get("sides", {}).get(side, {}).get("batches", numbers[-1] + 1)
-        missing = sorted(set(range(announced)) - set(numbers))
-        if missing:
+        if numbers[-1] >= announced:
             raise UserError(
-                f"{self.path / side} is incomplete: batch_{missing[0]}.pth is missing ({len(missing)} of {announced}); "
-                "run the same recon.py command again to make it"
+                f"{self.batch_path(side, numbers[-1])} is one more than the {announced} batches that {MANIFEST} tells "
+                "of; move it away"
+            )
+        if len(numbers) < announced:
+            first = next((index for index, number in enumerate(numbers) if index != number), len(numbers))
+            raise UserError(
+                f"{self.path / side} is incomplete: batch_{first}.pth is missing ({announced - len(numbers)} of "
+                f"{announced}); run the same recon.py command again to make it"
             )
         return announced
 
     def manifest(self):
-        """The manifest, or None where there is none (a folder of the published code)."""
+        """The manifest, or None where there is none (a folder of the published code); not to be changed.
+
+        Raises:
+            UserError: it cannot be read, or is none.
+        """
         path = self.path / MANIFEST
         if not path.is_file():
             return None
         try:
-            manifest = json.loads(path.read_text())
-            return {**manifest, "settings": dict(manifest["settings"]), "sides": dict(manifest["sides"])}
-        except (ValueError, TypeError, KeyError, OSError) as error:
-            raise UserError(f"{path} cannot be read; delete the folder {self.path} and run recon.py again") from error
+            status = path.stat()  # an atomic write makes another file of it
+            return _read_manifest(path, (status.st_ino, status.st_mtime_ns, status.st_size))
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}); change its permissions") from error
+        except (ValueError, RecursionError) as error:
+            reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+            raise UserError(
+                f"{path} cannot be read ({reason}); delete the folder {self.path} and run recon.py again"
+            ) from error
 
     def claim(self, settings, sides, versions):
         """Writes the manifest, or refuses a folder that was made otherwise.
 
         Args:
             settings: what both sides share (config, checkpoint hash, mask, seed, ...), JSON types.
-            sides: `{"pos": {...}}` or with "neg": what each side's batches are made of.
+            sides: `{"pos": {...}}` or with "neg": what each side's batches are made of, and `_INFORMATION`.
             versions: library versions; for information, not compared.
 
         Raises:
@@ -428,59 +504,265 @@ class ResultsFolder:
         """
         settings, sides = json.loads(json.dumps([settings, sides]))  # as they will be read back
         old, made = self.manifest(), [side for side in SIDES if any((self.path / side).glob("batch_*.pth"))]
-        if old is None and made:
-            raise UserError(f"{self.path} holds batches without a manifest.json; choose another --workdir")
+        if made and (old is None or old.get("format") is None):
+            origin = "without a manifest.json" if old is None else "of an earlier version, with another noise"
+            raise UserError(
+                f"{self.path} holds batches {origin}; choose another --workdir (detect.py still scores these)"
+            )
         if not made:  # nothing was made yet by what the manifest says
             old = {"settings": settings, "sides": {}}
-        known = {side: entry for side, entry in old["sides"].items() if side in sides and side in made}
-        differing = differences(old["settings"], settings) + differences(known, {side: sides[side] for side in known})
+        known = [side for side in made if side in sides and side in old["sides"]]
+        then, now = ({side: _identifying(entries[side]) for side in known} for entries in (old["sides"], sides))
+        differing = differences(old["settings"], settings) + differences(then, now)
         if differing:
             raise UserError(
                 f"{self.path} was made with other settings ({'; '.join(differing[:4])}); choose another --workdir, or "
                 "delete that folder"
             )
-        merged = {"settings": settings, "sides": {**old["sides"], **sides}, "versions": versions}
+        merged = {"format": FORMAT, "settings": settings, "sides": {**old["sides"], **sides}, "versions": versions}
         write_json(self.path / MANIFEST, merged)
 
-    def adopt(self, side, settings, entry):
-        """Takes over the batches of this side from a neighbour that made the same, instead of making them again.
+    def adopt(self, side, indices):
+        """Takes over batches of this side from neighbours that made the same, instead of making them again.
 
-        Neighbours are the results folders of the same name under the work folders beside this one.  Files are
-        hard-linked where the file system allows, else copied.
+        Neighbours are the results folders of the same name under the work folders beside this one, finished or not.
+        Each batch is checked before.  Files are hard-linked where the file system allows, else copied.
+
+        Args:
+            side: 'pos' or 'neg', in the manifest.
+            indices: the batches to look for.
 
         Returns:
-            int: how many batches were taken over.
+            list: those taken over.
+
+        Raises:
+            UserError: a copy cannot be written.
         """
-        settings, entry = json.loads(json.dumps([settings, entry]))
-        taken = 0
-        for neighbour, their_side in self._neighbours(settings, entry):
-            for index in range(entry["batches"]):
-                if neighbour.has_batch(their_side, index) and not self.has_batch(side, index):
-                    _link(neighbour.batch_path(their_side, index), self.batch_path(side, index))
-                    taken += 1
+        taken = []
+        for neighbour, their_side in self._neighbours(side):
+            for index in [index for index in indices if index not in taken]:
+                source = neighbour.batch_path(their_side, index)
+                if neighbour._examine(their_side, index)[1] is None and _take(source, self.batch_path(side, index)):
+                    taken.append(index)
         return taken
 
-    def _neighbours(self, settings, entry):
-        for path in sorted(self.path.absolute().parent.parent.glob(f"*/{self.path.name}/{MANIFEST}")):
-            folder = ResultsFolder(path.parent)
-            if path.parent.resolve() == self.path.resolve():
-                continue
-            with contextlib.suppress(UserError, KeyError, TypeError):
-                manifest = folder.manifest()
-                if manifest["settings"] == settings:
-                    yield from ((folder, side) for side, theirs in manifest["sides"].items() if theirs == entry)
+    def _neighbours(self, side):
+        """(folder, side) of those whose batches are the same as this folder's of `side`."""
+        mine, workdir = self.identity(side, 0), self.path.absolute().parent
+        if mine is None:
+            return
+        with contextlib.suppress(OSError):  # one that may not be listed has no neighbours
+            for path in sorted(workdir.parent.iterdir()):
+                folder = ResultsFolder(path / self.path.name)
+                with contextlib.suppress(UserError, OSError):
+                    if path.resolve() != workdir.resolve() and folder.manifest():
+                        yield from ((folder, other) for other in SIDES if folder.identity(other, 0) == mine)
+
+
+def made_from(settings, entry):
+    """The hash of what a side's batches are made from: the manifest's settings and the side's entry."""
+    text = json.dumps([settings, _identifying(entry)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _identifying(entry):
+    """The part of a side's entry that determines its batches."""
+    return {name: value for name, value in entry.items() if name not in _INFORMATION}
+
+
+def _digest(batch, identity):
+    """SHA-256 of a batch's identity and of all its tensors: their names, types, shapes and bytes."""
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
+    for name, tensors in (("orig", [batch["orig"]]), ("masked", batch["masked"]), ("recon", batch["recon"])):
+        for tensor in tensors:
+            digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
+            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _fault_of_batch(batch, expected):
+    """What is wrong with the content of a batch, or None.
+
+    Args:
+        batch: what the file holds.
+        expected: the identity it must have, or None where there is none to compare with.
+    """
+    if not _is_batch(batch):
+        return "is no batch of reconstructions"
+    identity = batch.get("identity")
+    if expected is not None and identity is None:
+        return "does not say what it was made from"
+    if expected is not None and identity != expected:
+        same = identity.get("made_from") == expected["made_from"]
+        return "is another batch under this name" if same else "was made from other images or settings"
+    if identity is not None and batch.get("digest") != _digest(batch, identity):
+        return "is damaged (its content does not match its digest)"
+    if expected is None or [len(batch["orig"]), len(batch["recon"])] == [expected["images"], expected["repetitions"]]:
+        return None
+    return "holds another number of images or repetitions than it says"
+
+
+def _fault_of_file(path):
+    """What the checksums in a file of `torch.save` tell: for batches without a digest of their own."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return None if file.testzip() is None else "is damaged (its content does not match its checksums)"
+    except zipfile.BadZipFile:  # torch's format of before 2020, which read_tensors could read
+        return None
+    except Exception:  # a damaged file can fail anywhere inside the reader
+        return "is damaged or truncated"
 
 
 def _is_batch(value):
     def images(tensor):
-        return torch.is_tensor(tensor) and tensor.ndim == 4
+        return torch.is_tensor(tensor) and tensor.ndim == 4 and tensor.layout == torch.strided and tensor.is_cpu
 
+    def all_like(tensors, orig):
+        return isinstance(tensors, list) and all(images(tensor) and tensor.shape == orig.shape for tensor in tensors)
+
+    if not (isinstance(value, dict) and images(orig := value.get("orig")) and all_like(value.get("recon"), orig)):
+        return False
+    identity = value.get("identity")
+    plain = isinstance(identity, dict) and all(type(part) in (int, str) for part in identity.values())
+    return identity is None or (plain and all_like(value.get("masked"), orig))
+
+
+def _take(source, target):
+    """Makes `target` the same file as `source`, or a copy of it; False if that can no longer be read."""
+    if link(source, target):
+        return True
+    try:
+        data = source.read_bytes()
+    except OSError:
+        return False
+    write_bytes(target, data)
+    return True
+
+
+# ---------------------------------------------------------------------------------------- what a JSON file may hold
+
+
+def _is_count(value):
+    return type(value) is int and 0 <= value <= _LARGEST
+
+
+def _is_number(value):
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+_LARGEST = 2**53  # whole numbers up to here are the same in every reader of JSON
+_DEEPEST = 32  # tables and lists in each other
+_COUNT = ("a whole number, 0 or more", _is_count)
+_POSITIVE = ("a whole number, 1 or more", lambda value: _is_count(value) and value > 0)
+_SHARE = ("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
+_FLAG = ("true or false", lambda value: type(value) is bool)
+_TEXT = ("text", lambda value: isinstance(value, str))
+_TABLE = ("a table", lambda value: isinstance(value, dict))
+
+
+def _list_of(kind, length=None):
+    what, fits = kind
     return (
-        isinstance(value, dict)
-        and images(value.get("orig"))
-        and isinstance(value.get("recon"), list)
-        and all(images(recon) and recon.shape == value["orig"].shape for recon in value["recon"])
+        f"a list, each {what}",
+        lambda value: isinstance(value, list) and (length is None or len(value) == length) and all(map(fits, value)),
     )
+
+
+def _table_of(kind):
+    what, fits = kind
+    return f"a table, each {what}", lambda value: isinstance(value, dict) and all(map(fits, value.values()))
+
+
+def _or_null(kind):
+    what, fits = kind
+    return f"{what}, or null", lambda value: value is None or fits(value)
+
+
+# What the fields must be where they are there, and those that must be; others may be anything.
+_MANIFEST = {"format": _POSITIVE, "settings": _TABLE, "sides": _table_of(_TABLE), "versions": _TABLE}
+_SIDE = {
+    "dataset": _TEXT,
+    "fingerprint": _TEXT,
+    "images": _POSITIVE,
+    "batches": _POSITIVE,
+    "batch_size": _POSITIVE,
+    "center_crop": _FLAG,
+    "match_resolution": _or_null(_POSITIVE),
+    "treatment": _TABLE,
+    "skipped": _list_of(_list_of(_TEXT, 2)),
+    "labels": _or_null(_list_of(_TEXT)),
+    "positions": _or_null(_list_of(_COUNT)),  # of earlier versions
+}
+_RESULTS = {
+    "metrics": _table_of(_TABLE),
+    "repetitions": _POSITIVE,
+    "images": _table_of(_COUNT),
+    "failures": _table_of(_COUNT),
+    "settings": _TABLE,
+    "sides": _table_of(_TABLE),
+}
+_METRIC = {"roc_auc": _SHARE, "interval_95": _or_null(_list_of(_SHARE, 2)), "bootstrap": _COUNT}
+
+
+def _parse(text, fields, required):
+    """JSON text that must be a table with these fields.
+
+    Raises:
+        ValueError: it is no such table; the message says where.
+        RecursionError: it is nested too deeply to be read at all.
+    """
+    value = json.loads(text)
+    level = [value]
+    for _ in range(_DEEPEST):
+        level = [part for whole in level if isinstance(whole, (dict, list)) for part in _parts(whole)]
+    if level:
+        raise RecursionError
+    _check_fields(value, fields, required)
+    return value
+
+
+def _parts(value):
+    return value.values() if isinstance(value, dict) else value
+
+
+def _check_fields(table, fields, required=(), where=""):
+    if not isinstance(table, dict):
+        raise ValueError(f"{_short(table)} is no table")
+    for name, (what, fits) in fields.items():
+        if name in table and not fits(table[name]):
+            raise ValueError(f"{where}{name} is {_short(table[name])}, not {what}")
+    if missing := [name for name in required if name not in table]:
+        raise ValueError(f"{where}{missing[0]} is missing")
+
+
+@functools.lru_cache(maxsize=8)
+def _read_manifest(path, version):
+    """The manifest in a file of which `version` tells when it is another one.
+
+    Raises:
+        OSError, ValueError, RecursionError.
+    """
+    manifest = _parse(path.read_text(encoding="utf-8"), _MANIFEST, ["settings", "sides"])
+    ours = manifest.get("format") is not None
+    if ours and manifest["format"] != FORMAT:
+        raise ValueError(f"its format {manifest['format']} is of a later version of this program")
+    for side, entry in manifest["sides"].items():
+        if side not in SIDES:
+            raise ValueError(f"sides.{side} is unknown")
+        _check_fields(entry, _SIDE, ["images", "batch_size", "batches"] if ours else [], f"sides.{side}.")
+        _check_sizes(entry, f"sides.{side}")
+    _check_fields(manifest["settings"], {"reps_per_image": _POSITIVE}, ["reps_per_image"] if ours else [], "settings.")
+    return manifest
+
+
+def _check_sizes(entry, where):
+    """Whether the numbers of a side's entry agree, where it has them."""
+    images, size = entry.get("images"), entry.get("batch_size")
+    if images and size and entry.get("batches", 0) != -(-images // size):
+        raise ValueError(f"{where} tells of {images} images in batches of {size}, but {entry.get('batches')} batches")
+    for name in ("labels", "positions"):
+        if images and entry.get(name) is not None and len(entry[name]) != images:
+            raise ValueError(f"{where} tells of {images} images and of {len(entry[name])} {name}")
 
 
 def differences(old, new, prefix=""):
@@ -498,21 +780,6 @@ def differences(old, new, prefix=""):
 def _short(value):
     text = json.dumps(value)
     return text if len(text) <= 40 else text[:37] + "..."
-
-
-def _link(source, target):
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_suffix(".tmp")
-    with contextlib.suppress(FileNotFoundError):
-        temporary.unlink()
-    try:
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------------- scores
@@ -550,36 +817,62 @@ def _score_rows(side, table):
 
 
 def read_scores(path):
-    """The tables that `write_scores` wrote, as NumPy arrays."""
-    with Path(path).open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    sides = {}
-    for side in dict.fromkeys(row["side"] for row in rows):
-        own = [row for row in rows if row["side"] == side]
-        names = [name for name in own[0] if name.startswith("distance_rep")]
-        sides[side] = {
-            "position": np.array([int(row["position"]) for row in own]),
-            "batch": np.array([int(row["batch"]) for row in own]),
-            "score": np.array([float(row["score"]) for row in own]),
-            "distances": np.array([[float(row[name]) for row in own] for name in names]),
+    """The tables that `write_scores` wrote, as NumPy arrays.
+
+    Raises:
+        UserError: the file cannot be read, or is no such table.
+    """
+    try:
+        with Path(path).open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        if unknown := {row["side"] for row in rows} - SIDES.keys():
+            raise ValueError(f"a side is {_short(unknown.pop())}")
+        if not rows:
+            raise ValueError("it has no rows")
+        own = {
+            side: [row for row in rows if row["side"] == side] for side in dict.fromkeys(row["side"] for row in rows)
         }
-    return sides
+        return {side: _score_table(own[side]) for side in own}
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check the path") from error
+    except (ValueError, KeyError, TypeError, OverflowError, csv.Error) as error:
+        raise UserError(f"{path} is no table of scores ({error}); run detect.py again") from error
+
+
+def _score_table(rows):
+    names = [name for name in rows[0] if name and name.startswith("distance_rep")]
+    table = {
+        "position": np.array([int(row["position"]) for row in rows], dtype=np.int64),
+        "batch": np.array([int(row["batch"]) for row in rows], dtype=np.int64),
+        "score": np.array([float(row["score"]) for row in rows]),
+        "distances": np.array([[float(row[name]) for row in rows] for name in names]),
+    }
+    if min(table["position"].min(), table["batch"].min()) < 0:
+        raise ValueError("a position or batch is negative")
+    if not names or not all(np.isfinite(table[name]).all() for name in ("score", "distances")):
+        raise ValueError("there are no distances, or not all are finite numbers")
+    return table
 
 
 def read_results(folder):
     """`results.json` of a results folder, or None where there is none.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: the file cannot be read, or is no such summary.
     """
     path = Path(folder) / RESULTS
     if not path.is_file():
         return None
     try:
-        results = json.loads(path.read_text())
-        return {**results, "metrics": dict(results["metrics"])}
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        raise UserError(f"{path} cannot be read; delete it and run detect.py again") from error
+        results = _parse(path.read_text(encoding="utf-8"), _RESULTS, ["metrics"])
+        for name, metric in results["metrics"].items():
+            _check_fields(metric, _METRIC, where=f"metrics.{name}.")
+        return results
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); change its permissions") from error
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(f"{path} cannot be read ({reason}); delete it and run detect.py again") from error
 
 
 def write_results(folder, shared, metrics):

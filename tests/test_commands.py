@@ -191,7 +191,7 @@ def test_recon_flags_have_their_effects():
         "--config.model.nf=64", "--out_of_domain=SVHN", "--noid_center_crop", "--ood_center_crop=false",
         "--reps_per_image=10", "--batch_size=200", "--seed=7", "--device=cpu", "--max_images=3", "--data_root=d",
         "--workers=2", "--match_resolution", "--memory_gb=2.5", "--save_mask", "--mask_save_dir=m",
-        "--mask_type=random", "--mask_num_blocks=8", "--mask_patch_size=2", "--mask_ratio=0.3",
+        "--mask_type=random", "--mask_patch_size=2", "--mask_ratio=0.3",
         "--mask_identifier=tag", "--sampler=ddim", "--steps=7", "--time_grid=lambda", "--t_start=0.8",
         "--t_end=0.1", "--eta=0.5", "--constraint=project", "--returns=1", "--lift=both", "--precision=bf16",
         "--compile",
@@ -206,7 +206,7 @@ def test_recon_flags_have_their_effects():
         "sources": {"pos": ["MNIST", False], "neg": ["SVHN", False]}, "max_images": 3, "data_root": "d",
         "workers": 2, "match_resolution": True, "memory_gb": 2.5, "ranks": vars(distributed.ALONE),
         "mask_directory": "m", "mask_options": {
-            "mask_type": "random", "num_blocks": 8, "patch_size": 2, "ratio": 0.3, "file_path": None,
+            "mask_type": "random", "num_blocks": 4, "patch_size": 2, "ratio": 0.3, "file_path": None,
             "identifier": "tag",
         },
     }  # fmt: skip

@@ -369,7 +369,7 @@ def test_labels_and_treatment_tell_what_was_used_and_how(folder, tmp_path):
     images = load(folder)
     assert images.labels == used
     assert images.treatment == {
-        "orientation": "as the camera noted", "transparency": "on white", "cut": None, "shape": "crop", "through": None,
+        "orientation": "as the camera noted", "transparency": "on white", "cut": None, "shape": "crop",
     }  # fmt: skip
     assert load(folder, center_crop=False, through=20).treatment["shape"] == "squeeze"
     (tmp_path / "CelebA").mkdir()

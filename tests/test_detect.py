@@ -47,15 +47,16 @@ def published(tmp_path):
 def made(tmp_path):
     """A results folder as recon.py makes it, with a manifest that tells of files left out."""
     folder = storage.ResultsFolder(tmp_path / "random_patch4_ratio0.5_reps3")
-    entry = {"dataset": "CIFAR10", "images": 10, "batches": 3, "skipped": [], "positions": None}
+    entry = {"dataset": "CIFAR10", "images": 10, "batch_size": 4, "batches": 3, "skipped": []}
     left_out = {
         "dataset": "some/photos",
         "images": 6,
+        "batch_size": 3,
         "batches": 2,
         "skipped": [["a.png", "empty"], ["b.png", "no image"]],
-        "positions": [0, 2, 3, 4, 6, 7],
+        "labels": ["c.png", "d.png", "e.png", "f.png", "g.png", "h.png"],
     }
-    settings = {"seed": 3, "mask": {"mask_type": "random"}, "config": {"data": {"image_size": 16}}}
+    settings = {"seed": 3, "reps_per_image": 3, "mask": {"mask_type": "random"}, "config": {"data": {"image_size": 16}}}
     folder.claim(settings, {"pos": entry, "neg": left_out}, {"torch": "2"})
     fill(folder, "pos", [4, 4, 2])
     fill(folder, "neg", [3, 3], noise=0.15)
@@ -187,7 +188,7 @@ def test_scores_csv(made):
         header, *rows = csv.reader(file)
     assert header == ["side", "position", "batch", "score", "distance_rep0", "distance_rep1", "distance_rep2"]
     assert [row[:3] for row in rows[:5]] == [["pos", str(i), str(i // 4)] for i in range(5)]
-    assert [row[:3] for row in rows[10:]] == [["neg", p, b] for p, b in zip("023467", "000111", strict=True)]
+    assert [row[:3] for row in rows[10:]] == [["neg", p, b] for p, b in zip("012345", "000111", strict=True)]
     back = storage.read_scores(made / "scores_MSE.csv")
     for side, table in result.tables.items():
         for name, values in table.items():
@@ -200,10 +201,10 @@ def test_results_json(made):
         "repetitions": 3,
         "images": {"pos": 10, "neg": 6},
         "failures": {"pos": 0, "neg": 2},
-        "settings": {"seed": 3, "mask": {"mask_type": "random"}},
+        "settings": {"seed": 3, "reps_per_image": 3, "mask": {"mask_type": "random"}},
         "sides": {
-            "pos": {"dataset": "CIFAR10", "images": 10, "batches": 3},
-            "neg": {"dataset": "some/photos", "images": 6, "batches": 2},
+            "pos": {"dataset": "CIFAR10", "images": 10, "batch_size": 4, "batches": 3},
+            "neg": {"dataset": "some/photos", "images": 6, "batch_size": 3, "batches": 2},
         },
         "metrics": {"MSE": {"roc_auc": result.roc_auc, "interval_95": list(result.interval), "bootstrap": 1000}},
     }
@@ -214,6 +215,39 @@ def test_sides_are_called_by_their_data_sets(made, published):
     assert result.names == {"pos": "in-domain CIFAR10", "neg": "out-of-domain photos"}
     (result,) = detect.detect(published, ["MSE"], plots=False)
     assert result.names == {"pos": "in-domain", "neg": "out-of-domain"}
+
+
+EARLIER = {
+    "as it was": ({}, None),
+    "positions": ({"positions": [0, 2, 3, 4, 6, 7]}, None),
+    "few positions": ({"positions": [0, 2]}, "manifest.json cannot be read .*tells of 6 images and of 2 positions"),
+    "more images": (
+        {"images": 9, "batch_size": 5, "labels": None}, "holds 6 images, but its manifest.json tells of 9; make all anew with recon.py",
+    ),
+    "more positions": (
+        {"images": None, "positions": list(range(9))}, "holds 6 images, but its manifest.json tells of 9; make all",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EARLIER)
+def test_folders_of_an_earlier_version_keep_their_positions_or_are_refused(made, name):
+    """Which are told in their manifests; never are the images renumbered without a word."""
+    changes, message = EARLIER[name]
+    manifest = json.loads((made / "manifest.json").read_text())
+    del manifest["format"]
+    entry = {**manifest["sides"]["neg"], **changes}
+    manifest["sides"]["neg"] = {name: value for name, value in entry.items() if value is not None}
+    (made / "manifest.json").write_text(json.dumps(manifest))
+    for path in made.rglob("batch_*.pth"):
+        batch = torch.load(path, weights_only=True)
+        torch.save({name: batch[name] for name in ("orig", "masked", "recon")}, path)
+    if message is None:
+        (result,) = detect.detect(made, ["MSE"], reps=3, plots=False)
+        assert result.tables["neg"]["position"].tolist() == changes.get("positions", [0, 1, 2, 3, 4, 5])
+        return
+    with pytest.raises(UserError, match=message):
+        detect.detect(made, ["MSE"], reps=3, plots=False)
 
 
 def test_results_json_keeps_metrics_scored_earlier_on_the_same(made):

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import tiny
 import torch
 from helpers import GOLDEN, close, fill_, golden, load_config, small, tensor, wave
 
+import files
 import losses
 import models
 import sde_lib
@@ -383,11 +385,15 @@ def test_resuming_with_another_seed_or_without_the_optimizer(checkpoints, tmp_pa
 
 # ------------------------------------------------------------------------------------------- the results folder
 
-SETTINGS = {"config": {"model": {"nf": 32, "ch_mult": (1, 2)}}, "seed": 0, "checkpoint": "ab" * 32}
+SETTINGS = {
+    "config": {"model": {"nf": 32, "ch_mult": (1, 2)}}, "seed": 0, "checkpoint": "ab" * 32, "reps_per_image": 2,
+}  # fmt: skip
 
 
 def entry(name="photos", batches=2, **changes):
-    return {"dataset": name, "images": 2 * batches, "batches": batches, **changes}
+    """A side's entry; the content of its images goes with the name here."""
+    sizes = {"images": 2 * batches, "batches": batches, "batch_size": 2}
+    return {"dataset": name, "fingerprint": f"4:{name}", **sizes, **changes}
 
 
 def fill(folder, side="pos", batches=2, value=0.5):
@@ -396,21 +402,31 @@ def fill(folder, side="pos", batches=2, value=0.5):
         folder.write_batch(side, index, images, [images, images], [images + 1, images + 2])
 
 
+def claimed(path, sides, settings=SETTINGS):
+    """A results folder with a manifest and no batches."""
+    folder = ResultsFolder(path)
+    folder.claim(settings, sides, {"torch": "2"})
+    return folder
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A results folder that says what it holds, with two in-domain batches."""
-    made = ResultsFolder(tmp_path / "first" / "center_reps2")
-    made.claim(SETTINGS, {"pos": entry()}, {"torch": "2"})
+    made = claimed(tmp_path / "first" / "center_reps2", {"pos": entry()})
     fill(made)
     return made
 
 
 def test_a_batch_is_as_published(folder):
+    """Beside what the published detect.py reads it knows what it is."""
     ours = torch.load(folder.path / "pos" / "batch_1.pth", weights_only=True)
     theirs = torch.load(GOLDEN / "results_small" / "pos" / "batch_1.pth", weights_only=True)
-    assert ours.keys() == theirs.keys() == {"orig", "masked", "recon"}
-    for name in ours:
+    assert ours.keys() == {*theirs, "identity", "digest"} == {"orig", "masked", "recon", "identity", "digest"}
+    for name in theirs:
         assert type(ours[name]) is type(theirs[name])
+    assert ours["identity"] == {
+        "index": 1, "images": 2, "repetitions": 2, "made_from": storage.made_from(SETTINGS, entry()),
+    }  # fmt: skip
     orig, recon = folder.read_batch("pos", 1, reps=2)
     assert torch.equal(orig, torch.full((2, 3, 4, 4), 1.5))
     assert [r[0, 0, 0, 0].item() for r in recon] == [2.5, 3.5]
@@ -428,21 +444,160 @@ def test_published_results_folder_is_readable(tmp_path):
         folder.claim(SETTINGS, {"pos": entry()}, {})
 
 
+def as_earlier_version(folder):
+    """Makes a folder what an earlier version wrote: a manifest without a format, batches without identity."""
+    manifest = json.loads((folder.path / "manifest.json").read_text())
+    del manifest["format"]
+    (folder.path / "manifest.json").write_text(json.dumps(manifest))
+    for path in folder.path.rglob("batch_*.pth"):
+        batch = torch.load(path, weights_only=True)
+        torch.save({name: batch[name] for name in ("orig", "masked", "recon")}, path)
+
+
+def test_a_folder_of_an_earlier_version_is_readable_but_not_continued(folder, tmp_path):
+    as_earlier_version(folder)
+    assert folder.batch_count("pos") == 2
+    assert torch.equal(folder.read_batch("pos", 1)[0], torch.full((2, 3, 4, 4), 1.5))
+    with pytest.raises(
+        UserError, match=r"holds batches of an earlier version, with another noise; choose another --wo"
+    ):
+        folder.claim(SETTINGS, {"pos": entry()}, {})
+    assert claimed(tmp_path / "second" / "center_reps2", {"pos": entry()}).adopt("pos", [0, 1]) == []
+
+
 def test_fewer_repetitions_than_asked(folder):
     assert len(folder.read_batch("pos", 0, reps=1)[1]) == 1
     with pytest.raises(UserError, match=r"batch_0\.pth holds 2 repetitions, 3 were asked for; lower --reps"):
         folder.read_batch("pos", 0, reps=3)
 
 
-def test_truncated_and_foreign_batches(folder):
-    truncate(folder.batch_path("pos", 0), 0.7)
-    assert not folder.has_batch("pos", 0)
-    with pytest.raises(UserError, match=r"batch .*batch_0\.pth is damaged or truncated"):
+# ------------------------------------------------------------------------------------- batches that cannot be used
+
+
+def zero_bytes(path, count=64):
+    """Overwrites bytes in the middle of the pixels of `recon`, which no reader of the file itself notices."""
+    data = bytearray(path.read_bytes())
+    at = data.index(np.float32(1.5).tobytes() * 8)
+    data[at : at + count] = bytes(count)
+    path.write_bytes(data)
+
+
+def rewrite(path, **changes):
+    batch = torch.load(path, weights_only=True)
+    torch.save({name: value for name, value in {**batch, **changes}.items() if value is not None}, path)
+
+
+def another_seed(folder):
+    other = claimed(folder.path.parent.parent / "other" / "center_reps2", {"pos": entry()}, {**SETTINGS, "seed": 1})
+    fill(other)
+    shutil.copy(other.batch_path("pos", 0), folder.batch_path("pos", 0))
+
+
+def another_side(folder):
+    folder.claim(SETTINGS, {"pos": entry(), "neg": entry("digits")}, {})
+    fill(folder, "neg")
+    shutil.copy(folder.batch_path("neg", 0), folder.batch_path("pos", 0))
+
+
+FAULTS = {
+    "zeroed bytes": (lambda folder: zero_bytes(folder.batch_path("pos", 0)), r"is damaged \(its content does"),
+    "truncated": (lambda folder: truncate(folder.batch_path("pos", 0), 0.7), "is damaged or truncated"),
+    "empty": (lambda folder: folder.batch_path("pos", 0).write_bytes(b""), "is damaged or truncated"),
+    "pickled code": (
+        lambda folder: torch.save({"orig": torch.nn.Linear(1, 1)}, folder.batch_path("pos", 0)), "holds pickled code",
+    ),
+    "not a batch": (lambda folder: torch.save([1], folder.batch_path("pos", 0)), "is no batch of reconstructions"),
+    "shapes": (
+        lambda folder: rewrite(folder.batch_path("pos", 0), recon=[torch.zeros(2)]), "is no batch of reconstructions",
+    ),
+    "masked is none": (lambda folder: rewrite(folder.batch_path("pos", 0), masked=3), "is no batch of reconstructions"),
+    "sparse": (
+        lambda folder: rewrite(folder.batch_path("pos", 0), orig=torch.zeros(2, 3, 4, 4).to_sparse()), "is no batch",
+    ),
+    "another number": (
+        lambda folder: shutil.copy(folder.batch_path("pos", 1), folder.batch_path("pos", 0)),
+        "is another batch under this name",
+    ),
+    "another seed": (another_seed, "was made from other images or settings"),
+    "the other side": (another_side, "was made from other images or settings"),
+    "no identity": (
+        lambda folder: rewrite(folder.batch_path("pos", 0), identity=None), "does not say what it was made from",
+    ),
+    "odd identity": (lambda folder: rewrite(folder.batch_path("pos", 0), identity=[{}]), "is no batch of"),
+    "tensors in the identity": (
+        lambda folder: rewrite(folder.batch_path("pos", 0), identity={"index": torch.zeros(2)}), "is no batch of",
+    ),
+    "a batch of the published code": (
+        lambda folder: shutil.copy(GOLDEN / "results_small" / "pos" / "batch_0.pth", folder.batch_path("pos", 0)),
+        "does not say what it was made from",
+    ),
+    "images left out": (
+        lambda folder: rewrite(folder.batch_path("pos", 0), orig=torch.full((1, 3, 4, 4), 0.5), masked=[], recon=[]),
+        "is damaged",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_batch_that_is_not_what_it_should_be_is_refused_and_made_again(name, folder):
+    """`lacking` is what recon.py makes, so the remedy of `read_batch` is true."""
+    spoil, message = FAULTS[name]
+    spoil(folder)
+    with pytest.raises(
+        UserError, match=rf"batch_0\.pth {message}.*; run the same recon\.py command again, it makes it a"
+    ):
         folder.read_batch("pos", 0)
-    storage.write_tensors(folder.batch_path("pos", 1), {"orig": torch.zeros(1, 3, 4, 4), "recon": [torch.zeros(2)]})
-    with pytest.raises(UserError, match="is no batch of reconstructions"):
-        folder.read_batch("pos", 1)
-    assert not folder.has_batch("neg", 0)
+    lacking = folder.lacking("pos")
+    assert lacking.keys() == {0}
+    assert re.match(message, lacking[0])
+    fill(folder)
+    assert folder.lacking("pos") == {}
+
+
+def test_damage_in_a_folder_without_identities_is_noticed_by_the_files_own_checksums(tmp_path):
+    folder = ResultsFolder(Path(shutil.copytree(GOLDEN / "results_small", tmp_path / "center_reps3")))
+    path = folder.batch_path("pos", 0)
+    data = bytearray(path.read_bytes())
+    data[5000:5500] = bytes(500)
+    path.write_bytes(data)
+    torch.load(path, weights_only=True)  # torch itself does not look
+    with pytest.raises(
+        UserError, match=r"batch_0\.pth is damaged \(its content does not match its checksums\); copy it"
+    ):
+        folder.read_batch("pos", 0)
+
+
+def test_each_batch_is_read_once_when_checked(folder, monkeypatch):
+    read, paths = storage.read_tensors, []
+    monkeypatch.setattr(storage, "read_tensors", lambda path, what: paths.append(path) or read(path, what))
+    folder.lacking("pos")
+    assert paths == [folder.batch_path("pos", index) for index in range(2)]
+
+
+def test_half_precision_and_views_have_digests(tmp_path):
+    folder = claimed(tmp_path / "w" / "center_reps2", {"pos": entry(batches=1)})
+    images = torch.rand(2, 8, 4, 6)[:, ::2].to(torch.bfloat16).transpose(2, 3)
+    folder.write_batch("pos", 0, images, [images] * 2, [images] * 2)
+    assert folder.lacking("pos") == {}
+    assert torch.equal(folder.read_batch("pos", 0)[0], images)
+
+
+@pytest.mark.parametrize("change", ["removed", "replaced"])
+def test_a_batch_is_written_only_under_the_manifest_it_was_made_with(change, folder):
+    running = ResultsFolder(folder.path, {"pos": storage.made_from(SETTINGS, entry())})
+    fill(running)
+    if change == "removed":
+        (folder.path / "manifest.json").unlink()
+    else:
+        manifest = json.loads((folder.path / "manifest.json").read_text())
+        manifest["settings"]["seed"] = 1
+        storage.write_json(folder.path / "manifest.json", manifest)
+    before = tiny.snapshot(folder.path)
+    with pytest.raises(
+        UserError, match=r"manifest\.json was removed or replaced while this run wrote there; run the sam"
+    ):
+        fill(running)
+    assert tiny.snapshot(folder.path) == before
 
 
 def test_gaps_and_missing_batches(folder):
@@ -458,6 +613,20 @@ def test_gaps_and_missing_batches(folder):
         folder.batch_count("pos")
 
 
+def test_batches_that_the_manifest_does_not_know(folder):
+    shutil.copy(folder.batch_path("pos", 1), folder.batch_path("pos", 2))
+    with pytest.raises(
+        UserError, match=r"batch_2\.pth is one more than the 2 batches that manifest\.json tells of; move"
+    ):
+        folder.batch_count("pos")
+    folder.batch_path("pos", 2).rename(folder.path / "pos" / "batch_\u00b2.pth")  # a digit to Python, and no number
+    (folder.path / "pos" / "batch_01.pth").touch()
+    assert folder.batch_count("pos") == 2
+
+
+# -------------------------------------------------------------------------------------------------- the manifest
+
+
 def test_claiming_again(folder):
     """The same settings are welcome, a side may be added, an older side stays."""
     folder.claim(SETTINGS, {"pos": entry()}, {"torch": "3"})
@@ -468,13 +637,27 @@ def test_claiming_again(folder):
     assert manifest["settings"] == json.loads(json.dumps(SETTINGS))
 
 
+def test_names_are_told_but_not_compared(folder, tmp_path):
+    """A folder that was renamed, and files that were, continue what was made, and serve others."""
+    renamed = entry(dataset="elsewhere", labels=["a", "b", "c", "d"], skipped=[["x.png", "damaged"]])
+    folder.claim(SETTINGS, {"pos": renamed}, {})
+    assert folder.manifest()["sides"]["pos"] == renamed
+    assert folder.lacking("pos") == {}
+    assert claimed(tmp_path / "second" / "center_reps2", {"pos": entry()}).adopt("pos", [0, 1]) == [0, 1]
+
+
 OTHER_SETTINGS = {
     "seed": ({"seed": 1}, {"pos": entry()}, r"\(seed: 0 there, 1 here\)"),
     "one more": ({"new": 1}, {"pos": entry()}, r"\(new: null there, 1 here\)"),
     "config": ({"config": {"model": {"nf": 64, "ch_mult": [1, 2]}}}, {}, r"\(config\.model\.nf: 32 there, 64 here\)"),
     "checkpoint": ({"checkpoint": "cd" * 32}, {}, r'checkpoint: "abab.*\.\.\. there, "cdcd.*\.\.\. here'),
-    "data set": ({}, {"pos": entry("others")}, r'\(pos\.dataset: "photos" there, "others" here\)'),
-    "batch size": ({}, {"pos": entry(batch_size=3), "neg": entry()}, r"\(pos\.batch_size: null there, 3 here\)"),
+    "images": ({}, {"pos": entry("others")}, r'\(pos\.fingerprint: "4:photos" there, "4:others" here\)'),
+    "treatment": (
+        {},
+        {"pos": entry(treatment={"exif": True})},
+        r'\(pos\.treatment: null there, \{"exif": true\} here\)',
+    ),
+    "batch size": ({}, {"pos": entry(batch_size=3), "neg": entry()}, r"\(pos\.batch_size: 2 there, 3 here\)"),
 }
 
 
@@ -499,74 +682,190 @@ def test_a_folder_in_which_nothing_was_made_yet_may_be_claimed_anew(tmp_path):
     assert folder.manifest()["sides"]["neg"] == entry("b")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"settings": 1, "sides": {}}', '{"settings": {}}'])
-def test_damaged_manifest(text, folder):
-    (folder.path / "manifest.json").write_text(text)
+def manifest_text(**changes):
+    """A manifest whose in-domain entry has these changes."""
+    return json.dumps({"format": 2, "settings": {"reps_per_image": 2}, "sides": {"pos": {**entry(), **changes}}})
+
+
+MANIFESTS = {
+    "empty": ("", "Expecting value"),
+    "half": ("{", "Expecting property name"),
+    "a list": ("[]", r"\[\] is no table"),
+    "no fields": ("{}", "settings is missing"),
+    "no sides": ('{"settings": {}}', "sides is missing"),
+    "settings": ('{"settings": 1, "sides": {}}', "settings is 1, not a table"),
+    "sides": ('{"settings": {}, "sides": [1]}', r"sides is \[1\], not a table"),
+    "a side": ('{"settings": {}, "sides": {"pos": 3}}', "sides is .*, not a table, each a table"),
+    "another side": ('{"settings": {}, "sides": {"left": {}}}', "sides.left is unknown"),
+    "a later version": ('{"format": 3, "settings": {}, "sides": {}}', "its format 3 is of a later version"),
+    "repetitions": ('{"format": 2, "settings": {"reps_per_image": "2"}, "sides": {}}', "settings.reps_per_image is"),
+    "no repetitions": ('{"format": 2, "settings": {}, "sides": {}}', "settings.reps_per_image is missing"),
+    "deep": ('{"settings": ' + 100_000 * '{"a":' + "1" + 100_001 * "}", "it is nested too deeply"),
+    "deep enough": ('{"settings": ' + 200 * '{"a":' + "1" + 200 * "}" + ', "sides": {}}', "it is nested too deeply"),
+    "long numbers": ('{"settings": {"seed": ' + 5000 * "9" + '}, "sides": {}}', "4300 digits"),
+    "many batches": (manifest_text(batches=10**12), "tells of 4 images in batches of 2, but 1000000000000 batches"),
+    "more batches": (manifest_text(batches=10**30), "sides.pos.batches is 10+, not a whole number, 1 or more"),
+    "negative": (manifest_text(batches=-2), "sides.pos.batches is -2, not a whole number"),
+    "a fraction": (manifest_text(batch_size=1.5), "sides.pos.batch_size is 1.5, not a whole number"),
+    "true": (manifest_text(images=True), "sides.pos.images is true, not a whole number"),
+    "text for a number": (manifest_text(images="4"), 'sides.pos.images is "4", not a whole number'),
+    "a number for text": (manifest_text(dataset=4), "sides.pos.dataset is 4, not text"),
+    "formulas": (
+        manifest_text(positions=["=1+1", 1, 2, 3]),
+        "sides.pos.positions is .*, not a list, each a whole number",
+    ),
+    "few labels": (manifest_text(labels=["a"]), "tells of 4 images and of 1 labels"),
+    "few positions": (manifest_text(positions=[0, 1]), "tells of 4 images and of 2 positions"),
+    "labels": (manifest_text(labels=[1, 2, 3, 4]), "sides.pos.labels is .*, not a list, each text, or null"),
+    "skipped": (manifest_text(skipped=["a", "b"]), "sides.pos.skipped is .*, not a list, each a list, each text"),
+    "crop": (manifest_text(center_crop="yes"), 'sides.pos.center_crop is "yes", not true or false'),
+    "bytes": (b"\xff\xfe", "can't decode byte"),
+}
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_damaged_manifest(name, folder):
+    text, message = MANIFESTS[name]
+    (folder.path / "manifest.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     for use in (lambda: folder.batch_count("pos"), lambda: folder.claim(SETTINGS, {}, {})):
-        with pytest.raises(UserError, match=r"manifest\.json cannot be read; delete the folder"):
+        with pytest.raises(
+            UserError, match=rf"manifest\.json cannot be read \(.*{message}.*\); delete the folder"
+        ) as told:
             use()
+        assert "\n" not in str(told.value)
+        assert len(str(told.value)) < 500
+
+
+# -------------------------------------------------------------------------------------------- adopting from neighbours
 
 
 def test_adopting_what_a_neighbour_made(folder, tmp_path):
-    other = ResultsFolder(tmp_path / "second" / "center_reps2")
-    other.claim(SETTINGS, {"neg": entry()}, {})
-    assert other.adopt("neg", SETTINGS, entry()) == 2
+    other = claimed(tmp_path / "second" / "center_reps2", {"neg": entry()})
+    assert other.adopt("neg", other.lacking("neg")) == [0, 1]
     for index in range(2):  # the other side's, too: noise and masks do not depend on it
         assert other.batch_path("neg", index).samefile(folder.batch_path("pos", index))
     assert listing(other.path / "neg") == ["batch_0.pth", "batch_1.pth"]
-    assert other.adopt("neg", SETTINGS, entry()) == 0
+    assert other.lacking("neg") == {}
     fill(folder, value=9)  # written anew, not in place
     assert other.read_batch("neg", 0)[0].max() == 0.5
 
 
 def test_adopting_across_file_systems(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(storage.os, "link", tiny.failing(errno.EXDEV))
-    other = ResultsFolder(tmp_path / "second" / "center_reps2")
-    assert other.adopt("pos", SETTINGS, entry()) == 2
+    monkeypatch.setattr(files.os, "link", tiny.failing(errno.EXDEV))
+    other = claimed(tmp_path / "second" / "center_reps2", {"pos": entry()})
+    assert other.adopt("pos", [0, 1]) == [0, 1]
     assert not other.batch_path("pos", 0).samefile(folder.batch_path("pos", 0))
     assert other.batch_path("pos", 0).read_bytes() == folder.batch_path("pos", 0).read_bytes()
 
 
 def test_adopting_to_a_full_disk(folder, tmp_path, monkeypatch):
-    def half(source, target):
-        target.write_bytes(source.read_bytes()[:100])
-        tiny.failing(errno.ENOSPC)()
-
-    monkeypatch.setattr(storage.os, "link", tiny.failing(errno.EXDEV))
-    monkeypatch.setattr(storage.shutil, "copyfile", half)
-    other = ResultsFolder(tmp_path / "second" / "center_reps2")
-    with pytest.raises(OSError, match="No space left"):
-        other.adopt("pos", SETTINGS, entry())
+    """The file that finds no room is ours, not the neighbour's."""
+    other = claimed(tmp_path / "second" / "center_reps2", {"pos": entry()})
+    monkeypatch.setattr(files.os, "link", tiny.failing(errno.EXDEV))
+    monkeypatch.setattr(files.os, "fsync", tiny.failing(errno.ENOSPC))
+    message = (
+        rf"^cannot write {other.batch_path('pos', 0)}: No space left on device; free some space, then run the same"
+    )
+    with pytest.raises(UserError, match=message):
+        other.adopt("pos", [0, 1])
     assert listing(other.path / "pos") == []
 
 
-def test_adopting_only_what_is_the_same_and_whole(folder, tmp_path):
-    other = ResultsFolder(tmp_path / "second" / "center_reps2")
-    assert other.adopt("pos", {**SETTINGS, "seed": 1}, entry()) == 0
-    assert other.adopt("pos", SETTINGS, entry("others")) == 0
-    assert ResultsFolder(tmp_path / "second" / "center_reps3").adopt("pos", SETTINGS, entry()) == 0
-    truncate(folder.batch_path("pos", 0), 0.5)
-    fill(other, batches=1, value=7)
+def test_adopting_only_what_is_the_same(folder, tmp_path):
+    for number, (settings, side, name) in enumerate(
+        [({**SETTINGS, "seed": 1}, entry(), "center_reps2"), (SETTINGS, entry("others"), "center_reps2"),
+         (SETTINGS, entry(), "center_reps3")]
+    ):  # fmt: skip
+        assert claimed(tmp_path / str(number) / name, {"pos": side}, settings).adopt("pos", [0, 1]) == []
+
+
+def test_adopting_only_what_is_whole_and_asked_for(folder, tmp_path):
+    zero_bytes(folder.batch_path("pos", 0))
     (tmp_path / "third" / "center_reps2").mkdir(parents=True)
     (tmp_path / "third" / "center_reps2" / "manifest.json").write_text("{")  # a damaged neighbour is passed over
-    assert other.adopt("pos", SETTINGS, entry()) == 1
-    assert other.read_batch("pos", 0)[0].max() == 7  # its own stays
-    assert other.read_batch("pos", 1)[0].max() == 1.5
-    assert folder.adopt("pos", SETTINGS, entry()) == 0  # the truncated one: other's manifest does not vouch for its own
+    (tmp_path / "a file").touch()
+    other = claimed(tmp_path / "second" / "center_reps2", {"pos": entry()})
+    assert other.adopt("pos", []) == []
+    assert other.adopt("pos", [0, 1]) == [1]
+    assert folder.adopt("pos", [0]) == []
 
 
-def test_adopting_replaces_a_truncated_batch(folder, tmp_path):
-    other = ResultsFolder(tmp_path / "second" / "center_reps2")
-    fill(other, batches=1)
-    truncate(other.batch_path("pos", 0), 0.5)
-    assert other.adopt("pos", SETTINGS, entry()) == 2
-    assert other.has_batch("pos", 0)
+def test_damage_to_a_file_that_two_folders_share_is_noticed_in_both(folder, tmp_path):
+    other = claimed(tmp_path / "second" / "center_reps2", {"pos": entry()})
+    other.adopt("pos", [0, 1])
+    zero_bytes(folder.batch_path("pos", 1))
+    assert folder.lacking("pos").keys() == other.lacking("pos").keys() == {1}
+    assert other.adopt("pos", [1]) == []
+
+
+def test_neighbours_still_being_made_are_adopted_from(tmp_path, folder):
+    folder.batch_path("pos", 0).unlink()
+    with files.owned(folder.path):
+        assert claimed(tmp_path / "second" / "center_reps2", {"pos": entry()}).adopt("pos", [0, 1]) == [1]
 
 
 def test_neighbours_of_the_current_folder(folder, tmp_path, monkeypatch):
     (tmp_path / "second").mkdir()
     monkeypatch.chdir(tmp_path / "second")
-    assert ResultsFolder(Path("center_reps2")).adopt("pos", SETTINGS, entry()) == 2
+    assert claimed(Path("center_reps2"), {"pos": entry()}).adopt("pos", [0, 1]) == [0, 1]
+
+
+# --------------------------------------------------------------------------------------------- results and scores
+
+RESULTS = {
+    "half": ("{", "Expecting property name"),
+    "a number": ("3", "3 is no table"),
+    "no metrics": ("{}", "metrics is missing"),
+    "metrics": ('{"metrics": ["MSE"]}', "metrics is .*, not a table"),
+    "a metric": ('{"metrics": {"MSE": 0.5}}', "metrics is .*, not a table, each a table"),
+    "text": ('{"metrics": {"MSE": {"roc_auc": "=1+1"}}}', 'metrics.MSE.roc_auc is "=1\\+1", not a number from 0 to 1'),
+    "not a number": ('{"metrics": {"MSE": {"roc_auc": NaN}}}', "metrics.MSE.roc_auc is NaN, not a number"),
+    "interval": ('{"metrics": {"MSE": {"interval_95": [0.1]}}}', "metrics.MSE.interval_95 is"),
+    "negative": ('{"metrics": {}, "images": {"pos": -3}}', "images is .*, not a table, each a whole number"),
+    "deep": ('{"metrics": {}, "settings": ' + 100_000 * "[" + 100_000 * "]" + "}", "it is nested too deeply"),
+}
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_damaged_results(name, tmp_path):
+    text, message = RESULTS[name]
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(
+        UserError, match=rf"results\.json cannot be read \(.*{message}.*\); delete it and run detect\.py"
+    ):
+        storage.read_results(tmp_path)
+
+
+HEADER = "side,position,batch,score,distance_rep0"
+SCORES = {
+    "empty": ("", "it has no rows"),
+    "a header alone": (HEADER, "it has no rows"),
+    "another table": ("a,b\n1,2", "'side'"),
+    "another side": (f"{HEADER}\nleft,0,0,1,1", 'a side is "left"'),
+    "no distances": ("side,position,batch,score\npos,0,0,1", "there are no distances"),
+    "short row": (f"{HEADER}\npos,0,0", "must be a string or a real number"),
+    "text": (f"{HEADER}\npos,0,0,=1+1,1", "could not convert string to float"),
+    "a formula": (f"{HEADER}\npos,=A1,0,1,1", "invalid literal for int"),
+    "negative": (f"{HEADER}\npos,-1,0,1,1", "a position or batch is negative"),
+    "large": (f"{HEADER}\npos,{10**30},0,1,1", "too large|too big|out of bounds"),
+    "not finite": (f"{HEADER}\npos,0,0,nan,1", "not all are finite"),
+    "bytes": (b"\xff\xfe\x00", "can't decode byte"),
+    "a long field": (f"{HEADER}\npos,0,0,1,{'1' * 200_000}", "field larger than field limit"),
+}
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_damaged_scores(name, tmp_path):
+    text, message = SCORES[name]
+    path = tmp_path / "scores_MSE.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=rf"scores_MSE\.csv is no table of scores \(.*({message}).*\); run detect\.py"):
+        storage.read_scores(path)
+
+
+def test_scores_that_are_not_there(tmp_path):
+    with pytest.raises(UserError, match=r"none\.csv cannot be read \(No such file or directory\); check the path"):
+        storage.read_scores(tmp_path / "none.csv")
 
 
 @pytest.mark.parametrize(

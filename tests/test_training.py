@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import console
+import files
 import losses
 import storage
 import training
@@ -62,10 +63,10 @@ def results(workdir):
 
 CHILD = """
 import os, signal, sys
-import storage, tiny, training
+import files, tiny, training
 
 moment, dataset, workdir, dropout = sys.argv[1:]
-writes, flush, train_step = [], storage.os.fsync, training.Trainer.train_step
+writes, flush, train_step = [], files.os.fsync, training.Trainer.train_step
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -82,7 +83,7 @@ def fsync(handle):  # checkpoint, numbered checkpoint, two of samples, then the 
 if moment == "step":
     training.Trainer.train_step = step
 else:
-    storage.os.fsync = fsync
+    files.os.fsync = fsync
 tiny.train(tiny.config(data__dataset=dataset, model__dropout=float(dropout)), workdir)
 """
 
@@ -122,7 +123,7 @@ def test_a_run_that_dies_at_any_file_ends_with_all_of_them(writes, tree, whole, 
             raise Death
         flush(handle)
 
-    monkeypatch.setattr(storage.os, "fsync", fsync)
+    monkeypatch.setattr(files.os, "fsync", fsync)
     with pytest.raises(Death):
         tiny.train(tree, tmp_path)
     tiny.train(tree, tmp_path)
