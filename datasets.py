@@ -5,6 +5,11 @@ file of images.
 `load` turns any of them into an `ImageSet`: uint8 images of one size, kept in memory while they are few and decoded
 on demand by worker threads otherwise (Pillow releases the interpreter's lock while it decodes and resizes).
 `TrainingBatches` and `in_order` feed a network from it.
+
+A user's own pictures are turned as the camera noted (EXIF) and laid on white where they are transparent; of named sets
+both are ignored, as published.  torchvision's sets and arrays of 28x28 grey images are resized with `resize_bilinear`;
+all other images become RGB and go through `crop`, which leaves images of the right size as they are.  Grey images get
+equal channels.
 """
 
 import collections
@@ -90,8 +95,8 @@ class ImageSet:
         number and the sizes of its files, and of the content of up to 1000 of them, evenly spread.
         """
         digest = hashlib.blake2b(repr(self.shape).encode(), digest_size=8)
-        if isinstance(self.store, _OnDemand):
-            digest.update(repr(sorted(self.treatment.items())).encode())
+        if not isinstance(self.store, _Memory):
+            digest.update(repr((self.through, sorted(self.treatment.items()))).encode())
         self.store.hash_into(digest)
         return f"{len(self)}:{digest.hexdigest()}"
 
@@ -176,12 +181,7 @@ def load(
     through=None,
     check=True,
 ):
-    """Loads any source of images.
-
-    torchvision's sets and arrays of 28x28 grey images are resized with `resize_bilinear`; all other images become RGB
-    and go through `crop` (which leaves images of the right size as they are).  Grey images get equal channels.  A
-    user's own pictures are turned as the camera noted (EXIF) and laid on white where they are transparent; of named
-    sets both are ignored, as published.
+    """Loads any source of images; see above for what becomes of them.
 
     Args:
         source: a name in DATASETS (case and underscores do not matter; `LSUN:bedroom` names a category), else a path:
@@ -195,39 +195,48 @@ def load(
         data_root: where named sets lie; torchvision's are downloaded to it on demand, for the others see `_find`.
         center_crop: False resizes files and arrays bicubically to image_size x image_size, whatever their proportions,
             instead of the crop (and of a named set's own cut); as published.
-        max_images: take only so many usable images, evenly spread over the source.
+        max_images: take only so many usable images, evenly spread.
         workers: decoding threads, by default one a processor up to 32; the images do not depend on it.
         category: of a set that has categories, where `source` names none.
-        through: pixels an edge that every image is reduced to first, in the way described above; it then gets its
+        through: pixels an edge that every image is reduced to first, as it would be resized otherwise; it then gets its
             size by `resize_bilinear`, whatever the source.  So the images of two sources come out equally sharp, if
             no image is smaller than that in either (see `ImageSet.native`).
         check: False does not decode the files of a set too large for memory once beforehand: one that turns out to be
             unusable is named when it is met, and the next usable one stands in for it.
 
     Returns:
-        ImageSet: images (N, C, H, W) uint8.
+        ImageSet.
 
     Raises:
-        UserError: unknown source, failed download, damaged file, no usable image, or options out of range.  A set in
-            memory never changes; a file or array that changes while a larger one is in use is refused when it is read.
+        UserError: unknown source, failed download, damaged file, no usable image, or options out of range; later, on
+            reading a set too large for memory, a file or array that has changed.
     """
+    _check_options(split, image_size, num_channels, max_images)
+    form = _Form(image_size, num_channels, center_crop, workers or _processors(), max_images, through, check)
+    images = _load_source(_expand(str(source)), split, Path(_expand(str(data_root))), category, form)
+    if through is None:  # else it was loaded before, to learn its resolution
+        _warn_of(images)
+    return images
+
+
+def _check_options(split, image_size, num_channels, max_images):
     if split not in ("train", "test"):
         raise UserError(f"unknown split '{split}'; choose one of: train, test")
     if num_channels not in (1, 3):
         raise UserError(f"images have 3 channels or 1 (grey), not {num_channels}; change config.data.num_channels")
     if image_size < 1 or (max_images is not None and max_images < 1):
         raise UserError(f"image size {image_size} and --max_images {max_images} must be at least 1")
-    form = _Form(image_size, num_channels, center_crop, workers or _processors(), max_images, through, check)
-    images = _load_source(_expand(str(source)), split, Path(_expand(str(data_root))), category, form)
-    if through is None:  # else it was loaded before, to learn its resolution
-        _name_skipped(images)
-    return images
 
 
 def has_test_split(source, data_root, category=None):
     """Whether a source is a named data set, whose test images are others than those to train on; see `load`."""
-    own = os.path.exists(source) and Path(source).resolve().parent != Path(data_root).resolve()  # noqa: PTH110
-    return not own and _named(source, category) is not None
+    return _named_unless_path(_expand(str(source)), Path(_expand(str(data_root))), category) is not None
+
+
+def _named_unless_path(source, data_root, category):
+    """`_named`, but None where a path of that name exists, other than where the named set itself lies."""
+    own = os.path.exists(source) and Path(source).resolve().parent != data_root.resolve()  # noqa: PTH110
+    return None if own else _named(source, category)
 
 
 def part(images, indices):
@@ -242,13 +251,13 @@ def part(images, indices):
     """
     in_memory = isinstance(images.store, _Memory)
     store = _Memory(images.store.take(indices)) if in_memory else _Part(images.store, indices)
-    return dataclasses.replace(images, positions=images.positions[indices], store=store)
+    labels = images.labels and [images.labels[index] for index in indices.tolist()]
+    return dataclasses.replace(images, count=len(indices), labels=labels, store=store)
 
 
 def _load_source(source, split, data_root, category, form):
     is_file, is_folder = os.path.isfile(source), os.path.isdir(source)  # noqa: PTH112, PTH113 (they never raise)
-    named = _named(source, category) if not (is_file or is_folder) or _lies_below(data_root, source) else None
-    if named:
+    if named := _named_unless_path(source, data_root, category):
         key, name = named
         form = dataclasses.replace(form, own=False, cut=getattr(DATASETS[key], "cut", None))
         if isinstance(DATASETS[key], _Torchvision):
@@ -256,9 +265,9 @@ def _load_source(source, split, data_root, category, form):
         return _load_files(name, *_find(name, split, data_root), form)
     if (array := _ARRAY_SOURCE.fullmatch(source)) and os.path.isfile(array["path"]):  # noqa: PTH113
         return _load_array(Path(array["path"]), array["name"], form)
+    if (is_file or is_folder) and source.replace("_", "").lower() in (key.lower() for key in DATASETS):
+        _say_once(f"'{source}' is taken for {Path(source).resolve()}; rename that to have the data set of this name")
     if is_folder:
-        if source.replace("_", "").lower() in (key.lower() for key in DATASETS):
-            _say_once(f"'{source}' is the folder {Path(source).resolve()}; rename it to have the data set of that name")
         return _load_files(_stem(source), *_folder_files(Path(source)), form)
     if is_file and source.lower().endswith(".txt"):
         return _load_files(_stem(source), *_listed_files(Path(source)), form)
@@ -273,11 +282,6 @@ def _load_source(source, split, data_root, category, form):
 def _expand(path):
     """A path with the home folder in the place of `~`."""
     return os.path.expanduser(path)  # noqa: PTH111 (it never raises)
-
-
-def _lies_below(data_root, source):
-    """Whether a source is a folder right below the data root: where a named set of that name lies."""
-    return Path(source).resolve().parent == data_root.resolve()
 
 
 @functools.cache
@@ -305,12 +309,15 @@ def _tell_chosen(name, used, count):
         _say_once(f"'{name}': {used} of {count} images are used, evenly spread (--max_images)")
 
 
-def _name_skipped(images):
+def _warn_of(images):
+    """Names the files that are left out, and warns of images of 0 and 1 alone, as masks and class numbers are."""
     for label, why in images.skipped[:_NAMED_FAILURES]:
         warn(f"'{images.name}': {label} is left out: {why}")
     if len(images.skipped) > _NAMED_FAILURES:
         more = len(images.skipped) - _NAMED_FAILURES
         warn(f"'{images.name}': {more} more images are left out; {len(images)} are used")
+    if isinstance(images.store, _Memory) and images.store.pixels.max() == 1:
+        warn(f"'{images.name}': no pixel is above 1 of 255, so all images are nearly black; multiply the values by 255")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,13 +340,12 @@ class _Form:
 
     @property
     def treatment(self):
-        """What is done to each picture, in this order, as JSON types."""
+        """What is done to each picture besides resizing it (`through`), in this order, as JSON types."""
         return {
             "orientation": "as the camera noted" if self.own else "as stored",
             "transparency": "on white" if self.own else "dropped",
             "cut": self.cut if self.center_crop else None,
             "shape": "crop" if self.center_crop else "squeeze",
-            "through": self.through,
         }
 
     def fits_in_memory(self, count):
@@ -745,7 +751,8 @@ def _load_files(name, labels, paths, form):
     if not found:
         label, why = skipped[0]
         raise UserError(f"none of the {len(skipped)} images of '{name}' is usable; the first, {label}: {why}")
-    _warn_of_dark(name, [seen.deepest for seen in found.values() if seen.deepest is not None])
+    if form.through is None:  # else it was loaded, and told, before
+        _warn_of_dark(name, [seen.deepest for seen in found.values() if seen.deepest is not None])
     rows, native = list(found), min(seen.edge for seen in found.values())
     if pixels is not None:
         store = _Memory(pixels)

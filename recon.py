@@ -76,7 +76,7 @@ def define_flags():
     flags.DEFINE_bool("id_center_crop", True, "Crop in-domain files to their centre square; else squeeze them.")
     flags.DEFINE_bool("ood_center_crop", True, "Crop out-of-domain files to their centre square; else squeeze them.")
     flags.DEFINE_integer(
-        "max_images", None, "Take the first so many images of each side, for a quick look.", lower_bound=1
+        "max_images", None, "Take so many images of each side, evenly spread, for a quick look.", lower_bound=1
     )
     flags.DEFINE_bool(
         "match_resolution",

@@ -369,7 +369,7 @@ def test_labels_and_treatment_tell_what_was_used_and_how(folder, tmp_path):
     images = load(folder)
     assert images.labels == used
     assert images.treatment == {
-        "orientation": "as the camera noted", "transparency": "on white", "cut": None, "shape": "crop", "through": None,
+        "orientation": "as the camera noted", "transparency": "on white", "cut": None, "shape": "crop",
     }  # fmt: skip
     assert load(folder, center_crop=False, through=20).treatment["shape"] == "squeeze"
     (tmp_path / "CelebA").mkdir()
@@ -550,6 +550,14 @@ def test_dark_16_bit_images_are_warned_of(most, factor, tmp_path, capsys):
     assert "16 bits" not in capsys.readouterr().err
 
 
+def test_images_of_zeros_and_ones_are_warned_of(tmp_path, capsys):
+    values = np.random.default_rng(0).integers(0, 2, (5, 32, 32), dtype=np.uint8)
+    for name, content in {"ones": values, "levels": 255 * values, "truths": values > 0, "black": 0 * values}.items():
+        np.save(tmp_path / f"{name}.npy", content)
+        load(tmp_path / f"{name}.npy")
+        assert ("multiply the values by 255" in capsys.readouterr().err) == (name == "ones")
+
+
 # ---------------------------------------------------------------------------------------- ways to write a source
 
 
@@ -560,7 +568,8 @@ def test_a_path_wins_over_a_name_and_says_so(tmp_path, monkeypatch, capsys):
     save(tmp_path / "mnist" / "own.png")
     images = load("mnist", data_root=tmp_path / "data")
     assert images.labels == ["own.png"]
-    assert f"'mnist' is the folder {tmp_path}/mnist; rename it to have the data set" in capsys.readouterr().out
+    told = f"'mnist' is taken for {tmp_path}/mnist; rename that to have the data set of this name"
+    assert told in capsys.readouterr().out
     save(tmp_path / "data" / "FFHQ" / "test" / "1.png")
     save(tmp_path / "data" / "FFHQ" / "train" / "2.png")
     monkeypatch.chdir(tmp_path / "data")  # where the named sets lie: their folders are not the user's own

@@ -1,9 +1,11 @@
 """Files as what they are: pictures upright and on white, arrays that hold what they claim, one line for all others."""
 
 import os
+import struct
 import sys
 import types
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -186,6 +188,21 @@ def test_the_largest_value_of_deep_pictures_is_told(ending, tmp_path):
     values = np.arange(54, dtype=np.uint16).reshape(6, 9) * 77  # up to 4081
     assert images.decode(written(Image.fromarray(values), tmp_path / f"x.{ending}")).deepest == 4081
     assert images.decode(written(Image.fromarray(COLOURS), tmp_path / "y.png")).deepest is None
+
+
+def test_the_largest_value_of_deep_colour_pictures_is_told():
+    """Pillow reads them, but keeps their upper 8 bits alone: 12-bit values come out below 16."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    values = np.full((2, 2, 3), 4095, ">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    made = images.decode(data)
+    assert made.picture.mode == "RGB"
+    assert made.deepest == 4095 // 256 * 256
 
 
 # -------------------------------------------------------------------------------------------------------- arrays
