@@ -731,7 +731,6 @@ def run(
     Raises:
         UserError: for bad input, or while another run writes there; what was written before stays.
     """
-    import files
     import storage
 
     precision = _check_settings(config, mask_options, seed, precision, compiled, device)
@@ -745,21 +744,30 @@ def run(
     entries = {side: describe_side(images, batch_size, sources[side][1]) for side, images in sides.items()}
     ranks.check_same((settings, entries), "settings or images")
     folder = storage.ResultsFolder(path, {side: storage.made_from(settings, entries[side]) for side in sides})
-    with contextlib.ExitStack() as owner:  # rank 0, for all ranks, until the last batch is written
-        ranks.on_main(lambda: owner.enter_context(files.owned(path)))
-        missing = ranks.on_main(lambda: claim_missing(folder, settings, entries, _versions(ckpt_path, step, device)))
+    versions = _versions(ckpt_path, step, device)
+    with _owned(path, ranks):
+        missing = ranks.on_main(lambda: claim_missing(folder, settings, entries, versions))
         if mask_directory is not None:
             masks = mask_directory or path / "masks"
             ranks.on_main(lambda: save_masks(masks, mask_options, config, reps, seed, entries))
         reconstruct = Reconstructor(config, model, mask_options, reps, seed, device, rows)
         get_ready(reconstruct, missing[ranks.rank :: ranks.world_size], sides, batch_size, memory_gb, compiled)
         reconstruct_missing(folder, sides, reconstruct, batch_size, missing, ranks)
-    _tell(path, sides, reps)
+    _tell_what_next(path, sides, reps)
     return path
 
 
-def _tell(path, sides, reps):
-    """Says where the reconstructions are, and the next command."""
+@contextlib.contextmanager
+def _owned(path, ranks):
+    """Within it rank 0 owns the results folder for all ranks, which leave it together, see `reconstruct_missing`."""
+    import files
+
+    with contextlib.ExitStack() as owner:
+        ranks.on_main(lambda: owner.enter_context(files.owned(path)))
+        yield
+
+
+def _tell_what_next(path, sides, reps):
     console.say(f"reconstructions: {path}")
     if "neg" in sides:
         command = ["python", "detect.py", "--result_path", str(path), "--reps", str(reps), "--metric", "MSE"]
