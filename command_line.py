@@ -1,5 +1,6 @@
 """The flag --config: a file, or the config that a checkpoint carries where no file is named."""
 
+import itertools
 import sys
 
 from absl import flags
@@ -26,7 +27,7 @@ def define_config(text, checkpoint):
 def value_of(name):
     """The value of a flag in this process's command line before absl has parsed it; None without it."""
     value, words = None, sys.argv[1:]
-    for word, following in zip(words, [*words[1:], None], strict=True):
+    for word, following in itertools.zip_longest(words, words[1:]):
         flag, separator, text = word.partition("=")
         if flag in (f"--{name}", f"-{name}"):
             value = text if separator else following
@@ -34,10 +35,14 @@ def value_of(name):
 
 
 def _carried(checkpoint):
+    config = console.guard(_read, console.expand(checkpoint))
+    if config == console.EXIT_INTERRUPTED:
+        sys.exit(config)
+    return config
+
+
+def _read(checkpoint):
     import storage  # takes a second, for which --help need not wait
     from configs.base import from_dict
 
-    try:
-        return from_dict(storage.config_of(console.expand(checkpoint)))
-    except console.UserError as error:
-        console.fail(error)
+    return from_dict(storage.config_of(checkpoint))

@@ -257,7 +257,7 @@ def read_config(path):
     except SystemExit as error:
         raise UserError(f"the config {path} ends the program{_line_in(path, error)}; take the exit out") from error
     except Exception as error:
-        reason = f"{type(error).__name__}{_line_in(path, error)}: {error}"
+        reason = " ".join(f"{type(error).__name__}{_line_in(path, error)}: {error}".split())
         raise UserError(f"the config {path} fails with {reason}; correct it ({_EXAMPLES})") from error
     if not isinstance(config, ConfigDict) or isinstance(config, FrozenConfigDict):
         raise UserError(

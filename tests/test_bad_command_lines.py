@@ -77,7 +77,6 @@ ROWS = {
     "blank workdir": ([*TRAIN, CONFIG, "--workdir= "], "flag --workdir is empty"),
     "workdir with a zero byte": ([*TRAIN, CONFIG, "--workdir=a\0b"], "flag --workdir holds a zero byte"),
     "too long a workdir": ([*TRAIN, CONFIG, f"--workdir={LONG}"], "File name too long"),
-    "workdir below a file": ([*TRAIN, CONFIG, "--workdir=photos.npz/x", "--config.data.dataset=photos.npz"], ""),
     "empty data_root": ([*TRAIN, CONFIG, "--data_root="], "flag --data_root is empty"),
     "empty eval_folder": ([*EVAL, "--eval_folder="], "flag --eval_folder is empty"),
     "empty workdir of recon": ([*RECON, "--workdir="], "flag --workdir is empty"),

@@ -269,8 +269,6 @@ REPETITIONS = {  # folder's name, what its manifest says, --reps -> how many wer
     "fewer, by the name": ("center_reps3", None, 1, 3),
     "fewer, by the manifest": ("renamed", 3, 2, 3),
     "the manifest before the name": ("center_reps10", 3, 2, 3),
-    "nobody says": ("renamed", None, 1, None),
-    "a manifest that says no number": ("renamed", "3", 1, None),
 }
 
 

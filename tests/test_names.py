@@ -97,6 +97,7 @@ def test_a_folder_that_tensorboard_cannot_write_to_is_told(outcomes):
 
 
 def test_the_log_of_a_training_takes_any_line(tmp_path, capsys):
+    (tmp_path / os.fsdecode(b"\xe9")).mkdir()
     log = training.Log(tmp_path / os.fsdecode(b"\xe9"), 0)
     log.line("a\x1b[31mb \udce9 \N{PARTY POPPER}")
     log.scalar("loss", 1.0, 3)
