@@ -376,7 +376,7 @@ def guard(main, args):
         if (line := _line_of(error)) is not None:
             fail(line)
         if not _fails_first():  # probably because another process has gone
-            sys.exit(EXIT_USER_ERROR)
+            os._exit(EXIT_USER_ERROR)  # an orderly end can abort in the threads of the process group, with a report
         raise
 
 

@@ -57,10 +57,16 @@ class Ranks:
         """
         if self.world_size == 1:
             return net
+        import inspect
+
         from torch.nn.parallel import DistributedDataParallel
 
+        # torch 2.15 calls it by another name; no buffer changes in training, so none is sent
+        names = {"forward_sync_buffers", "broadcast_buffers"} & inspect.signature(
+            DistributedDataParallel
+        ).parameters.keys()
         # no buffer changes in training: they need no sending at every step
-        return DistributedDataParallel(net, gradient_as_bucket_view=True, broadcast_buffers=False)
+        return DistributedDataParallel(net, gradient_as_bucket_view=True, **{max(names): False})
 
     def any(self, flag):
         """Whether `flag` is true on any rank."""

@@ -791,9 +791,10 @@ def get_ready(reconstruct, batches, sides, batch_size, memory_gb=None, compiled=
     reconstruct.learn_rows(batch_size, memory_gb)
     images = sum(min(batch_size, len(sides[side]) - index * batch_size) for side, index in batches)
     evaluations = images * reconstruct.reps * reconstruct.process().evaluations
-    if inference.worth_compiling(compiled, reconstruct.device, evaluations):
+    network, shape = reconstruct.model.net, next(iter(sides.values())).shape
+    if inference.worth_compiling(compiled, network, evaluations, shape):
         console.say(f"compiling the network for {evaluations:,} evaluations; the first batch takes longer for it")
-        reconstruct.model.net.compile(required=compiled == "on")
+        network.compile(required=compiled == "on")
 
 
 def _check_settings(config, mask_options, seed, precision, compiled, device):

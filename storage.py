@@ -13,7 +13,6 @@ import io
 import json
 import math
 import re
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -621,7 +620,7 @@ class ResultsFolder:
             if isinstance(error.__cause__, PermissionError):
                 raise
             return None, str(error).removeprefix(f"batch {path} ").split(";")[0]
-        return batch, _fault_of_batch(batch, identity) or (None if batch.get("identity") else _fault_of_file(path))
+        return batch, _fault_of_batch(batch, identity)
 
     def batch_count(self, side):
         """The number of batches of a side, which must be numbered 0, 1, 2, ... without gaps.
@@ -776,17 +775,6 @@ def _fault_of_batch(batch, expected):
     if expected is None or [len(batch["orig"]), len(batch["recon"])] == [expected["images"], expected["repetitions"]]:
         return None
     return "holds another number of images or repetitions than it says"
-
-
-def _fault_of_file(path):
-    """What the checksums in a file of `torch.save` tell: for batches without a digest of their own."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            return None if file.testzip() is None else "is damaged (its content does not match its checksums)"
-    except zipfile.BadZipFile:  # torch's format of before 2020, which read_tensors could read
-        return None
-    except Exception:  # a damaged file can fail anywhere inside the reader
-        return "is damaged or truncated"
 
 
 def _is_batch(value):

@@ -3,6 +3,7 @@
 import contextlib
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from console import UserError, choose, warn
 from models import memory
@@ -15,7 +16,9 @@ PRECISIONS = {
     "auto": lambda device: "bf16" if _has_bf16(device) else "fp32",
 }
 CHOICES = dict.fromkeys(["auto", "on", "off"])  # of --compile
-COMPILE_FROM = 300_000  # evaluations: compiling costs what is saved by so many (measured, README)
+# Operations to come from which on compiling, 24 to 46 s, is worth it on a GPU: 300,000 evaluations of the CIFAR-10 DDPM
+# network, 12.04 GFLOP each. (Measured on an H200: 512,000 of a network of 0.49 GFLOP take 13 s, 46 s when compiled.)
+COMPILE_FROM = 3.6e15
 
 
 def resolve(precision, device):
@@ -68,20 +71,21 @@ def layout(device, compiled=False):
     return torch.channels_last if compiled or device.type == "cpu" else torch.contiguous_format
 
 
-def worth_compiling(choice, device, evaluations):
-    """Whether to compile for so many evaluations of the network to come.
+def worth_compiling(choice, network, evaluations, shape):
+    """Whether to compile a network for so many evaluations to come.
 
     Args:
         choice: 'on', 'off', or 'auto', on a GPU where it saves more time than it takes.
-        device: torch.device.
+        network: a `Network`.
         evaluations: of the network, each of one image.
+        shape: (C, H, W) of an image.
 
     Raises:
         UserError: another choice.
     """
     choose(choice, CHOICES, "choice (--compile)")
     if choice == "auto":
-        return device.type == "cuda" and evaluations > COMPILE_FROM
+        return network.device.type == "cuda" and evaluations * network.operations(shape) > COMPILE_FROM
     return choice == "on" and evaluations > 0
 
 
@@ -89,13 +93,14 @@ class Network:
     """A network ready for inference, called as a function of (x, labels); see `prepare`.
 
     Attributes:
+        net: the torch module.
         device: torch.device.
         precision: what it computes in: 'fp32', 'tf32' or 'bf16'.
     """
 
     def __init__(self, net, device, precision):
         self.device, self.precision = device, resolve(precision, device)
-        self._net = net.eval().requires_grad_(False)
+        self.net = net.eval().requires_grad_(False)
         self._eager()
 
     def __call__(self, x, labels):
@@ -106,19 +111,25 @@ class Network:
             with torch.autocast(self.device.type, dtype=torch.bfloat16):
                 return self._call(x, labels).float()
 
+    def operations(self, shape):
+        """Floating-point operations of its products and convolutions for one image (C, H, W), by torch's counter."""
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            self(torch.zeros(1, *shape, device=self.device), torch.ones(1, device=self.device))
+        return counter.get_total_flops()
+
     def compile(self, required=True):
         """Compiles it, on a GPU with CUDA graphs; the first call of each shape takes long.
 
         Args:
             required: what cannot be compiled is an error; else it is told and goes on as it was.
         """
-        self._net.to(memory_format=layout(self.device, compiled=True))
+        self.net.to(memory_format=layout(self.device, compiled=True))
         mode = "reduce-overhead" if self.device.type == "cuda" else "default"
-        compiled = torch.compile(self._net, mode=mode)
+        compiled = torch.compile(self.net, mode=mode)
         self._call = lambda x, labels: self._compiled(compiled, x, labels, required)
 
     def _eager(self):
-        self._call = self._net.to(self.device, memory_format=layout(self.device))
+        self._call = self.net.to(self.device, memory_format=layout(self.device))
 
     def _compiled(self, compiled, x, labels, required):
         from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException

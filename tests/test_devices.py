@@ -145,8 +145,10 @@ def test_sampling_and_inpainting_stay_on_the_device(sde_name, sampler, predictor
         with Watched() as watched:
             filled = process.inpaint(model, data, mask, draw, on_step=watched.step)
             watched.steady = False
-            sampled = process.sample(model, draw, on_step=watched.step)
-        assert (filled.device, filled.shape, sampled.device, sampled.shape) == 2 * (META, data.shape), options
+            results = [filled]
+            if not options.keys() & {"t_start", "constraint"}:  # which are for inpainting alone
+                results.append(process.sample(model, draw, on_step=watched.step))
+        assert {(result.device, result.shape) for result in results} == {(META, data.shape)}, options
         assert not watched.scalars, options
         done += 1
     assert done or (sde_name, predictor) == ("subvpsde", "ancestral_sampling")

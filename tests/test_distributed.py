@@ -135,10 +135,18 @@ def test_gradients_alone_are_shared(monkeypatch):
     """No buffer changes in training: none is sent at every step."""
     import torch.nn.parallel
 
-    given = {}
-    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda net, **options: given.update(options))
-    Ranks(world_size=2).wrap(torch.nn.Linear(1, 1))
-    assert given["broadcast_buffers"] is False
+    given = []
+
+    def today(net, gradient_as_bucket_view, broadcast_buffers=None, forward_sync_buffers=None):
+        given.append((broadcast_buffers, forward_sync_buffers))
+
+    def before(net, gradient_as_bucket_view, broadcast_buffers=True):
+        given.append(broadcast_buffers)
+
+    for wrapper in (today, before):
+        monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", wrapper)
+        Ranks(world_size=2).wrap(torch.nn.Linear(1, 1))
+    assert given == [(None, False), False]
 
 
 @pytest.mark.parametrize(

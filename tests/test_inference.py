@@ -1,6 +1,7 @@
 """The engine of reconstruction: precision, compilation, background threads, and going on with less memory."""
 
 import threading
+import types
 import weakref
 
 import pytest
@@ -138,18 +139,28 @@ def test_layouts(device, compiled, expected):
 
 
 @pytest.mark.parametrize(
-    ("choice", "device", "evaluations", "expected"),
+    ("choice", "device", "evaluations", "operations", "expected"),
     [
-        ("auto", CPU, 10**9, False),
-        ("auto", GPU, 300_000, False),
-        ("auto", GPU, 300_001, True),
-        ("on", CPU, 1, True),
-        ("on", GPU, 0, False),  # nothing is left to be made
-        ("off", GPU, 10**9, False),
+        ("auto", CPU, 10**9, 12.04e9, False),
+        ("auto", GPU, 290_000, 12.04e9, False),
+        ("auto", GPU, 300_000, 12.04e9, True),
+        ("auto", GPU, 512_000, 0.494e9, False),  # a small network: it would be done before it is compiled
+        ("on", CPU, 1, 12.04e9, True),
+        ("on", GPU, 0, 12.04e9, False),  # nothing is left to be made
+        ("off", GPU, 10**9, 12.04e9, False),
     ],
 )
-def test_what_is_compiled(choice, device, evaluations, expected):
-    assert inference.worth_compiling(choice, device, evaluations) == expected
+def test_what_is_compiled(choice, device, evaluations, operations, expected):
+    network = types.SimpleNamespace(device=device, operations=lambda shape: operations)
+    assert inference.worth_compiling(choice, network, evaluations, (3, 32, 32)) == expected
+
+
+def test_operations_are_counted_for_one_image(network):
+    """More than the multiplications and additions of the last convolution, and all of one image."""
+    prepared = inference.prepare(network, CPU)
+    last = [m for m in network.modules() if isinstance(m, torch.nn.Conv2d)][-1].weight
+    pixels = images()[0, 0].numel()
+    assert prepared.operations(images().shape[1:]) > 2 * last.numel() * pixels > 0
 
 
 def test_an_unknown_choice_is_told_before_any_work(tmp_path):
@@ -169,7 +180,8 @@ def test_an_unknown_choice_is_told_before_any_work(tmp_path):
 def test_the_missing_evaluations_are_counted(monkeypatch, tmp_path, capsys):
     """9 images in batches of 4, 2 repetitions, 3 steps; when one batch is there, those of the others."""
     counted, checkpoint = [], tiny.write_checkpoint(tmp_path / "checkpoint.pth")
-    monkeypatch.setattr(inference, "worth_compiling", lambda choice, device, count: counted.append((choice, count)))
+    count = lambda choice, network, evaluations, shape: counted.append((choice, evaluations))
+    monkeypatch.setattr(inference, "worth_compiling", count)
     source = tiny.write_pictures(tmp_path / "squares.npz", 9)
     folder = tiny.reconstruct(tmp_path / "run", checkpoint, {"pos": source})
     (folder / "pos" / "batch_1.pth").unlink()

@@ -356,13 +356,13 @@ def test_a_damaged_batch_is_refused_by_detect_and_made_again_by_recon(
     """The same command mends it, as the message says."""
     zero_bytes(results / "pos" / "batch_1.pth")
     shutil.copy(results / "pos" / "batch_0.pth", results / "neg" / "batch_0.pth")
-    with pytest.raises(UserError, match=r"pos/batch_1\.pth is damaged .*; run the same recon\.py command again, it"):
+    with pytest.raises(UserError, match=r"pos/batch_1\.pth is damaged.*; run the same recon\.py command again, it"):
         detect.detect(results, ["MSE"])
     reconstruct(results.parent, checkpoint, sources)
     assert counted == [("squares", [4, 5, 6]), ("noise", [0, 1, 2, 3])]
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
     assert warnings == [
-        "warning: in-domain, made again: batch_1.pth is damaged (its content does not match its digest)",
+        "warning: in-domain, made again: batch_1.pth is damaged: the checksum of its part archive/data/3 differs",
         "warning: out-of-domain, made again: batch_0.pth was made from other images or settings",
     ]
     assert tiny.same(tensors(results), tensors(made))

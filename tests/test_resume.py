@@ -300,7 +300,7 @@ def test_a_state_dict_alone(name, data, tmp_path, capsys):
     torch.save(WRAPPED[name](net.state_dict()), tmp_path / "weights.pth")
     model, step = recon.load_model(config, tmp_path / "weights.pth", tiny.CPU)
     assert step == 0
-    assert tiny.same(dict(model.net.named_parameters()), dict(net.named_parameters()))
+    assert tiny.same(dict(model.net.net.named_parameters()), dict(net.named_parameters()))
     assert "holds plain weights, without moving averages" in capsys.readouterr().out
     state = losses.create_state(config, models.create_model(config))
     with pytest.raises(UserError, match="training cannot continue from it"):
@@ -314,6 +314,6 @@ def test_a_checkpoint_of_a_wrapped_network(name, done, data, tmp_path):
     torch.save({**content, "model": WRAPPED[name](bare)}, tmp_path / "x.pth")
     tree = short(data)
     nets = [recon.load_model(tree, path, tiny.CPU)[0].net for path in (done / META, tmp_path / "x.pth")]
-    assert tiny.same(*(dict(net.named_parameters()) for net in nets))
+    assert tiny.same(*(dict(network.net.named_parameters()) for network in nets))
     state = losses.create_state(tree, models.create_model(tree))
     storage.restore_state(tmp_path / "x.pth", state, to_dict(tree), tree.seed)
