@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import datetime
 import hashlib
+import inspect
 
 import console
 from console import UserError
@@ -57,16 +58,12 @@ class Ranks:
         """
         if self.world_size == 1:
             return net
-        import inspect
-
         from torch.nn.parallel import DistributedDataParallel
 
-        # torch 2.15 calls it by another name; no buffer changes in training, so none is sent
-        names = {"forward_sync_buffers", "broadcast_buffers"} & inspect.signature(
-            DistributedDataParallel
-        ).parameters.keys()
-        # no buffer changes in training: they need no sending at every step
-        return DistributedDataParallel(net, gradient_as_bucket_view=True, **{max(names): False})
+        # No buffer changes in training, so none is sent at every step; torch 2.15 gave the option another name.
+        known = inspect.signature(DistributedDataParallel).parameters
+        option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        return DistributedDataParallel(net, gradient_as_bucket_view=True, **{option: False})
 
     def any(self, flag):
         """Whether `flag` is true on any rank."""
