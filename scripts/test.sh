@@ -9,4 +9,5 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 bash create_environment.sh --test
 "$PYTHON" -m ruff check
 "$PYTHON" -m ruff format --check
-"$PYTHON" -m pytest "$@" # exit code 5 where no test ran
+# One process a core, each with one thread. Exit code 5 where no test ran.
+OMP_NUM_THREADS=1 "$PYTHON" -m pytest --numprocesses=auto --dist=loadfile "$@"
