@@ -1,12 +1,54 @@
-"""The flag --config: a file, or the config that a checkpoint carries where no file is named."""
+"""Flags: paths, the config (a file, or what a checkpoint carries), and how a command is run.
+
+Command lines alone import this.
+"""
 
 import itertools
+import os
+import signal
 import sys
+from pathlib import Path
 
-from absl import flags
+from absl import app, flags
+from ml_collections import ConfigDict, FrozenConfigDict
 from ml_collections.config_flags import config_flags
 
-import console
+from basics.console import EXIT_INTERRUPTED, UserError, fail, guard, on_interrupt
+
+flags.disclaim_key_flags()  # those defined through the functions below are the caller's, so its --help lists them
+
+
+# ------------------------------------------------------------------------------------------------------------ flags
+
+
+class _Path(flags.ArgumentParser):
+    """A flag's path; a leading ~ is the home folder."""
+
+    def parse(self, argument):
+        return expand(argument)
+
+    def flag_type(self):
+        return "path"
+
+
+class _ConfigFile(flags.ArgumentParser):
+    """A flag's config file, read by `read_config`."""
+
+    def parse(self, argument):
+        return read_config(argument)
+
+    def flag_type(self):
+        return "config file"
+
+
+def expand(path):
+    """The text of a path with a leading ~ or ~name as that user's home folder; as it is where there is none."""
+    return os.path.expanduser(path)  # noqa: PTH111 (`Path` raises for unknown users, and drops "./" and a last "/")
+
+
+def define_path(name, default, help_text, **options):
+    """Defines the flag `--{name}` of a file or folder; options as of absl's `DEFINE`."""
+    flags.DEFINE(_Path(), name, default, help_text, serializer=flags.ArgumentSerializer(), **options)
 
 
 def define_config(text, checkpoint):
@@ -18,10 +60,18 @@ def define_config(text, checkpoint):
     """
     named = value_of("config") is not None or any(a.lstrip("-").startswith("help") for a in sys.argv[1:])
     if named or not checkpoint:
-        console.define_config(text)
+        _define_config_file(text)
         flags.mark_flag_as_required("config")
     else:
         config_flags.DEFINE_config_dict("config", _carried(checkpoint), text)
+
+
+def _define_config_file(help_text):
+    try:
+        config_flags.DEFINE_config_file("config", None, help_text)
+    except (flags.Error, ValueError) as error:  # it reads a --flagfile already
+        fail(error)
+    flags.FLAGS["config"].parser = _ConfigFile()  # ml_collections' own lets what a file raises through
 
 
 def value_of(name):
@@ -35,14 +85,137 @@ def value_of(name):
 
 
 def _carried(checkpoint):
-    config = console.guard(_read, console.expand(checkpoint))
-    if config == console.EXIT_INTERRUPTED:
+    config = guard(_read, expand(checkpoint))
+    if config == EXIT_INTERRUPTED:
         sys.exit(config)
     return config
 
 
 def _read(checkpoint):
-    import storage  # takes a second, for which --help need not wait
+    # takes a second, for which --help need not wait
     from configs.base import from_dict
+    from storage.checkpoints import config_of
 
-    return from_dict(storage.config_of(checkpoint))
+    return from_dict(config_of(checkpoint))
+
+
+def read_config(path):
+    """The config tree that a config file's `get_config()` returns, its fields fixed.
+
+    Args:
+        path: the file; in `file.py:text` the text is given to `get_config`, as ml_collections has it.
+
+    Raises:
+        UserError: there is no such file, it fails, or what it returns is no config tree; names the line.
+    """
+    path, argument, source = _config_source(expand(path))
+    names = {"__name__": "config", "__file__": path}
+    try:
+        exec(compile(source, path, "exec"), names)
+        if not callable(names.get("get_config")):
+            raise UserError(f"the config {path} has no function get_config; {_EXAMPLES}")
+        config = names["get_config"](*argument)
+    except UserError:
+        raise
+    except SystemExit as error:
+        raise UserError(f"the config {path} ends the program{_line_in(path, error)}; take the exit out") from error
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}{_line_in(path, error)}: {error}".split())
+        raise UserError(f"the config {path} fails with {reason}; correct it ({_EXAMPLES})") from error
+    if not isinstance(config, ConfigDict) or isinstance(config, FrozenConfigDict):
+        raise UserError(
+            f"get_config of {path} returns {_kind(config)}, not an ml_collections.ConfigDict; {_EXAMPLES}, or wrap it: "
+            "configs.base.from_dict(values)"
+        )
+    return config.lock()
+
+
+_EXAMPLES = "the files in configs/ show how it is done"
+
+
+def _kind(value):
+    return "nothing" if value is None else f"a {type(value).__name__}"
+
+
+def _config_source(path):
+    """A config file's path, what to call its get_config with, and its bytes, for `path` or `path:text`."""
+    try:
+        path, argument = (path, []) if Path(path).exists() else (path.split(":", 1)[0], path.split(":", 1)[1:])
+        if Path(path).exists() and not Path(path).is_file():
+            raise OSError(f"'{path}' is no file")
+        return path, argument, Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"no config can be read ({error}); give --config a file such as those in configs/") from error
+
+
+def _line_in(path, error):
+    """' in line N' of the file where an error arose; '' where that is not known."""
+    if isinstance(error, SyntaxError) and error.filename == path:
+        return f" in line {error.lineno}"
+    line, trace = None, error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == path:
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return f" in line {line}" if line else ""
+
+
+def _check_values(values):
+    """Refuses what no flag can use: empty text, zero bytes, and numbers that are none or beyond 64 bits.
+
+    Config fields have their own bounds; of them the text alone is checked.
+    """
+    for name in values:
+        value = values[name].value
+        if not values[name].present or isinstance(value, bool):
+            continue
+        if isinstance(value, str) and not value.strip():
+            fail(f"flag --{name} is empty; give it a value or leave it out")
+        if isinstance(value, str) and "\0" in value:
+            fail(f"flag --{name} holds a zero byte, which no file's name can have; give it another value")
+        if isinstance(value, (int, float)) and "." not in name and not -(2**63) <= value < 2**63:  # nor is NaN
+            fail(f"flag --{name}={value}: a number within 64 bits is expected")
+
+
+# ------------------------------------------------------------------------------------------------ start and the end
+
+
+def run(main, argv=None):
+    """Parses absl flags, runs `main(argv)` and leaves the process with its exit code.
+
+    Args:
+        main: takes the positional arguments; may return an exit code.
+        argv: the command line, `sys.argv` by default.
+    """
+
+    def parse(args):
+        try:
+            rest = flags.FLAGS(args)
+        except SystemExit:  # --help has been printed; absl would call that a failure
+            sys.exit(0)
+        except (UserError, BrokenPipeError):
+            raise
+        except (KeyError, AttributeError) as error:  # their message may be the field's name alone
+            fail(f"the config has no such field: {error.args[0]}; configs/base.py lists them")
+        except Exception as error:  # absl and ml_collections raise many kinds for a flag they cannot use
+            fail(error)
+        if len(rest) > 1:
+            fail(f"unexpected argument '{rest[1]}'; flags are written --name=value (--help lists them)")
+        _check_values(flags.FLAGS)
+        return rest
+
+    def command(args):
+        try:
+            app.run(lambda rest: sys.exit(main(rest)), argv=args, flags_parser=parse)
+        except SystemExit as end:
+            return end.code
+
+    signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        code = guard(command, argv)
+    finally:
+        if signal.getsignal(signal.SIGINT) is on_interrupt:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # from here on there is nothing to end in order
+    if code == EXIT_INTERRUPTED:  # at once: what is written is whole, and whoever interrupts again is not to wait
+        os._exit(code)
+    sys.exit(code)

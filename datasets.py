@@ -4,15 +4,8 @@ A source is the name of a known data set, a folder of images, a txt list of imag
 file of images.
 `load` turns any of them into an `ImageSet`: uint8 images of one size, kept in memory while they are few and decoded
 on demand by worker threads otherwise (Pillow releases the interpreter's lock while it decodes and resizes).
-`TrainingBatches` and `in_order` feed a network from it.
-
-A user's own pictures are turned as the camera noted (EXIF) and laid on white where they are transparent; of named sets
-both are ignored, as published.  torchvision's sets and arrays of 28x28 grey images are resized with `resize_bilinear`;
-all other images become RGB and go through `crop`, which leaves images of the right size as they are.  Grey images get
-equal channels.
 """
 
-import collections
 import dataclasses
 import functools
 import hashlib
@@ -20,29 +13,33 @@ import itertools
 import os
 import re
 import threading
-import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
-import torch.nn.functional as F
+from PIL import Image
 
-import files
-import noise
-from console import UserError, download_timeout, progress, say, warn
-from images import array_headers, array_names, decode, first_line, on_white, read_array, read_file, reason
+from basics.console import UserError, progress, warn
+from basics.image_lists import NOT_IMAGES, expand_home, folder_files, lines_of, listed_files, say_once
+from basics.images import array_headers, array_names, decode, first_line, on_white, read_array, read_file, reason
+from basics.machine import download_timeout
+from basics.pixels import crop, crop_all, cut_centre, resize_bilinear, to_grey
 
 IN_MEMORY_BYTES = 2 << 30  # up to here a set of decoded images is held as one uint8 tensor, on the device in training
-_PREFETCHED_STEPS = 3  # training batches that threads decode ahead of the step that asks for them
+
+
 _NAMED_FAILURES = 20  # unusable files named in warnings; ImageSet.skipped has them all
+
+
 _SAMPLED_FILES = 1000  # of a large training set, whose content is in its fingerprint
+
+
 _FAILURES_IN_A_ROW = 100  # files after which training takes the disk to be the trouble, not the files
 
 
 # ----------------------------------------------------------------------------------------------- the image set
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageSet:
     """Images of one size, in the order of their source.
@@ -165,8 +162,6 @@ class _Part:
 
 
 # --------------------------------------------------------------------------------------------------- the loader
-
-
 def load(
     source,
     *,
@@ -213,7 +208,7 @@ def load(
     """
     _check_options(split, image_size, num_channels, max_images)
     form = _Form(image_size, num_channels, center_crop, workers or _processors(), max_images, through, check)
-    images = _load_source(_expand(str(source)), split, Path(_expand(str(data_root))), category, form)
+    images = _load_source(expand_home(str(source)), split, Path(expand_home(str(data_root))), category, form)
     if through is None:  # else it was loaded before, to learn its resolution
         _warn_of(images)
     return images
@@ -230,7 +225,7 @@ def _check_options(split, image_size, num_channels, max_images):
 
 def has_test_split(source, data_root, category=None):
     """Whether a source is a named data set, whose test images are others than those to train on; see `load`."""
-    return _named_unless_path(_expand(str(source)), Path(_expand(str(data_root))), category) is not None
+    return _named_unless_path(expand_home(str(source)), Path(expand_home(str(data_root))), category) is not None
 
 
 def _named_unless_path(source, data_root, category):
@@ -266,28 +261,17 @@ def _load_source(source, split, data_root, category, form):
     if (array := _ARRAY_SOURCE.fullmatch(source)) and os.path.isfile(array["path"]):  # noqa: PTH113
         return _load_array(Path(array["path"]), array["name"], form)
     if (is_file or is_folder) and source.replace("_", "").lower() in (key.lower() for key in DATASETS):
-        _say_once(f"'{source}' is taken for {Path(source).resolve()}; rename that to have the data set of this name")
+        say_once(f"'{source}' is taken for {Path(source).resolve()}; rename that to have the data set of this name")
     if is_folder:
-        return _load_files(_stem(source), *_folder_files(Path(source)), form)
+        return _load_files(_stem(source), *folder_files(Path(source)), form)
     if is_file and source.lower().endswith(".txt"):
-        return _load_files(_stem(source), *_listed_files(Path(source)), form)
-    if is_file and Path(source).suffix.lower() not in _NOT_IMAGES:
+        return _load_files(_stem(source), *listed_files(Path(source)), form)
+    if is_file and Path(source).suffix.lower() not in NOT_IMAGES:
         return _load_files(_stem(source), [source], [Path(source)], form)
     raise UserError(
         f"unknown data set '{source}'; choose one of: {', '.join(DATASETS)}; or give the path of an existing folder of "
         "images, image file, .txt list of image paths, or .npz or .npy file of images"
     )
-
-
-def _expand(path):
-    """A path with the home folder in the place of `~`."""
-    return os.path.expanduser(path)  # noqa: PTH111 (it never raises)
-
-
-@functools.cache
-def _say_once(line):
-    """Tells what holds for a source, however often it is loaded: as test and training set, or at another size."""
-    say(line)
 
 
 def _spread(count, wanted):
@@ -306,7 +290,7 @@ def _chosen(name, values, form):
 
 def _tell_chosen(name, used, count):
     if used < count:
-        _say_once(f"'{name}': {used} of {count} images are used, evenly spread (--max_images)")
+        say_once(f"'{name}': {used} of {count} images are used, evenly spread (--max_images)")
 
 
 def _warn_of(images):
@@ -363,13 +347,12 @@ class _Form:
 
     def pixels(self, picture):
         """A PIL image as (C, H, W) uint8."""
-        import numpy as np
 
         size = self.through or self.image_size
         if self.center_crop:
             picture = crop(picture, size)
         else:
-            picture = picture.convert("RGB").resize((size, size), _filters().BICUBIC)
+            picture = picture.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
         if self.num_channels == 1:
             picture = picture.convert("L")
         values = torch.from_numpy(np.array(picture)).view(1, size, size, -1).permute(0, 3, 1, 2)  # (1, C, size, size)
@@ -387,8 +370,6 @@ def _processors():
 
 
 # -------------------------------------------------------------------------------------------------- named sets
-
-
 @dataclasses.dataclass(frozen=True)
 class _Torchvision:
     """A data set of torchvision's: what to fetch by hand, and where below the data root that goes."""
@@ -445,7 +426,7 @@ def _torchvision_pixels(name, split, data_root):
     Returns:
         Tensor: uint8 (N, 28, 28), (N, 32, 32, 3), or for SVHN (N, 3, 32, 32).
     """
-    import torchvision
+    import torchvision  # here, as it takes seconds and files and arrays do without
 
     entry = DATASETS[name]
     flag = {entry.split_flag: split if entry.split_flag == "split" else split == "train"}
@@ -475,7 +456,7 @@ def _small_images(name, pixels, form):
     """A set of which all images are there in their own size, (N, 1 | 3, H, H) uint8."""
     native = pixels.shape[-1]
     if form.through is not None:
-        pixels = _crop_all(pixels, form.through)
+        pixels = crop_all(pixels, form.through)
 
     def finish(pixels):  # (B, 1 | 3, H, H) to (B, 1 | C, image_size, image_size)
         pixels = resize_bilinear(pixels, form.image_size)
@@ -489,51 +470,7 @@ def _small_images(name, pixels, form):
     return ImageSet(name, len(pixels), [], form.shape, store, native, form.through, treatment=form.treatment)
 
 
-def _crop_all(pixels, size):
-    """`crop` of each of (N, 1 | 3, H, H) uint8: (N, 1 | 3, size, size) uint8."""
-    import numpy as np
-    from PIL import Image
-
-    if pixels.shape[-1] == size:
-        return pixels
-    made = torch.empty(*pixels.shape[:2], size, size, dtype=torch.uint8)
-    for image, out in zip(pixels, made, strict=True):
-        rows = image.permute(1, 2, 0).expand(-1, -1, 3).numpy()  # (H, H, 3)
-        cropped = crop(Image.fromarray(np.ascontiguousarray(rows)), size)
-        out.copy_(torch.from_numpy(np.array(cropped)).permute(2, 0, 1)[: len(out)])
-    return made
-
-
-def resize_bilinear(pixels, size):
-    """Pillow's bilinear resize, as torchvision's `Resize(size)` does it to a square picture, for a whole data set.
-
-    From 28 to 32 pixels, the published case, the result equals Pillow's exactly (the weights are multiples of 1/16);
-    between other sizes it is within 1 of 255.
-
-    Args:
-        pixels: (N, C, H, H) uint8.
-        size: pixels an edge of the result.
-
-    Returns:
-        Tensor: (N, C, size, size) uint8.
-    """
-    if pixels.shape[-1] == size:
-        return pixels
-    return F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
-
-
-def to_grey(pixels):
-    """Luma of colour images: (N, 3, H, W) uint8 to (N, 1, H, W), equal to Pillow's conversion to mode L."""
-    grey = torch.empty_like(pixels[:, :1])
-    for part, out in zip(pixels.split(4096), grey.split(4096), strict=True):  # keeps the int32 copy small
-        r, g, b = part.int().unbind(1)
-        out[:, 0] = (19595 * r + 38470 * g + 7471 * b + 0x8000) >> 16
-    return grey
-
-
 # ------------------------------------------------------------------------------------------------------- files
-
-
 def _find(name, split, data_root):
     """Labels and paths of the images of a set of files, from the first of these places below the data root.
 
@@ -550,7 +487,7 @@ def _find(name, split, data_root):
     whole = data_root / name
     if whole.is_dir() and not any(found.values()):
         warn(f"{name} is not split: all images of {whole} serve for training and for testing")
-        return _folder_files(whole)
+        return folder_files(whole)
     published = f"or the published img_align_celeba/ and {_CELEBA_PARTITION} into {data_root / 'celeba'}, "
     raise UserError(
         f"the {split} split of {name} is not in {data_root}: put a .txt list of image paths at "
@@ -560,13 +497,15 @@ def _find(name, split, data_root):
 
 
 _SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val")}
+
+
 _CELEBA_PARTITION = "list_eval_partition.txt"
 
 
 def _find_split(name, split, data_root):
     """What reads a split's labels and paths, and its arguments; None if the split is not there by itself."""
-    places = [(_listed_files, data_root / f"{name}_{split}.txt")]
-    places += [(_folder_files, data_root / name / folder) for folder in _SPLIT_FOLDERS[split]]
+    places = [(listed_files, data_root / f"{name}_{split}.txt")]
+    places += [(folder_files, data_root / name / folder) for folder in _SPLIT_FOLDERS[split]]
     for reader, path in places:
         if path.exists():
             return reader, path
@@ -578,162 +517,11 @@ def _find_split(name, split, data_root):
 def _celeba_files(folder, split):
     """The images of a split of CelebA as published: `000001.jpg 0` a line, 0 train, 1 validation, 2 test."""
     number = {"train": "0", "test": "2"}[split]
-    rows = [line.split() for line in _lines(folder / _CELEBA_PARTITION)]
+    rows = [line.split() for line in lines_of(folder / _CELEBA_PARTITION)]
     labels = [row[0] for row in rows if row[1:] == [number]]
     if not labels:
         raise UserError(f"{folder / _CELEBA_PARTITION} names no image of the {split} split; copy it again")
     return labels, [folder / "img_align_celeba" / label for label in labels]
-
-
-def _folder_files(folder):
-    """Labels (paths below the folder) and full paths of its images, sorted; links to folders are followed once.
-
-    All files are taken for images but those whose ending says otherwise (they are counted in a line), system files,
-    and folders that this program wrote (they are named in a line).
-
-    Raises:
-        UserError: it cannot be listed, holds no images, or was itself written by this program.
-    """
-    paths, written, others = [], [], collections.Counter()
-    for parent, below, names in _walk(folder):
-        if _is_written(parent, below, names, whole=parent != folder):
-            if parent == folder:
-                raise UserError(
-                    f"{folder} is written by this program, so its images are no input; give a folder of your own"
-                )
-            written.append(parent.relative_to(folder).as_posix())
-            below.clear()
-            continue
-        if parent == folder and (files.MARK in names or _META in below):  # a work folder among the user's images
-            written += [name for name in below if name in _WORK_FOLDERS]
-            below[:] = [name for name in below if name not in _WORK_FOLDERS]
-        for path in (Path(parent, name) for name in names if name != files.MARK):
-            if path.suffix.lower() in _NOT_IMAGES:
-                others[path.suffix.lower()] += 1
-            else:
-                paths.append(path)
-    told = _tell_left_out(folder, written, others)
-    if not paths:
-        raise UserError(f"folder {folder} holds no images{told}; check the path")
-    labels = sorted(path.relative_to(folder).as_posix() for path in paths)
-    return labels, [Path(folder, label) for label in labels]
-
-
-def _walk(folder):
-    """As os.walk, from the top, in sorted order: each folder once, links or not, without what systems put there."""
-
-    def refuse(error):
-        raise UserError(f"folder {error.filename} cannot be listed ({error.strerror}); change its permissions")
-
-    seen = set()
-    for parent, below, names in os.walk(folder, onerror=refuse, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen:
-            below.clear()
-            continue
-        seen.add(real)
-        below[:] = sorted(name for name in below if not _is_systems(name))
-        yield Path(parent), below, sorted(name for name in names if name == files.MARK or not _is_systems(name))
-
-
-def _is_systems(name):
-    return name.startswith(".") or name in _SYSTEM_NAMES
-
-
-def _is_written(folder, below, names, whole):
-    """Whether this program wrote all of a folder: it is marked, or, from before there were marks, looks like it.
-
-    Args:
-        folder: its path.
-        below: the names of its folders.
-        names: the names of its files.
-        whole: whether the mark of a work folder will do, which may hold images of the user's own as well.
-    """
-    if files.MARK in names and (whole or not files.is_owned(folder)):
-        return True
-    if "manifest.json" in names or "results.json" in names:  # a results folder: other programs have a manifest.json too
-        batches = any(side in below and next(Path(folder, side).glob("batch_*.pth"), None) for side in ("pos", "neg"))
-        if batches or any(name.startswith("scores_") and name.endswith(".csv") for name in names):
-            return True
-    samples = folder.name == "samples" and any(_ITERATION.fullmatch(name) for name in below)
-    evaluation = any(_EVALUATION.fullmatch(name) for name in names)
-    return samples or evaluation or (whole and _META in below)
-
-
-def _tell_left_out(folder, written, others):
-    """Says what of a folder is not taken for images; returns it as a half sentence."""
-    told = ""
-    if written:
-        named = ", ".join(sorted(written)[:10]) + (f" and {len(written) - 10} more" if len(written) > 10 else "")
-        _say_once(f"'{folder}': left out, as this program wrote it: {named}")
-        told += f" (this program wrote {named})"
-    if others:
-        named = ", ".join(f"{count} {ending}" for ending, count in sorted(others.items()))
-        _say_once(f"'{folder}': {others.total()} files are left out by their endings: {named}")
-        told += f" ({named})"
-    return told
-
-
-_SYSTEM_NAMES = {"__MACOSX", "@eaDir", "$RECYCLE.BIN"}
-_META = "checkpoints-meta"
-_WORK_FOLDERS = {"samples", "checkpoints", _META, "tensorboard"}
-_ITERATION = re.compile(r"iter_\d+")
-_EVALUATION = re.compile(r"(ckpt_\d+_loss|report_\d+|(train|test)_ckpt_\d+_bpd_\d+)\.npz")
-# Endings of files that are no pictures, or of which Pillow would read something else (a raw photo's thumbnail).
-_NOT_IMAGES = frozenset(
-    " ".join(
-        [
-            ".txt .md .rst .rtf .tex .bib .pdf .doc .docx .odt .xls .xlsx .ppt .pptx .html .htm .css .url .lnk",
-            ".csv .tsv .lst .json .jsonl .xml .xmp .aae .yaml .yml .toml .ini .cfg .conf .log .md5 .sha256",
-            ".py .pyc .ipynb .js .sh .c .cpp .h .m .r .o .so .dll .exe .lock .tmp .part .bak",
-            ".np .npy .npz .pt .pth .ckpt .pkl .pickle .h5 .hdf5 .mat .parquet .arrow .feather .safetensors .onnx",
-            ".tfrecord .lmdb .mdb .db .sqlite .zip .tar .gz .tgz .bz2 .xz .7z .rar .zst",
-            ".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .wav .mp3 .m4a .flac .ogg",
-            ".ps .eps .ai .svg .wmf .emf .thm .cr2 .cr3 .nef .arw .dng .orf .rw2 .raf .pef .srw",
-        ]
-    ).split()
-)
-
-
-def _listed_files(path):
-    """Labels (the lines, or what of them is the path) and full paths of a txt list."""
-    lines = _lines(path)
-    if not lines:
-        raise UserError(f"list {path} names no images; write one image path a line")
-    found = [_listed_file(line, path.parent) for line in lines]
-    return [label for label, _ in found], [full for _, full in found]
-
-
-def _listed_file(line, folder):
-    """What of a line is the path, and that path in full: beside the list, else from here, as far as it exists."""
-    for label in _readings(line):
-        expanded = _expand(label)
-        for full in (os.path.join(folder, expanded), expanded):  # noqa: PTH118
-            if os.path.exists(full):  # noqa: PTH110 (never raises)
-                return label, Path(full)
-    return line, Path(folder, line)
-
-
-def _readings(line):
-    """What a line of a list may mean: a path as it is, in quotes, of Windows, or with a label behind it."""
-    yield line
-    label = _LABELLED.fullmatch(line)
-    for path in (line, label and label["path"]):
-        if path:
-            plain = path[1:-1] if len(path) > 2 and path[0] == path[-1] and path[0] in "'\"" else path
-            yield from (plain, plain.replace("\\", "/"))
-
-
-_LABELLED = re.compile(r"(?P<path>.*[^\s,;])(\s*[,;]\s*|\s+)[^\s,;/]+")
-
-
-def _lines(path):
-    """The lines of a text file, stripped, without blank ones and those starting with #."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (UnicodeDecodeError, OSError) as error:
-        raise UserError(f"list {path} cannot be read as text ({first_line(error)}); save it as UTF-8") from error
-    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
 
 
 def _load_files(name, labels, paths, form):
@@ -911,44 +699,7 @@ def _standing_in(name, labels, paths, form, skipped):
     return decode_row
 
 
-def crop(picture, size):
-    """The published crop of listed images, that of guided diffusion (Dhariwal and Nichol, arXiv 2105.05233).
-
-    Halves with a box filter while the short side is at least twice `size`, resizes bicubically so that the short side
-    is `size`, and takes the centre square.  Grey, palette and CMYK pictures become RGB; what transparency
-    a picture still has is dropped.
-
-    Args:
-        picture: a PIL image of any 8-bit mode.
-        size: pixels an edge of the result.
-
-    Returns:
-        Image: RGB, size x size.
-    """
-    filters = _filters()
-    picture = picture.convert("RGB")
-    while min(picture.size) >= 2 * size:
-        picture = picture.resize((picture.width // 2, picture.height // 2), filters.BOX)
-    scale = size / min(picture.size)
-    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), filters.BICUBIC)
-    return cut_centre(picture, size)
-
-
-def cut_centre(picture, edge):
-    """The central square of a PIL image, `edge` pixels an edge or as many as it has."""
-    edge = min(edge, *picture.size)
-    left, top = (picture.width - edge) // 2, (picture.height - edge) // 2
-    return picture.crop((left, top, left + edge, top + edge))
-
-
-def _filters():
-    from PIL import Image
-
-    return Image.Resampling
-
-
 # ------------------------------------------------------------------------------------------------------ arrays
-
 _ARRAY_SOURCE = re.compile(r"(?P<path>.+\.np[yz])(:(?P<name>[^/:]+))?", re.IGNORECASE)
 
 
@@ -1008,6 +759,8 @@ def _choose_array(path, names):
 
 
 _ARRAYS_WANTED = "images are uint8 or bool of shape (N, H, W[, 1 or 3 or 4]) or (N, 1 or 3, H, W)"
+
+
 _CASTS = {
     "f": ": write (255 * array).round().astype('uint8') if its values are in 0..1",
     "u": ": write (array // 257).astype('uint8') if its values are in 0..65535",
@@ -1043,15 +796,12 @@ def _channels_first(path, shape, dtype):
 
 def _as_bytes(values):
     """uint8 or bool as uint8, False and True as 0 and 255."""
-    import numpy as np
 
     return np.where(values, np.uint8(255), np.uint8(0)) if values.dtype == bool else np.asarray(values)
 
 
 def _array_on_demand(values, rows, path, form):
     """The store of some rows of an array; once the fingerprint was made, a row that has changed is refused."""
-    import numpy as np
-    from PIL import Image
 
     digests = {}  # index -> digest, of what is in the fingerprint
 
@@ -1083,132 +833,3 @@ def _gather(store, count, form):
         for rows in torch.arange(count).split(256 * form.workers):
             pixels[rows[0] : rows[-1] + 1] = store.take(rows)
     return pixels
-
-
-# ------------------------------------------------------------------------------------------------------ ranges
-
-
-def to_model_range(images, centered):
-    """(B, C, H, W) uint8 or float in [0, 1] to float32: [-1, 1] when `centered`, else [0, 1]."""
-    images = images.float().div_(255) if images.dtype == torch.uint8 else images.float()
-    return images.mul(2).sub_(1) if centered else images
-
-
-def to_data_range(images, centered):
-    """The inverse of `to_model_range`: (B, C, H, W) float in the model's range to data range [0, 1], not clipped."""
-    return (images + 1) / 2 if centered else images
-
-
-def dequantize(images, generator, total=None, share=slice(None)):
-    """Uniform dequantisation: (B, C, H, W) float in [0, 1] to (255 x + u) / 256, u ~ U[0, 1) on the images' device.
-
-    Where the images are the `share` of a batch of `total`, u is what the whole batch would give them.
-    """
-    shape = (total or len(images), *images.shape[1:])
-    u = torch.rand(shape, generator=generator, device=images.device)[share]
-    return (images * 255 + u) / 256
-
-
-# ------------------------------------------------------------------------------------------------------- feeds
-
-
-class TrainingBatches:
-    """Shuffled batches for training: `batch(step)` is a pure function of (seed, step), so a run resumes at any step.
-
-    Every epoch has an order of its own, drawn from the key (seed, epoch); the images left over at its end are dropped.
-    A set in memory of up to IN_MEMORY_BYTES lives on the device as uint8 and is gathered, flipped and scaled there.
-    Batches of a larger one are decoded by threads some steps ahead.  Order and flips are the same on every device;
-    dequantisation draws on the device, so its noise differs between CPU and GPU.
-
-    Args:
-        images: the ImageSet.
-        batch_size: B.
-        seed: of the order, the flips and the dequantisation.
-        device: where batches go.
-        random_flip: mirror each image with probability 1/2.
-        uniform_dequantization: see `dequantize`.
-        centered: range [-1, 1] instead of [0, 1].
-        share: the slice of each batch that is made, as the whole batch would have it; B is then its length.
-
-    Raises:
-        UserError: a batch larger than the data set, or below 1.
-    """
-
-    def __init__(
-        self, images, batch_size, *, seed, device, random_flip, uniform_dequantization, centered, share=slice(None)
-    ):
-        if not 1 <= batch_size <= len(images):
-            raise UserError(
-                f"a batch of {batch_size} cannot be taken from the {len(images)} images of '{images.name}'; choose a "
-                f"batch size from 1 to {len(images)}, as with --config.training.batch_size={len(images)}"
-            )
-        self.images, self.batch_size, self.seed, self.device = images, batch_size, seed, torch.device(device)
-        self.share = share
-        self.random_flip, self.uniform_dequantization, self.centered = random_flip, uniform_dequantization, centered
-        self.batches_per_epoch = len(images) // batch_size
-        self._orders = {}  # epoch -> its order, for the two epochs last asked for
-        self._ahead = {}  # step -> futures of its images
-        weakref.finalize(self, _cancel, self._ahead)  # or the interpreter would decode them before it exits
-        self._pixels = None
-        if isinstance(images.store, _Memory):
-            pixels = images.store.pixels
-            self._pixels = pixels.to(self.device) if pixels.nbytes <= IN_MEMORY_BYTES else pixels
-
-    def batch(self, step):
-        """The batch of step 0, 1, 2, ...: (B, C, H, W) float32 on the device, in the model's range."""
-        images = self._gather(step).to(self.device, non_blocking=True)  # (B, 1 or C, H, W) uint8
-        if self.random_flip:
-            chances = torch.rand(self.batch_size, generator=noise.generator(self.seed, "flip", step))
-            images = _mirror(images, chances[self.share] < 0.5)
-        images = images.expand(-1, *self.images.shape)  # (B, C, H, W)
-        if self.uniform_dequantization:
-            generator = noise.generator(self.seed, "dequantize", step, device=self.device)
-            images = dequantize(to_model_range(images, centered=False), generator, self.batch_size, self.share)
-        return to_model_range(images, self.centered).contiguous()
-
-    def _gather(self, step):
-        if self._pixels is not None:
-            return self._pixels.index_select(0, self._rows(step))
-        wanted = range(step, step + _PREFETCHED_STEPS + 1)
-        _cancel(self._ahead, wanted)
-        for ahead in wanted:
-            if ahead not in self._ahead:
-                self._ahead[ahead] = self.images.store.submit(self._rows(ahead))
-        return torch.stack([future.result() for future in self._ahead.pop(step)])
-
-    def _rows(self, step):
-        """(B,) int64: which images step `step` sees, on the device where they are gathered."""
-        epoch, turn = divmod(step, self.batches_per_epoch)
-        if epoch not in self._orders:
-            while len(self._orders) > 1:
-                del self._orders[next(iter(self._orders))]  # the oldest
-            order = torch.randperm(len(self.images), generator=noise.generator(self.seed, "order", epoch))
-            self._orders[epoch] = order if self._pixels is None else order.to(self._pixels.device)
-        return self._orders[epoch][turn * self.batch_size : (turn + 1) * self.batch_size][self.share]
-
-
-def _mirror(images, chosen):
-    """Images (B, C, H, W), those where `chosen` (B,) bool on the CPU is set mirrored left to right."""
-    rows = torch.arange(len(images)) + len(images) * chosen
-    both = torch.cat([images, images.flip(-1)])  # (2B, C, H, W): whole rows are picked faster than pixels are
-    return both.index_select(0, rows.to(images.device, non_blocking=True))
-
-
-def _cancel(ahead, wanted=()):
-    """Gives up the batches under way (step -> futures) of steps that are not wanted."""
-    for step in [step for step in ahead if step not in wanted]:
-        for future in ahead.pop(step):
-            future.cancel()
-
-
-def in_order(images, batch_size, device, centered):
-    """Yields the images in order, (B, C, H, W) float32 on `device` in the model's range; the last batch may be smaller.
-
-    Args:
-        images: an ImageSet.
-        batch_size: B.
-        device: where batches go.
-        centered: range [-1, 1] instead of [0, 1].
-    """
-    for start in range(0, len(images), batch_size):
-        yield to_model_range(images.read(start, start + batch_size).to(device), centered)

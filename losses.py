@@ -8,8 +8,8 @@ import math
 
 import torch
 
-import noise
-from console import UserError, choose
+from basics import noise
+from basics.console import UserError, choose
 from sde_lib import per_image
 
 TRAINING_EPS = 1e-5  # the smallest time trained on

@@ -7,9 +7,9 @@ On several GPUs: torchrun --nproc_per_node=8 main.py ...
 
 from absl import flags
 
-import command_line
-import console
-import distributed
+from basics import distributed, machine
+from basics.console import UserError
+from command_line import define_config, define_path, run, value_of
 from configs.base import check, typed
 from configs.fields import SEED, check_value
 
@@ -18,17 +18,17 @@ FLAGS = flags.FLAGS
 
 def define_flags():
     """The command line; inside a function so that importing this module defines nothing."""
-    evaluating = command_line.value_of("mode") == "eval"
-    command_line.define_config(
+    evaluating = value_of("mode") == "eval"
+    define_config(
         "The config file, which --mode eval may do without; any value: --config.training.batch_size=64.",
-        command_line.value_of("workdir") if evaluating else None,
+        value_of("workdir") if evaluating else None,
     )
-    console.define_path("workdir", None, "Folder of checkpoints, logs and samples; a run found there is continued.")
+    define_path("workdir", None, "Folder of checkpoints, logs and samples; a run found there is continued.")
     flags.DEFINE_enum(
         "mode", None, ["train", "eval"], "train: train; eval: evaluate the checkpoints as config.eval says."
     )
     flags.DEFINE_string("eval_folder", "eval", "Folder below workdir for the results of --mode eval.")
-    console.define_path("data_root", "./data", "Where data sets lie, or are downloaded to.")
+    define_path("data_root", "./data", "Where data sets lie, or are downloaded to.")
     flags.DEFINE_integer(
         "workers", None, "Threads that decode images; by default one a processor, up to 32.", lower_bound=1
     )
@@ -45,24 +45,24 @@ def main(_):
     check(config)
     with distributed.start(FLAGS.device or config.device) as (ranks, device):
         if device.type == "cpu":
-            console.keep_freed_memory()
+            machine.keep_freed_memory()
         import sampling
 
         sampling.check_typed(config, typed(FLAGS["config"]))
         if FLAGS.mode == "train":
-            import training
+            from lmd import training
             from models import memory
 
             with memory.told(device, "for this training; lower --config.training.batch_size"):
                 training.train(config, FLAGS.workdir, device, FLAGS.data_root, FLAGS.workers, ranks)
         elif ranks.world_size > 1:
-            raise console.UserError("--mode eval runs in one process; start it without torchrun")
+            raise UserError("--mode eval runs in one process; start it without torchrun")
         else:
-            import evaluation
+            from lmd import evaluation
 
             evaluation.evaluate(config, FLAGS.workdir, FLAGS.eval_folder, device, FLAGS.data_root, FLAGS.workers)
 
 
 if __name__ == "__main__":
     define_flags()
-    console.run(main)
+    run(main)

@@ -9,10 +9,12 @@ import os
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
-from console import UserError, choose
-from images import array_names, first_line, open_picture, read_array, read_file, upright
+from basics.console import UserError, choose
+from basics.images import array_names, first_line, open_picture, read_array, read_file, upright
 
 _WHITE = 128  # a picture's grey value of 0..255 from which on a pixel counts as known
 _MOST_BYTES = 256 << 20  # of an array that is to be a mask: 4 channels of 2048x2048 float64 are half of it
@@ -206,7 +208,6 @@ def load_mask_file(path, size):
 
 def _read_array(path):
     """The only array of an .npy or .npz file."""
-    import numpy as np
 
     names = array_names(path)
     if len(names) != 1:
@@ -228,8 +229,6 @@ def _read_torch(path):
 
 def _read_picture(path, size):
     """Which pixels of a picture are known, (S, S) bool, or its values where they are floats, which are then checked."""
-    import numpy as np
-    from PIL import Image
 
     with open_picture(read_file(path), path.suffix) as picture:
         if picture.size != (size, size):  # before it is decoded, as it may be huge
@@ -253,7 +252,6 @@ def _known(grey, picture, path, scale):
     Raises:
         UserError: none is, but some are not black: they are numbers of another range, such as 0 and 1.
     """
-    import numpy as np
 
     values = torch.from_numpy(np.array(upright(grey, picture)))
     least, most = values.aminmax()

@@ -18,7 +18,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from console import UserError, choose
+from basics.console import UserError, choose
 from models.score import Score
 from sde_lib import VESDE, VPSDE, SubVPSDE, create_sde, per_image
 
@@ -840,7 +840,7 @@ def solve_ode(velocity, start, span, *, rtol, atol):
     Raises:
         UserError: the velocity is not finite, or changes too fast to be followed.
     """
-    from scipy.integrate import solve_ivp
+    from scipy.integrate import solve_ivp  # here, as it takes long and few need it
 
     def flat_velocity(t, flat):
         y = torch.as_tensor(flat, dtype=start.dtype, device=start.device).view_as(start)

@@ -11,7 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from console import choose
+from basics.console import choose
 
 
 def per_image(values):

@@ -19,9 +19,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from sklearn.metrics import roc_auc_score
 
 import metrics
-from storage import SIDES, ResultsFolder
+from storage.results_folder import SIDES, ResultsFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 DISTINCT = 3  # batch files with images of their own, per side
@@ -93,7 +94,6 @@ def measure(command, threads):
 
 def run_plain(folder, reps):
     """Holds everything: per repetition, reads all files and keeps their originals and reconstructions."""
-    from sklearn.metrics import roc_auc_score
 
     tools = [metrics.create(name, torch.device("cpu")) for name in METRICS]
     held = {side: [read_all(folder, side, rep) for rep in range(reps)] for side in SIDES}

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from torchvision.datasets import FashionMNIST
 
-import files
-from console import guard, say
+from basics import files
+from basics.console import guard, say
 
 FOOTWEAR = (5, 7, 9)  # the labels of sandals, sneakers and ankle boots
 

@@ -16,12 +16,12 @@ import argparse
 import torch
 
 import losses
-import noise
 import sampling
 import sde_lib
+from basics import noise
+from basics.machine import keep_freed_memory
 from benchmarks import machine, plain
 from benchmarks.machine import median
-from console import keep_freed_memory
 from models import create_model, inference
 from models.score import ScoreModel
 

@@ -14,13 +14,14 @@ import numpy as np
 from scipy.stats import spearmanr
 
 import metrics
-import recon
-import storage
+from basics.console import guard
+from basics.machine import choose_device, keep_freed_memory
 from benchmarks import machine
 from benchmarks.quality_vs_cost import BATCH, SETTINGS, Setting, auc, measure_batch
-from console import choose_device, guard, keep_freed_memory
+from lmd import reconstruction
 from models import inference
 from sampling import PRESETS, preset
+from storage.results_folder import SIDES
 
 
 def main():
@@ -47,7 +48,7 @@ def main():
     )
     for precision, name in itertools.product(reduced, names):
         exact, other = scores["fp32"][name], scores[precision][name]
-        a, b = (np.concatenate([s[side] for side in storage.SIDES]) for s in (exact, other))
+        a, b = (np.concatenate([s[side] for side in SIDES]) for s in (exact, other))
         differences = np.abs(b / a - 1)
         print(
             f"{precision:9} {name:8} {spearmanr(a, b).statistic:16.5f} {np.median(differences):9.3%} "
@@ -63,13 +64,13 @@ def scores_of(options, names, device, precision):
         setting = Setting(reps, values)
     else:
         setting = SETTINGS[options.setting]
-    model, _ = recon.load_model(config, options.ckpt_path, device, precision, options.compile)
+    model, _ = reconstruction.load_model(config, options.ckpt_path, device, precision, options.compile)
     sources = {"pos": (options.in_domain, True), "neg": (options.out_of_domain, True)}
-    sides = recon.load_sides(config, sources, False, max_images=options.images, data_root="./data")
+    sides = reconstruction.load_sides(config, sources, False, max_images=options.images, data_root="./data")
     tools = [metrics.create(name, device) for name in names]
     scores = {name: {} for name in names}
     for side, images in sides.items():
-        batches = range(recon.batches_of(images, BATCH))
+        batches = range(reconstruction.batches_of(images, BATCH))
         parts = [measure_batch(config, model, setting, tools, 42, device, images, batch) for batch in batches]
         for name in names:
             scores[name][side] = np.median(np.concatenate([part[name] for part in parts], axis=1), axis=0)

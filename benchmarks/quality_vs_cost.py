@@ -29,22 +29,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from scipy.stats import spearmanr
+from sklearn.metrics import roc_auc_score
 
-import detect
-import files
 import metrics
-import recon
-import storage
+import sampling
+import sde_lib
+from basics import files
+from basics.console import UserError, choose, guard, say
+from basics.machine import choose_device, keep_freed_memory
 from benchmarks import machine
 from benchmarks.machine import load_config
-from console import UserError, choose, choose_device, guard, keep_freed_memory, say
+from lmd import reconstruction, scoring
 from models.inference import PRECISIONS, resolve
+from storage.arrays import read_arrays, write_arrays
+from storage.results_folder import SIDES
 
 BATCH = 32  # images
 ROWS = 64  # trajectories at once
 RESAMPLES = 2000
 REFERENCE = "published_1000"
-MASK = recon.MaskOptions("checkerboard_alt", num_blocks=8)
+MASK = reconstruction.MaskOptions("checkerboard_alt", num_blocks=8)
 KEPT = Path(__file__).parent / "scores"  # {pair}.npz: distances that came with the repository, for reports
 
 
@@ -146,9 +152,9 @@ def measure(options):
         keep_freed_memory()
     config = load_config(options.config)
     options.precision = resolve(options.precision, device)  # what was computed is kept with it
-    model, _ = recon.load_model(config, options.ckpt_path, device, options.precision, options.compile)
+    model, _ = reconstruction.load_model(config, options.ckpt_path, device, options.precision, options.compile)
     sources = {"pos": (options.in_domain, True), "neg": (options.out_of_domain, True)}
-    sides = recon.load_sides(config, sources, False, max_images=options.images, data_root=options.data_root)
+    sides = reconstruction.load_sides(config, sources, False, max_images=options.images, data_root=options.data_root)
     tools = [metrics.create(name, device) for name in options.metric.split(",")]
     size = config.data.image_size
     with torch.no_grad():  # what is compiled is compiled before anything is timed
@@ -157,7 +163,7 @@ def measure(options):
     units = [
         (name, side, batch)
         for name in options.settings.split(",")
-        for batch in range(recon.batches_of(sides["pos"], BATCH))
+        for batch in range(reconstruction.batches_of(sides["pos"], BATCH))
         for side in sides
         if batch * BATCH < len(sides[side])
     ]
@@ -165,16 +171,16 @@ def measure(options):
         setting = choose(name, SETTINGS, "setting")
         path = _file(options.folder, options.pair, name, side, batch)
         origin = _origin(config, setting, options, sides[side], batch)
-        if storage.read_arrays(path, origin) is None:
+        if read_arrays(path, origin) is None:
             arrays = measure_batch(config, model, setting, tools, options.seed, device, sides[side], batch)
-            storage.write_arrays(path, origin, **arrays)
+            write_arrays(path, origin, **arrays)
             say(f"{options.pair} {name} {side} {batch}: {arrays['seconds']:.1f} s")
 
 
 def measure_batch(config, model, setting, tools, seed, device, images, batch):
     """Distances (metrics, R, B), and the processor seconds of the reconstructions."""
     config = with_values(config, setting)
-    reconstruct = recon.Reconstructor(config, model, MASK, setting.reps, seed, device, ROWS)
+    reconstruct = reconstruction.Reconstructor(config, model, MASK, setting.reps, seed, device, ROWS)
     start, stop = batch * BATCH, min((batch + 1) * BATCH, len(images))
     began = time.process_time()
     orig, _, recons = reconstruct(images.read(start, stop), batch)
@@ -184,7 +190,7 @@ def measure_batch(config, model, setting, tools, seed, device, images, batch):
 
 def arrays_of(tools, orig, recons, device, seconds):
     """What is kept of a batch: orig (B, C, H, W), recons (R, B, C, H, W)."""
-    distances = detect.compare(tools, orig, list(recons), device)
+    distances = scoring.compare(tools, orig, list(recons), device)
     return {**{tool.name: distances[i] for i, tool in enumerate(tools)}, "seconds": np.array(seconds)}
 
 
@@ -196,7 +202,7 @@ def with_values(config, setting):
 
 
 def _origin(config, setting, options, images, batch):
-    settings = recon.describe_settings(
+    settings = reconstruction.describe_settings(
         with_values(config, setting), options.ckpt_path, MASK, setting.reps, options.seed, options.precision
     )
     start = batch * BATCH
@@ -257,7 +263,7 @@ def read(folder, pair, name, metric):
     What the folder does not hold is taken from the repository's `KEPT`.
     """
     parts, seconds, images = {}, 0.0, 0
-    for side in storage.SIDES:
+    for side in SIDES:
         for batch in itertools.count():
             path = _file(folder, pair, name, side, batch)
             if not path.is_file():
@@ -265,7 +271,7 @@ def read(folder, pair, name, metric):
             with np.load(path, allow_pickle=False) as arrays:
                 parts.setdefault(side, []).append(arrays[metric])
                 seconds, images = seconds + float(arrays["seconds"]), images + arrays[metric].shape[1]
-    if parts.keys() != storage.SIDES.keys():
+    if parts.keys() != SIDES.keys():
         return _read_kept(KEPT / f"{pair}.npz", name, metric)
     return {side: np.concatenate(found, axis=1) for side, found in parts.items()}, seconds / images
 
@@ -276,7 +282,7 @@ def _read_kept(path, name, metric):
     with np.load(path, allow_pickle=False) as arrays:
         if f"{name}/seconds" not in arrays:
             return None
-        return {side: arrays[f"{name}/{metric}/{side}"] for side in storage.SIDES}, float(arrays[f"{name}/seconds"])
+        return {side: arrays[f"{name}/{metric}/{side}"] for side in SIDES}, float(arrays[f"{name}/seconds"])
 
 
 def keep(folder, pair, metric_names):
@@ -295,8 +301,6 @@ def keep(folder, pair, metric_names):
 
 def evaluations(name):
     """Evaluations of the network for one repetition of an image."""
-    import sampling
-    import sde_lib
 
     config = with_values(load_config("configs/subvp/fashion_mnist_small.py"), SETTINGS[name])
     return sampling.create_process(config, sde_lib.create_sde(config)).evaluations
@@ -304,7 +308,6 @@ def evaluations(name):
 
 def auc(scores):
     """ROC-AUC of {'pos': (N,), 'neg': (M,)}, larger = further from the domain."""
-    from sklearn.metrics import roc_auc_score
 
     labels = np.repeat([0, 1], [len(scores["pos"]), len(scores["neg"])])
     return float(roc_auc_score(labels, np.concatenate([scores["pos"], scores["neg"]])))
@@ -312,7 +315,6 @@ def auc(scores):
 
 def against(scores, base):
     """The comparison with the reference's scores, on the images that both have (the first ones of either side)."""
-    from scipy.stats import spearmanr
 
     count = {side: min(len(scores[side]), len(base[side])) for side in scores}
     a, b = ({side: s[side][: count[side]] for side in s} for s in (scores, base))
@@ -396,7 +398,6 @@ def print_table(rows):
 
 def plot(rows, reference):
     """ROC-AUC over evaluations an image, a panel for each pair (the first metric), as PNG bytes."""
-    from matplotlib.figure import Figure
 
     metric = rows[0]["metric"]
     rows = [row for row in rows if row["metric"] == metric]

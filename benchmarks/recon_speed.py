@@ -16,18 +16,18 @@ import argparse
 
 import torch
 
-import noise
-import recon
 import sampling
 import sde_lib
+from basics import noise
+from basics.machine import keep_freed_memory
 from benchmarks import machine, plain
 from benchmarks.machine import device, load_config, median
 from benchmarks.network_speed import images
-from console import keep_freed_memory
+from lmd import reconstruction
 from models import create_model, inference
 from models.score import ScoreModel
 
-MASK = recon.MaskOptions("checkerboard_alt", num_blocks=8)
+MASK = reconstruction.MaskOptions("checkerboard_alt", num_blocks=8)
 PUBLISHED_STEPS = 1000
 # version -> arguments of models.inference.prepare
 VERSIONS = {
@@ -123,7 +123,7 @@ def fast(config, model, x, reps=None, **changes):
     config.sampling.update({**values, **changes})
     pixels = ((x.cpu() + 1) * 127.5).to(torch.uint8)
     reps = preset_reps if reps is None else reps
-    reconstruct = recon.Reconstructor(config, model, MASK, reps, 0, x.device, rows=256)
+    reconstruct = reconstruction.Reconstructor(config, model, MASK, reps, 0, x.device, rows=256)
     return reconstruct(pixels, 0)
 
 

@@ -9,11 +9,11 @@ import argparse
 
 import torch
 
-import noise
+from basics import noise
+from basics.machine import keep_freed_memory
 from benchmarks import machine
 from benchmarks.machine import median
 from benchmarks.plain import PlainDown, PlainUp
-from console import keep_freed_memory
 from models.resample import Down, Up
 
 TAPS = (1, 3, 3, 1)

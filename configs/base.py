@@ -12,8 +12,8 @@ import difflib
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
+from basics.console import UserError
 from configs.fields import FIELDS, NEEDED_WITH, OPTIONAL, check_value
-from console import UserError
 
 ABSENT = object()
 

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import re
 
-from console import UserError, choose
+from basics.console import UserError, choose
 
 
 @dataclasses.dataclass(frozen=True)

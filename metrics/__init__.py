@@ -8,7 +8,7 @@ all its repetitions.
 import abc
 import importlib
 
-from console import choose
+from basics.console import choose
 
 METRICS = {  # name: module and class, imported when asked for
     "MSE": ("metrics.mse", "MSE"),

@@ -4,7 +4,7 @@ import abc
 
 import torch
 
-from console import UserError
+from basics.console import UserError
 from metrics import Metric
 
 _EPSILON = 1e-10  # keeps the length of an all-zero feature apart from zero

@@ -8,7 +8,7 @@ import dataclasses
 
 import torch
 
-from console import UserError
+from basics.console import UserError
 from metrics import weights
 
 PACKAGE, VERSION = "torch-fidelity", "0.4.0"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from console import UserError
+from basics.console import UserError
 from metrics import weights
 from metrics.features import FeatureDistance
 
@@ -47,6 +47,7 @@ class LPIPS(FeatureDistance):
     trunk = Trunk("alex", "AlexNet", "alexnet-owt-7be5be79.pth", 244)
 
     def __init__(self, device):
+
         network = _network(self.trunk, _backbone(self.name, self.trunk))
         super().__init__(device, network, network.lins)
 
@@ -93,7 +94,7 @@ def _network(trunk, path):
     tensors = weights.read(path, f"the {trunk.title} weights", remedy)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):  # weights drawn here are replaced below
         warnings.simplefilter("ignore")  # torchvision's deprecations
-        import lpips
+        import lpips  # here, as it takes seconds
 
         network = lpips.LPIPS(pretrained=False, net=trunk.net, version="0.1", pnet_rand=True, verbose=False)
     heads = Path(lpips.__file__).parent / "weights" / "v0.1" / f"{trunk.net}.pth"

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from console import UserError
+from basics.console import UserError
 from metrics import weights
 from metrics.features import FeatureDistance
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import files
-from console import UserError, choose, shell
+from basics import files
+from basics.console import UserError, choose, shell
 from metrics import Metric, simclr_resnet, weights
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "pretrained" / "r50_1x_sk1.pth"
@@ -92,7 +92,7 @@ def read_network(path):
 
 
 def _conversion(path):
-    return shell("python", "-m", "metrics.convert_simclr", WEIGHTS.stem, path)
+    return shell("python", "-m", "scripts.convert_simclr", WEIGHTS.stem, path)
 
 
 def build(shapes, path, remedy):

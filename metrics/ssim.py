@@ -4,7 +4,7 @@ A 7x7 uniform window, sample covariance (divided by 48, not 49), data range 1, K
 K2 = 0.03; averaged over the windows that lie inside the image, then over the channels.
 """
 
-from console import UserError
+from basics.console import UserError
 from metrics import Metric
 
 WINDOW = 7

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-import files
-import tensor_files
-from console import UserError, download_timeout, warn
+from basics import files, tensor_files
+from basics.console import UserError, warn
+from basics.machine import download_timeout
 
 
 def hub_file(url, name, *, what, user, megabytes, instead):

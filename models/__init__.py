@@ -1,16 +1,16 @@
 """Score networks: `create_model(config)` builds the one that `config.model.name` names."""
 
-from console import UserError, choose
+from basics.console import UserError, choose
+from models.ddpm import DDPM
+from models.ncsnpp import NCSNPP
 
 
 def _ddpm(config):
-    from models.ddpm import DDPM
 
     return DDPM(config)
 
 
 def _ncsnpp(config):
-    from models.ncsnpp import NCSNPP
 
     return NCSNPP(config)
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from console import choose
+from basics.console import choose
 from models import layers
 
 # On the way up: whether attention follows the block of this number, `last` being the level's last block.

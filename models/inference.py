@@ -5,7 +5,7 @@ import contextlib
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from console import UserError, choose, warn
+from basics.console import UserError, choose, warn
 from models import memory
 
 # What --precision says -> what it comes to on a device.
@@ -132,7 +132,7 @@ class Network:
         self._call = self.net.to(self.device, memory_format=layout(self.device))
 
     def _compiled(self, compiled, x, labels, required):
-        from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+        from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException  # here, as it takes seconds
 
         torch.compiler.cudagraph_mark_step_begin()  # no output of an earlier call is read again
         try:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from console import choose
+from basics.console import choose
 
 GROUP_NORM_EPS = 1e-6
 NATIVE_PIXELS = 1024  # from this size of the images on torch takes another algorithm, measured twice as fast as ours

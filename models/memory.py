@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from console import UserError
+from basics.console import UserError
 
 SHARE = 0.8  # of the free memory that is planned with: the allocator leaves gaps, and a large batch may need workspaces
 PROBE = 32  # rows at most that are measured

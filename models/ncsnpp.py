@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from console import UserError, choose
+from basics.console import UserError, choose
 from models import layers, resample
 from models.ddpm import Stage
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from console import UserError
+from basics.console import UserError
 from models import layers
 
 

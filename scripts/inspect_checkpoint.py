@@ -21,13 +21,21 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import checkpoint_schema  # noqa: E402 (the repository's root is on the path only now)
 import models  # noqa: E402
-import storage  # noqa: E402
+from basics.console import UserError, guard, say  # noqa: E402
+from command_line import read_config  # noqa: E402
 from configs.base import from_dict, to_dict  # noqa: E402
-from console import UserError, guard, read_config, say  # noqa: E402
-from models import diffusers_weights  # noqa: E402
 from models.ddpm import DDPM  # noqa: E402
+from storage import arrays, checkpoint_schema, diffusers_weights  # noqa: E402
+from storage.checkpoints import (  # noqa: E402
+    config_of,
+    find_checkpoint,
+    read_checkpoint,
+    read_ema_weights,
+    reads_sigma_table,
+    what_weights_depend_on,
+    write_ema_weights,
+)
 
 DIFFUSERS = "folder of diffusers' (UNet2DModel): attention after every block on the way up"
 BUFFERS = {"sigmas"}  # what a checkpoint's network holds besides parameters
@@ -76,14 +84,14 @@ def read(path):
     Raises:
         UserError: the file is missing, damaged, holds pickled code, or is no checkpoint.
     """
-    path = storage.find_checkpoint(path)
+    path = find_checkpoint(path)
     if path.is_dir():
         return _read_diffusers(path)
     return _read_ema(path) if path.suffix == ".safetensors" else _read_training(path)
 
 
 def _read_training(path):
-    content = storage.read_checkpoint(path)
+    content = read_checkpoint(path)
     config, weights = content.get("config"), checkpoint_schema.without_prefix(content["model"])
     if content["ema"] is None:
         return Checkpoint("plain weights, without moving averages", weights, None, None, None, {})
@@ -98,7 +106,7 @@ def _read_training(path):
 
 
 def _read_ema(path):
-    weights, config, step, notes = storage.read_ema_weights(path)
+    weights, config, step, notes = read_ema_weights(path)
     if "conv_in.weight" in weights:
         raise UserError(f"{path} belongs to a folder of diffusers'; name the folder, whose config.json is needed too")
     config = None if config is None else checkpoint_schema.complete(config)
@@ -149,7 +157,7 @@ def differences(checkpoint, config):
     if rows:
         return rows
     expected, trainable = _network(json.dumps({"model": tree["model"], "data": tree["data"]}))
-    compare_buffers = checkpoint.averages is not None and storage.reads_sigma_table(tree)
+    compare_buffers = checkpoint.averages is not None and reads_sigma_table(tree)
     ignored = set() if compare_buffers else BUFFERS
     rows = _shape_differences(
         {name: tuple(value.shape) for name, value in checkpoint.weights.items() if name not in ignored},
@@ -164,7 +172,7 @@ def differences(checkpoint, config):
 
 def _config_differences(there, here):
     """The fields that the weights' meaning depends on and that differ, by the rule that loading goes by."""
-    return storage.differences(storage.what_weights_depend_on(there), storage.what_weights_depend_on(here))
+    return arrays.differences(what_weights_depend_on(there), what_weights_depend_on(here))
 
 
 @functools.cache
@@ -285,9 +293,9 @@ def convert(checkpoint, path, target, config, notes):
         raise UserError(f"--to {target}: the new file's name must end in .safetensors, which recon.py goes by")
     if config is None and checkpoint.config is None:
         raise UserError(f"{path} does not say what config it was trained with; name it with --config")
-    tree = storage.config_of(path) if config is None else to_dict(config)
+    tree = config_of(path) if config is None else to_dict(config)
     net = models.create_model(from_dict(tree))
-    storage.write_ema_weights(target, path, net, tree, {**checkpoint.notes, **notes})
+    write_ema_weights(target, path, net, tree, {**checkpoint.notes, **notes})
     say(f"{target}: EMA weights of {path}, {Path(target).stat().st_size / 1e6:.1f} MB")
 
 

@@ -17,9 +17,10 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import datasets  # noqa: E402 (the repository's root is on the path only now)
-from console import UserError, fail, say  # noqa: E402
-from files import write_bytes  # noqa: E402
+
+import datasets  # noqa: E402
+from basics.console import UserError, fail, say  # noqa: E402
+from basics.files import write_bytes  # noqa: E402
 
 FILES = {"FashionMNIST": "fashion_mnist.npz", "MNIST": "mnist.npz"}
 

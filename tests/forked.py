@@ -14,9 +14,11 @@ import tempfile
 import traceback
 from pathlib import Path
 
-import console
+import command_line
 
-LATER = ["torch", "training", "evaluation", "storage", "sklearn.metrics", "matplotlib.figure", "models.inference"]
+LATER = [
+    "torch", "lmd.training", "lmd.evaluation", "lmd.reconstruction", "lmd.detection", "models.inference",
+]  # fmt: skip
 
 
 def run(command, arguments, folder, encoding):
@@ -42,7 +44,7 @@ def _leave(command, arguments, folder):
     module = importlib.import_module(command)
     try:
         module.define_flags()
-        console.run(module.main)
+        command_line.run(module.main)
     except SystemExit as end:
         return end.code or 0
     except BaseException:

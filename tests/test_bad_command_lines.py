@@ -8,7 +8,7 @@ import pytest
 import tiny
 from helpers import ROOT
 
-import console
+from basics.console import EXIT_USER_ERROR
 
 CONFIG = f"--config={ROOT / tiny.CONFIG_FILE}"
 TRAIN = ["main", "--mode=train", "--workdir=out", "--device=cpu"]
@@ -161,7 +161,7 @@ def before():
 @pytest.mark.parametrize("name", ROWS)
 def test_one_line_that_says_what_to_do(name, outcomes):
     (code, out, err), folder = outcomes[name]
-    assert code == console.EXIT_USER_ERROR, err
+    assert code == EXIT_USER_ERROR, err
     assert out == ""
     assert err.startswith("error: "), err
     assert err.count("\n") == 1, err

@@ -10,11 +10,13 @@ import pytest
 import tiny
 import torch
 
-import console
-import distributed
+import recon
 import sampling
-import storage
+from basics import distributed
+from basics.console import EXIT_USER_ERROR
 from configs.base import TREE
+from storage.checkpoints import read_checkpoint
+from storage.scores import read_results, read_scores
 
 COMMANDS = ("main.py", "recon.py", "detect.py")
 
@@ -55,7 +57,7 @@ def test_training(commands):
     assert out.splitlines()[-1].startswith("trained: checkpoints are in ")
     workdir = commands["workdir"]
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["checkpoint_1.pth", "checkpoint_2.pth"]
-    config = storage.read_checkpoint(workdir / "checkpoints" / "checkpoint_2.pth")["config"]
+    config = read_checkpoint(workdir / "checkpoints" / "checkpoint_2.pth")["config"]
     for name, value in tiny.OVERRIDES.items():  # every one reached it, tuples too
         section, field = name.split(".")
         assert config[section][field] == (list(value) if isinstance(value, tuple) else value)
@@ -77,12 +79,12 @@ def test_detection(commands):
     code, out, err = commands["detect"]
     assert code == 0, err
     lines = out.splitlines()
-    results = storage.read_results(commands["results"])
+    results = read_results(commands["results"])
     assert results["images"] == {"pos": 6, "neg": 5}
     assert results["repetitions"] == 2
     for metric in ("MSE", "SSIM"):
         assert f"{metric} ROC AUC: {results['metrics'][metric]['roc_auc']:.4f}" in lines
-        scores = storage.read_scores(commands["results"] / f"scores_{metric}.csv")
+        scores = read_scores(commands["results"] / f"scores_{metric}.csv")
         assert scores["pos"]["distances"].shape == (2, 6)
         assert (commands["results"] / f"pictures_{metric}.png").is_file()
 
@@ -155,15 +157,17 @@ def test_help_imports_nothing_heavy(command):
 
 CALLED = """
 import json, types
-import console, recon
+import command_line, recon
+from basics import machine
 from configs import base
+from lmd import reconstruction
 changed = lambda config: {n: v for n, v in config.sampling.items() if v != base.TREE["sampling"][n]}
 recon.define_flags()
-recon.run = lambda config, **options: print(json.dumps(
+reconstruction.run = lambda config, **options: print(json.dumps(
     {"width": config.model.nf, "sampling": changed(config), **options}, default=vars
 ))
-console.choose_device = lambda name: types.SimpleNamespace(type=name)
-console.run(recon.main)
+machine.choose_device = lambda name: types.SimpleNamespace(type=name)
+command_line.run(recon.main)
 """
 REQUIRED = [f"--config={tiny.CONFIG_FILE}", "--workdir=w", "--ckpt_path=c.pth", "--in_domain=MNIST"]
 DEFAULTS = {
@@ -227,8 +231,6 @@ def test_recon_flags_have_their_effects():
 )
 def test_the_ways_to_write_compile(written, expected):
     from absl import flags
-
-    import recon
 
     values = flags.FlagValues()
     flags.DEFINE_flag(recon.compile_flag(), values)
@@ -352,8 +354,9 @@ INEFFECTIVE = {  # flags of recon.py, and what is said of them
 
 REFUSED = """
 import os, sys
-import console, recon
+import recon
 from absl import flags
+from basics.console import UserError
 recon.define_flags()
 for line in sys.stdin.read().splitlines():
     if os.fork() == 0:  # flags can be parsed once only
@@ -363,7 +366,7 @@ for line in sys.stdin.read().splitlines():
             recon.check_flags(flags.FLAGS)
             recon.choose_mask_type(flags.FLAGS)
             print("accepted", flush=True)
-        except console.UserError as error:
+        except UserError as error:
             print(error, flush=True)
         os._exit(0)
     os.wait()
@@ -395,7 +398,7 @@ def one_line(err):
 def test_mistakes_on_the_command_line(name, tmp_path):
     arguments, message = MISTAKES[name]
     code, out, err = tiny.command(*(argument.format(out=tmp_path / "out") for argument in arguments))
-    assert code == console.EXIT_USER_ERROR
+    assert code == EXIT_USER_ERROR
     assert out == ""
     assert err.count("\n") == 1
     assert re.search(message, one_line(err))
@@ -408,7 +411,7 @@ def test_mistakes_that_the_work_meets(command, data, tmp_path):
     config = tiny.config_flags(data__dataset=data / "train.npz", model__name="unet")
     rest = {"main.py": ["--mode=train"], "recon.py": ["--ckpt_path=nowhere.pth", f"--in_domain={data / 'test.npz'}"]}
     code, out, err = tiny.command(command, *config, f"--workdir={tmp_path / 'out'}", *rest[command])
-    assert code == console.EXIT_USER_ERROR
+    assert code == EXIT_USER_ERROR
     assert out == ""
     assert one_line(err) == "error: unknown model (config.model.name) 'unet'; choose one of: ddpm, ncsnpp"
     assert err.count("\n") == 1

@@ -13,15 +13,31 @@ import torch
 from absl import flags
 from helpers import ROOT
 
-import console
-from console import UserError
+from basics.console import (
+    _REMEDIES,
+    EXIT_INTERRUPTED,
+    EXIT_NO_READER,
+    EXIT_USER_ERROR,
+    UserError,
+    choose,
+    fail,
+    guard,
+    log,
+    printable,
+    progress,
+    say,
+    shell,
+    warn,
+)
+from basics.machine import choose_device
+from command_line import _Path, expand, read_config
 
 
 def failure(capsys, function):
     """The line that a failing `function(None)` prints, guarded."""
     with pytest.raises(SystemExit) as exit_:
-        console.guard(function, None)
-    assert exit_.value.code == console.EXIT_USER_ERROR == 2
+        guard(function, None)
+    assert exit_.value.code == EXIT_USER_ERROR == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("error: ")
@@ -41,10 +57,10 @@ def test_a_users_error(capsys):
     assert failure(capsys, raising(UserError("two\n  lines\tand tabs"))) == "two lines and tabs"
 
 
-@pytest.mark.parametrize("number", console._REMEDIES)
+@pytest.mark.parametrize("number", _REMEDIES)
 def test_errors_of_the_system_that_the_user_can_put_right(number, capsys):
     line = failure(capsys, raising(OSError(number, os.strerror(number), "some/file")))
-    assert line == f"{os.strerror(number)}: some/file; {console._REMEDIES[number]}"
+    assert line == f"{os.strerror(number)}: some/file; {_REMEDIES[number]}"
 
 
 def test_a_full_disk_without_a_file_name(capsys):
@@ -55,50 +71,50 @@ def test_a_full_disk_without_a_file_name(capsys):
 @pytest.mark.parametrize("error", [ValueError("x"), OSError(errno.EINVAL, "broken"), RuntimeError("x"), OSError("odd")])
 def test_a_bug_keeps_its_traceback(error):
     with pytest.raises(type(error)) as caught:
-        console.guard(raising(error), None)
+        guard(raising(error), None)
     assert caught.value is error
 
 
 def test_interruption(capsys):
-    assert console.guard(raising(KeyboardInterrupt()), None) == console.EXIT_INTERRUPTED == 130
+    assert guard(raising(KeyboardInterrupt()), None) == EXIT_INTERRUPTED == 130
     assert capsys.readouterr().err == "interrupted; the same command continues where this run stopped\n"
 
 
 def test_success():
-    assert console.guard(lambda args: args, ["a"]) == ["a"]
-    assert console.guard(lambda args: None, []) is None
+    assert guard(lambda args: args, ["a"]) == ["a"]
+    assert guard(lambda args: None, []) is None
 
 
 def test_choose():
-    assert console.choose("a", {"a": 1, "b": 2}, "letter") == 1
+    assert choose("a", {"a": 1, "b": 2}, "letter") == 1
     with pytest.raises(UserError, match=r"^unknown letter 'c'; choose one of: a, b$"):
-        console.choose("c", {"a": 1, "b": 2}, "letter")
+        choose("c", {"a": 1, "b": 2}, "letter")
 
 
 def test_say_and_warn(capsys):
-    console.say("hello")
-    console.warn("careful")
+    say("hello")
+    warn("careful")
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("hello\n", "warning: careful\n")
 
 
 def test_progress_shows_rate_and_time_left_on_standard_error(capsys, monkeypatch):
-    with console.progress(total=4, unit="image", mininterval=0) as bar:
+    with progress(total=4, unit="image", mininterval=0) as bar:
         bar.update(3)
         bar.refresh()
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "3/4" in captured.err
     assert "image/s" in captured.err
-    assert list(console.progress(range(3))) == [0, 1, 2]
+    assert list(progress(range(3))) == [0, 1, 2]
 
 
 def test_progress_is_sparse_where_nobody_watches(monkeypatch):
     for watched, interval in ((True, 0.2), (False, 10.0)):
         screen = io.StringIO()
         monkeypatch.setattr(screen, "isatty", lambda watched=watched: watched, raising=False)
-        monkeypatch.setattr(console.sys, "stderr", screen)
-        with console.progress(total=1) as bar:
+        monkeypatch.setattr(sys, "stderr", screen)
+        with progress(total=1) as bar:
             assert bar.mininterval == interval
         monkeypatch.undo()
 
@@ -124,7 +140,7 @@ def gpus(monkeypatch, count):
 )
 def test_devices(name, count, expected, monkeypatch):
     gpus(monkeypatch, count)
-    assert console.choose_device(name) == torch.device(expected)
+    assert choose_device(name) == torch.device(expected)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +158,7 @@ def test_devices(name, count, expected, monkeypatch):
 def test_devices_that_are_not_there(name, count, message, monkeypatch):
     gpus(monkeypatch, count)
     with pytest.raises(UserError, match=message):
-        console.choose_device(name)
+        choose_device(name)
 
 
 # ------------------------------------------------------------------------------------------------- what is printed
@@ -173,7 +189,7 @@ def stream(encoding):
 @pytest.mark.parametrize("name", PRINTABLE)
 def test_printable(name):
     text, encoding, shown = PRINTABLE[name]
-    assert console.printable(text, encoding and stream(encoding)) == shown
+    assert printable(text, encoding and stream(encoding)) == shown
     shown.encode(encoding or "utf-8")
 
 
@@ -182,15 +198,15 @@ def test_everything_said_can_be_printed(name, monkeypatch):
     """Each door to the console, on a stream that refuses what it cannot encode."""
     text, encoding, shown = PRINTABLE[name]
     for target in ("stdout", "stderr"):
-        monkeypatch.setattr(console.sys, target, stream(encoding))
-    console.say(text)
-    console.log(text)
-    console.warn(text)
-    with console.progress(total=1, desc=text) as bar:
+        monkeypatch.setattr(sys, target, stream(encoding))
+    say(text)
+    log(text)
+    warn(text)
+    with progress(total=1, desc=text) as bar:
         bar.refresh()
     with pytest.raises(SystemExit):
-        console.fail(f"'{text}'")
-    out, err = (target.buffer.getvalue().decode(target.encoding) for target in (console.sys.stdout, console.sys.stderr))
+        fail(f"'{text}'")
+    out, err = (target.buffer.getvalue().decode(target.encoding) for target in (sys.stdout, sys.stderr))
     assert out == f"{shown}\n{shown}\n"
     assert err.startswith(f"warning: {shown}\n\r{shown}:   0%|")
     assert err.endswith("'\n")
@@ -199,12 +215,12 @@ def test_everything_said_can_be_printed(name, monkeypatch):
 
 def test_without_a_console(monkeypatch):
     """A process that was started with standard output or error closed."""
-    monkeypatch.setattr(console.sys, "stdout", None)
-    monkeypatch.setattr(console.sys, "stderr", None)
-    console.say("x")
-    console.warn("x")
-    assert list(console.progress(range(2), desc="x")) == [0, 1]
-    assert console.guard(lambda args: args, 3) == 3
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    say("x")
+    warn("x")
+    assert list(progress(range(2), desc="x")) == [0, 1]
+    assert guard(lambda args: args, 3) == 3
 
 
 WORDS = [
@@ -228,7 +244,7 @@ WORDS = [
 
 @pytest.mark.parametrize("word", WORDS)
 def test_a_printed_command_can_be_copied(word):
-    command = console.printable(console.shell("printf", "%s", word))
+    command = printable(shell("printf", "%s", word))
     assert command.isprintable()
     done = subprocess.run(["bash", "-c", command], capture_output=True, check=True)
     assert done.stdout == os.fsencode(word)
@@ -240,7 +256,7 @@ def test_a_printed_command_can_be_copied(word):
 def flag_values(*arguments):
     """The value of a flag that is a path."""
     values = flags.FlagValues()
-    flags.DEFINE(console._Path(), "path", "./d", "A path.", flag_values=values, serializer=flags.ArgumentSerializer())
+    flags.DEFINE(_Path(), "path", "./d", "A path.", flag_values=values, serializer=flags.ArgumentSerializer())
     values(["program", *arguments])
     return values
 
@@ -252,7 +268,7 @@ def test_paths_start_at_home_where_they_say_so(monkeypatch):
     assert flag_values("--path", "~").path == "/home/me"
     assert flag_values("--path=a/~").path == "a/~"
     assert flag_values("--path=~nobody-of-that-name/x").path == "~nobody-of-that-name/x"
-    assert console.expand("~/x") == "/home/me/x"
+    assert expand("~/x") == "/home/me/x"
 
 
 def test_a_config(tmp_path, monkeypatch):
@@ -263,12 +279,12 @@ def test_a_config(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("c.py", "c:d.py"):
         (tmp_path / name).write_text(source)
-        config = console.read_config(f"~/{name}")
+        config = read_config(f"~/{name}")
         assert config.w == "a"
         config.w = "b"
         with pytest.raises(AttributeError):
             config.v = 1
-    assert console.read_config(str(tmp_path / "c.py:text:more")).w == "text:more"
+    assert read_config(str(tmp_path / "c.py:text:more")).w == "text:more"
     assert not list(tmp_path.glob("*/"))  # no compiled copies
 
 
@@ -276,7 +292,8 @@ def test_a_config(tmp_path, monkeypatch):
 
 ENDS = """
 import os, signal, sys, threading, time
-import console
+import command_line
+from basics import console
 
 def interrupt(delay=0.0):
     threading.Timer(delay, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
@@ -317,7 +334,7 @@ def a_pipe_of_its_own(_):
     os.close(read)
     os.write(write, b"x")
 
-console.run(globals()[sys.argv[1]], sys.argv[:1])
+command_line.run(globals()[sys.argv[1]], sys.argv[:1])
 """
 INTERRUPTED = "interrupted; the same command continues where this run stopped\n"
 
@@ -329,7 +346,7 @@ def bash(line):
 
 @pytest.mark.parametrize("how", ["once", "twice", "turned_into_another_error", "while_a_thread_ends"])
 def test_interrupts_end_quietly(how):
-    assert tiny.command("-c", ENDS, how) == (console.EXIT_INTERRUPTED, "", INTERRUPTED)
+    assert tiny.command("-c", ENDS, how) == (EXIT_INTERRUPTED, "", INTERRUPTED)
 
 
 def test_an_interrupt_after_the_end_is_quiet():
@@ -340,7 +357,7 @@ def test_an_interrupt_after_the_end_is_quiet():
 def test_an_interrupt_while_the_flags_are_read(tmp_path):
     (tmp_path / "slow.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
     arguments = ["main.py", "--mode=train", "--workdir=out", f"--config={tmp_path / 'slow.py'}"]
-    assert tiny.command(*arguments) == (console.EXIT_INTERRUPTED, "", INTERRUPTED)
+    assert tiny.command(*arguments) == (EXIT_INTERRUPTED, "", INTERRUPTED)
 
 
 @pytest.mark.parametrize(("how", "command"), [("many_lines", "head -1"), ("many_warnings", "head -1 >&2")])
@@ -353,14 +370,14 @@ def test_output_that_nobody_reads_any_more(how, command):
         capture_output=True,
         text=True,
     )
-    assert done.returncode == console.EXIT_NO_READER == 141
+    assert done.returncode == EXIT_NO_READER == 141
     assert (done.stdout + done.stderr).removeprefix("warning: ") == "line\n"
 
 
 def test_help_that_nobody_reads_to_its_end():
     line = f'"{sys.executable}" main.py --helpfull | true; exit ${{PIPESTATUS[0]}}'
     done = bash(line)
-    assert done.returncode in (0, console.EXIT_NO_READER)
+    assert done.returncode in (0, EXIT_NO_READER)
     assert done.stderr == ""
 
 
@@ -379,7 +396,7 @@ def test_a_full_disk_behind_standard_output():
         capture_output=True,
         text=True,
     )
-    assert done.returncode == console.EXIT_USER_ERROR
+    assert done.returncode == EXIT_USER_ERROR
     assert (
         done.stderr
         == "error: No space left on device: while writing; free some space, then run the same command again\n"

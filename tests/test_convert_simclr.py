@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from helpers import GOLDEN, ROOT, fill_, tensor, wave
 
-import files
-from console import UserError
-from metrics import convert_simclr, simclr, tensor_bundle
+from basics import files
+from basics.console import UserError
+from metrics import simclr
 from metrics.simclr_resnet import Architecture, ResNet
+from scripts import convert_simclr, tensor_bundle
 
 WRITTEN = GOLDEN / "simclr_tensorflow"
 ARCHITECTURES = {
@@ -75,7 +76,7 @@ def test_checksums_agree_with_tensorflows():
 def test_command_line(tmp_path):
     shutil.copytree(WRITTEN, tmp_path / "source")
     out = tmp_path / "made" / "small.pth"
-    command = [sys.executable, "-m", "metrics.convert_simclr"]
+    command = [sys.executable, "-m", "scripts.convert_simclr"]
     with pytest.raises(UserError, match=r"several checkpoints, give one of: .*plain-250228, .*selective-250228"):
         convert_simclr.main([str(tmp_path / "source"), str(out)])
     for path in (tmp_path / "source").glob("plain*"):

@@ -17,11 +17,13 @@ from safetensors.torch import save
 
 import losses
 import models
-import storage
-import tensor_files
+from basics import tensor_files
+from basics.console import UserError
 from configs.base import to_dict
-from console import UserError
-from metrics import tensor_bundle, weights
+from metrics import weights
+from scripts import tensor_bundle
+from storage.arrays import read_arrays
+from storage.checkpoints import load_ema_weights, read_checkpoint, restore_state, write_checkpoint
 
 CONFIG = to_dict(tiny.config())
 NAN, HUGE = float("nan"), 10**400
@@ -38,7 +40,7 @@ def content(tmp_path_factory):
     state.step, state.ema.num_updates = 1, 1
     path = tmp_path_factory.mktemp("crafted") / "checkpoint.pth"
     data = {"fingerprint": "ab", "images": 3, "source": "photos"}
-    storage.write_checkpoint(path, state, to_dict(config), config.seed, data)
+    write_checkpoint(path, state, to_dict(config), config.seed, data)
     return torch.load(path, weights_only=True)
 
 
@@ -170,7 +172,7 @@ def resume(path):
     state = losses.create_state(config, models.create_model(config))
     before = copy.deepcopy((state.net.state_dict(), state.ema.state_dict(), state.optimizer.state_dict(), state.step))
     try:
-        storage.restore_state(path, state, CONFIG, config.seed)
+        restore_state(path, state, CONFIG, config.seed)
     except UserError:
         after = state.net.state_dict(), state.ema.state_dict(), state.optimizer.state_dict(), state.step
         assert tiny.same(before, after)
@@ -181,7 +183,7 @@ def reconstruct(path):
     net = models.create_model(tiny.config())
     before = copy.deepcopy(net.state_dict())
     try:
-        storage.load_ema_weights(path, net, CONFIG)
+        load_ema_weights(path, net, CONFIG)
     except UserError:
         assert tiny.same(before, net.state_dict())
         raise
@@ -309,7 +311,7 @@ TORCH_FILES = {
 def test_torch_files(name, tmp_path):
     make, message = TORCH_FILES[name]
     make(tmp_path / "crafted.pth")
-    refuses(storage.read_checkpoint, tmp_path / "crafted.pth", message)
+    refuses(read_checkpoint, tmp_path / "crafted.pth", message)
     with contextlib.suppress(UserError):  # or a list, which each metric refuses itself
         weights.read(tmp_path / "crafted.pth", "the weights", "fetch them again")
 
@@ -342,7 +344,7 @@ def test_numpy_numbers_in_a_checkpoint(write):
 def test_arrays_that_inflate(tmp_path):
     np.savez_compressed(tmp_path / "a.npz", settings=np.array("{}"), x=np.zeros(1 << 20))
     with pytest.raises(UserError, match=r"a\.npz is damaged or truncated; delete it"):
-        storage.read_arrays(tmp_path / "a.npz", {})
+        read_arrays(tmp_path / "a.npz", {})
 
 
 # ----------------------------------------------------------------------------------------------------- safetensors

@@ -14,8 +14,11 @@ import torch
 from PIL import Image
 
 import datasets
-import files
-from console import UserError
+from basics import files
+from basics.console import UserError
+from basics.image_lists import say_once
+from basics.pixels import crop, dequantize, resize_bilinear, to_data_range, to_model_range
+from lmd.batches import TrainingBatches, in_order
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "center_crop.npz")
 CROPS = [name[: -len("_in")] for name in GOLDEN.files if name.endswith("_in")]
@@ -54,7 +57,7 @@ def folder(tmp_path):
 @pytest.fixture(autouse=True)
 def nothing_was_said():
     """What is told once a run is told in every test."""
-    datasets._say_once.cache_clear()
+    say_once.cache_clear()
 
 
 @pytest.fixture
@@ -79,7 +82,7 @@ def test_crop_is_the_published_one(name, tmp_path):
     size = int(name.split("_to")[1])
     expected = GOLDEN[f"{name}_out"]
     picture = Image.fromarray(GOLDEN[f"{name}_in"])
-    assert np.array_equal(np.array(datasets.crop(picture, size)), expected)
+    assert np.array_equal(np.array(crop(picture, size)), expected)
     picture.save(tmp_path / "picture.png")
     (tmp_path / "list.txt").write_text("picture.png\n")
     images = load(tmp_path / "list.txt", image_size=size)
@@ -181,7 +184,7 @@ def test_unusable_files_are_named_and_change_nothing_for_the_others(limit, tmp_p
     assert [label for label, _ in images.skipped] == list(UNUSABLE)
     assert all(reason and "\n" not in reason for _, reason in images.skipped)
     assert images.labels == [f"good{index}.png" for index in range(len(UNUSABLE))]
-    expected = torch.stack([chw(datasets.crop(noise_picture(index), 32)) for index in range(len(UNUSABLE))])
+    expected = torch.stack([chw(crop(noise_picture(index), 32)) for index in range(len(UNUSABLE))])
     assert torch.equal(read_all(images), expected)
     warnings = capsys.readouterr().err
     assert all(f"{name} is left out" in warnings for name in UNUSABLE)
@@ -217,7 +220,7 @@ def test_a_folder_is_searched_below_and_sorted(folder):
     assert images.name == "pictures"
     assert len(images) == 7
     order = [3, 1, 0, 2, 4, 5, 6]  # a/b/y, a/x, b, c, d, e, f
-    assert torch.equal(read_all(images), torch.stack([chw(datasets.crop(noise_picture(i), 32)) for i in order]))
+    assert torch.equal(read_all(images), torch.stack([chw(crop(noise_picture(i), 32)) for i in order]))
 
 
 def test_linked_folders_are_followed_once(folder, tmp_path):
@@ -235,7 +238,7 @@ def test_a_list_resolves_paths_beside_itself_then_here(folder, tmp_path, monkeyp
     images = load(folder / "chosen.txt")
     assert images.name == "chosen"
     assert len(images) == 4
-    assert torch.equal(read_all(images), torch.stack([chw(datasets.crop(noise_picture(i), 32)) for i in [0, 1, 5, 0]]))
+    assert torch.equal(read_all(images), torch.stack([chw(crop(noise_picture(i), 32)) for i in [0, 1, 5, 0]]))
 
 
 @pytest.mark.parametrize("limit", [0, 2 << 30])
@@ -249,9 +252,7 @@ def test_max_images_takes_evenly_spread_usable_ones_and_no_more(limit, tmp_path,
     images = load(tmp_path / "p", max_images=4)
     assert images.labels == ["class0/00.png", "class1/11.png", "class2/20.png", "class3/30.png"]
     assert len(opened) == 5  # the damaged one and no more than was needed
-    assert torch.equal(
-        read_all(images), torch.stack([chw(datasets.crop(noise_picture(i), 32)) for i in (0, 11, 20, 30)])
-    )
+    assert torch.equal(read_all(images), torch.stack([chw(crop(noise_picture(i), 32)) for i in (0, 11, 20, 30)]))
     assert "'p': 4 of 40 images are used, evenly spread (--max_images)" in capsys.readouterr().out
     assert len(load(tmp_path / "p", max_images=50)) == 39
     assert "evenly" not in capsys.readouterr().out
@@ -335,7 +336,7 @@ def test_files_are_read_once_for_both_check_and_fingerprint(folder, on_demand, o
 def test_a_file_edited_in_place_is_noticed(tmp_path, on_demand):
     images = load(frames(tmp_path / "p", 1))
     noise_picture(50).save(tmp_path / "p" / "1.bmp")  # as many bytes
-    assert torch.equal(images.read(0, 1)[0], chw(datasets.crop(noise_picture(10), 32)))
+    assert torch.equal(images.read(0, 1)[0], chw(crop(noise_picture(10), 32)))
     with pytest.raises(UserError, match=r"1\.bmp was changed while it was in use; run the same command again"):
         images.read(1, 2)
 
@@ -391,9 +392,9 @@ def test_a_users_own_pictures_are_seen_as_viewers_show_them(tmp_path):
     picture.save(tmp_path / "FFHQ" / "a.png", exif=exif)
     hidden.save(tmp_path / "FFHQ" / "b.png")
     own, named = read_all(load(tmp_path / "FFHQ")), read_all(load("FFHQ", data_root=tmp_path))
-    assert torch.equal(own[0], chw(datasets.crop(picture.rotate(-90, expand=True), 32)))
+    assert torch.equal(own[0], chw(crop(picture.rotate(-90, expand=True), 32)))
     assert (own[1] == 255).all()
-    assert torch.equal(named, chw(datasets.crop(picture, 32)).expand(2, 3, 32, 32))
+    assert torch.equal(named, chw(crop(picture, 32)).expand(2, 3, 32, 32))
 
 
 # -------------------------------------------------------------------------------------- what is no input of a folder
@@ -590,7 +591,7 @@ def test_the_home_folder(folder, tmp_path, monkeypatch):
 def test_one_picture_is_a_set(folder):
     images = load(folder / "b.png")
     assert (images.name, len(images), images.labels) == ("b", 1, [str(folder / "b.png")])
-    assert torch.equal(read_all(images)[0], chw(datasets.crop(noise_picture(0), 32)))
+    assert torch.equal(read_all(images)[0], chw(crop(noise_picture(0), 32)))
     (folder / "x.csv").write_text("b.png")
     with pytest.raises(UserError, match="unknown data set"):
         load(folder / "x.csv")
@@ -615,7 +616,7 @@ def test_lines_of_a_list(line, tmp_path):
     (tmp_path / "list.txt").write_text(f"{line}\n")
     images = load(tmp_path / "list.txt")
     assert images.labels[0].strip() in ("a b/x.png", r"a b\x.png")
-    assert torch.equal(read_all(images)[0], chw(datasets.crop(noise_picture(3), 32)))
+    assert torch.equal(read_all(images)[0], chw(crop(noise_picture(3), 32)))
 
 
 def test_lines_that_name_no_file_are_told_as_they_are(tmp_path):
@@ -843,7 +844,7 @@ def as_used(seed, name, size=(180, 220)):
     if name == "CelebA":  # its central 140x140 pixels
         left, top = (size[0] - 140) // 2, (size[1] - 140) // 2
         picture = picture.crop((left, top, left + 140, top + 140))
-    return chw(datasets.crop(picture, 32))
+    return chw(crop(picture, 32))
 
 
 def lists(root, name):
@@ -928,7 +929,7 @@ def test_a_set_known_by_name_differs_from_its_folder(tmp_path, on_demand):
 
 def test_pictures_smaller_than_the_cut(tmp_path):
     save_noise(tmp_path / "CelebA", [2], size=(64, 80))
-    expected = chw(datasets.crop(noise_picture(2, (64, 80)), 32))
+    expected = chw(crop(noise_picture(2, (64, 80)), 32))
     assert torch.equal(load("CelebA", data_root=tmp_path).read(0, 1)[0], expected)
 
 
@@ -953,7 +954,7 @@ def test_celeba_as_published_is_torchvisions(split, tmp_path, monkeypatch):
     theirs = CelebA(str(tmp_path), split, transform=CenterCrop(140))
     images = load("CELEBA", split=split, data_root=tmp_path)
     assert images.name == "CelebA"
-    assert torch.equal(read_all(images), torch.stack([chw(datasets.crop(picture, 32)) for picture, _ in theirs]))
+    assert torch.equal(read_all(images), torch.stack([chw(crop(picture, 32)) for picture, _ in theirs]))
 
 
 def test_a_damaged_partition_of_celeba(tmp_path):
@@ -1072,7 +1073,7 @@ def test_arrays_go_through_the_crop(shape, suffix, limit, channels, tmp_path, mo
     pictures = [Image.fromarray(row.squeeze()) for row in values]
     if shape[-1] == 4:
         pictures = [Image.alpha_composite(Image.new("RGBA", each.size, "white"), each) for each in pictures]
-    cropped = [datasets.crop(picture, 32) for picture in pictures]
+    cropped = [crop(picture, 32) for picture in pictures]
     if channels == 1:
         cropped = [picture.convert("L") for picture in cropped]
     expected = torch.stack(
@@ -1248,8 +1249,8 @@ def test_images_go_the_same_way_from_every_kind_of_source(tmp_path):
     (tmp_path / "list.txt").write_text("\n".join(f"files/{i:02}.png" for i in range(len(pictures))))
     for through in (28, 20, 14):
         expected = read_all(load("MNIST", data_root=tmp_path, through=through))
-        small = torch.stack([chw(datasets.crop(Image.fromarray(picture), through)) for picture in pictures])
-        assert torch.equal(expected, datasets.resize_bilinear(small, 32))
+        small = torch.stack([chw(crop(Image.fromarray(picture), through)) for picture in pictures])
+        assert torch.equal(expected, resize_bilinear(small, 32))
         for source in ("array.npy", "files", "list.txt"):
             made = read_all(load(tmp_path / source, through=through))
             assert (made.int() - expected.int()).abs().max() <= 1  # resizing one image or all at once may round apart
@@ -1261,8 +1262,8 @@ def test_images_go_the_same_way_from_every_kind_of_source(tmp_path):
 def test_colour_sets_are_matched_too(tmp_path, monkeypatch):
     pixels = write_cifar(tmp_path, "CIFAR10", monkeypatch)["test"]
     images = load("CIFAR10", data_root=tmp_path, through=28)
-    cropped = torch.stack([chw(datasets.crop(Image.fromarray(image.transpose(1, 2, 0)), 28)) for image in pixels])
-    assert torch.equal(read_all(images), datasets.resize_bilinear(cropped, 32))
+    cropped = torch.stack([chw(crop(Image.fromarray(image.transpose(1, 2, 0)), 28)) for image in pixels])
+    assert torch.equal(read_all(images), resize_bilinear(cropped, 32))
     assert (images.native, images.through) == (32, 28)
 
 
@@ -1270,7 +1271,7 @@ def test_squeezed_images_are_matched_squeezed(tmp_path):
     picture = noise_picture(0, (70, 50))
     write_files(tmp_path / "p", [np.array(picture)])
     small = chw(picture.resize((20, 20), Image.Resampling.BICUBIC))
-    expected = datasets.resize_bilinear(small[None], 32)
+    expected = resize_bilinear(small[None], 32)
     assert torch.equal(read_all(load(tmp_path / "p", center_crop=False, through=20)), expected)
 
 
@@ -1303,25 +1304,25 @@ def test_resize_is_pillows(before, after, tolerance):
     pixels[:50] = np.where(pixels[:50] > 127, 255, 0)  # hard edges, where rounding and clipping show
     size = (after, after)
     expected = np.stack([np.array(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)) for image in pixels])
-    made = datasets.resize_bilinear(torch.from_numpy(pixels)[:, None], after)[:, 0]
+    made = resize_bilinear(torch.from_numpy(pixels)[:, None], after)[:, 0]
     assert (made.int() - torch.from_numpy(expected).int()).abs().max() <= tolerance
 
 
 def test_ranges():
     levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
-    plain, centred = datasets.to_model_range(levels, False), datasets.to_model_range(levels, True)
+    plain, centred = to_model_range(levels, False), to_model_range(levels, True)
     assert torch.equal(plain, levels.float() / 255)
     assert torch.equal(centred, plain * 2 - 1)
-    assert torch.equal(datasets.to_model_range(plain, True), centred)
+    assert torch.equal(to_model_range(plain, True), centred)
     assert plain.max() == 1  # the input is left as it was
-    assert torch.equal(datasets.to_data_range(plain, False), plain)
-    torch.testing.assert_close(datasets.to_data_range(centred, True), plain, rtol=0, atol=1e-7)
-    assert datasets.to_data_range(torch.tensor([3.0]), True) == 2  # not clipped
+    assert torch.equal(to_data_range(plain, False), plain)
+    torch.testing.assert_close(to_data_range(centred, True), plain, rtol=0, atol=1e-7)
+    assert to_data_range(torch.tensor([3.0]), True) == 2  # not clipped
 
 
 def test_dequantize():
     levels = torch.arange(256).repeat(200, 1).float() / 255
-    made = datasets.dequantize(levels, torch.Generator().manual_seed(0))
+    made = dequantize(levels, torch.Generator().manual_seed(0))
     u = made.double() * 256 - torch.arange(256)
     assert u.min() > -1e-4  # float32 rounding at 256
     assert u.max() < 1 + 1e-4
@@ -1341,7 +1342,7 @@ def numbered(count, shape=(3, 4, 4)):
 
 def feed(images, batch_size=4, **options):
     plain = {"seed": 7, "device": "cpu", "random_flip": False, "uniform_dequantization": False, "centered": False}
-    return datasets.TrainingBatches(images, batch_size, **{**plain, **options})
+    return TrainingBatches(images, batch_size, **{**plain, **options})
 
 
 def numbers(batch):
@@ -1433,9 +1434,9 @@ def test_a_batch_that_cannot_be_filled(size):
 
 def test_in_order():
     images = numbered(11)
-    batches = list(datasets.in_order(images, 4, "cpu", centered=True))
+    batches = list(in_order(images, 4, "cpu", centered=True))
     assert [len(batch) for batch in batches] == [4, 4, 3]
-    assert torch.equal(torch.cat(batches), datasets.to_model_range(read_all(images), True))
+    assert torch.equal(torch.cat(batches), to_model_range(read_all(images), True))
 
 
 # -------------------------------------------------------------------------------------------------- what is shipped

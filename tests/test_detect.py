@@ -4,6 +4,7 @@ import concurrent.futures
 import csv
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -16,13 +17,16 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-import console
-import detect
-import files
 import metrics
-import storage
-from console import UserError
+from basics import files
+from basics.console import EXIT_USER_ERROR, UserError
+from lmd import detection, pictures, scoring
+from lmd.pictures import _groups, _read_pictures, _text
 from metrics import perceptual
+from storage import results_folder
+from storage.arrays import read_tensors
+from storage.results_folder import ResultsFolder
+from storage.scores import read_results, read_scores
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -49,7 +53,7 @@ def published(tmp_path):
 @pytest.fixture
 def made(tmp_path):
     """A results folder as recon.py makes it, with a manifest that tells of files left out."""
-    folder = storage.ResultsFolder(tmp_path / "random_patch4_ratio0.5_reps3")
+    folder = ResultsFolder(tmp_path / "random_patch4_ratio0.5_reps3")
     entry = {"dataset": "CIFAR10", "images": 10, "batch_size": 4, "batches": 3, "skipped": []}
     left_out = {
         "dataset": "some/photos",
@@ -77,7 +81,7 @@ def snapshot(folder):
 def test_published_scores(published, trailing):
     """1e-5: the published SSIM sums float32 windows in another order."""
     golden = np.load(GOLDEN / "results_small_scores.npz")
-    results = detect.detect(f"{published}{trailing}", ["MSE", "SSIM"], reps=3, bootstrap=0, plots=False)
+    results = detection.detect(f"{published}{trailing}", ["MSE", "SSIM"], reps=3, bootstrap=0, plots=False)
     for result in results:
         name = result.metric.lower()
         assert result.roc_auc == pytest.approx(float(golden[f"{name}_auc"]), abs=1e-12)
@@ -88,24 +92,24 @@ def test_published_scores(published, trailing):
 
 
 def test_even_number_of_repetitions_takes_the_mean_of_the_middle_two(published):
-    (result,) = detect.detect(published, ["MSE"], reps=2, plots=False)
+    (result,) = detection.detect(published, ["MSE"], reps=2, plots=False)
     for table in result.tables.values():
         assert len(table["distances"]) == 2
         np.testing.assert_allclose(table["score"], table["distances"].mean(axis=0), rtol=1e-6)
 
 
 def test_fewer_repetitions_are_the_first(published):
-    one, three = (detect.detect(published, ["MSE"], reps=reps, plots=False)[0] for reps in (1, 3))
+    one, three = (detection.detect(published, ["MSE"], reps=reps, plots=False)[0] for reps in (1, 3))
     for side in ("pos", "neg"):
         np.testing.assert_array_equal(one.tables[side]["distances"], three.tables[side]["distances"][:1])
 
 
 def test_streaming_equals_all_at_once(made):
     """1e-6: a batch's chunks are averaged in the same order, up to vector lanes."""
-    result = detect.detect(made, ["SSIM"], reps=3, plots=False)[0]
+    result = detection.detect(made, ["SSIM"], reps=3, plots=False)[0]
     metric, scores = metrics.create("SSIM", CPU), {}
     for side, count in (("pos", 3), ("neg", 2)):
-        batches = [storage.read_tensors(made / side / f"batch_{i}.pth", "batch") for i in range(count)]
+        batches = [read_tensors(made / side / f"batch_{i}.pth", "batch") for i in range(count)]
         orig = torch.cat([batch["orig"] for batch in batches])
         recons = [torch.cat([batch["recon"][rep] for batch in batches]) for rep in range(3)]
         distances = np.stack([metric(orig, recon).numpy() for recon in recons])
@@ -120,15 +124,15 @@ def test_images_are_compared_in_chunks(monkeypatch):
     orig = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     recons = [orig.roll(shift, 3) for shift in (1, 2)]
     tools = [metrics.create(name, CPU) for name in ("MSE", "SSIM")]
-    whole = detect.compare(tools, orig, recons, CPU)
+    whole = scoring.compare(tools, orig, recons, CPU)
     monkeypatch.setattr(metrics.Metric, "pixels_at_once", 1)
     assert whole.shape == (2, 2, 5)
-    np.testing.assert_allclose(detect.compare(tools, orig, recons, CPU), whole, rtol=1e-6)
+    np.testing.assert_allclose(scoring.compare(tools, orig, recons, CPU), whole, rtol=1e-6)
 
 
 def test_memory_holds_one_batch_at_a_time(made, monkeypatch):
     """Every batch read is gone before the next one is; each file is read once."""
-    read, alive, paths = storage.ResultsFolder.read_batch, weakref.WeakSet(), []
+    read, alive, paths = ResultsFolder.read_batch, weakref.WeakSet(), []
 
     def watched(folder, side, index, reps):
         assert not alive
@@ -137,20 +141,21 @@ def test_memory_holds_one_batch_at_a_time(made, monkeypatch):
         paths.append((side, index))
         return orig, recons
 
-    monkeypatch.setattr(storage.ResultsFolder, "read_batch", watched)
-    detect.detect(made, ["MSE", "SSIM"], reps=3, plots=False)
+    monkeypatch.setattr(ResultsFolder, "read_batch", watched)
+    detection.detect(made, ["MSE", "SSIM"], reps=3, plots=False)
     assert paths == [("pos", 0), ("pos", 1), ("pos", 2), ("neg", 0), ("neg", 1)]
 
 
 def test_pictures_read_each_file_once_more_at_most(made, monkeypatch):
-    read, paths = storage.read_tensors, []
+    read, paths = read_tensors, []
 
     def watched(path, what):
         paths.append(path)
         return read(path, what)
 
-    monkeypatch.setattr(storage, "read_tensors", watched)
-    detect.detect(made, ["MSE", "SSIM"], reps=3)
+    for module in (results_folder, pictures):
+        monkeypatch.setattr(module, "read_tensors", watched)
+    detection.detect(made, ["MSE", "SSIM"], reps=3)
     assert max(paths.count(path) for path in paths) == 2
 
 
@@ -161,7 +166,7 @@ def test_bootstrap_interval_is_as_wide_as_theory_says():
     """Against the normal interval of DeLong (1988); 10%: the Monte Carlo error of two quantiles of 4000 resamples."""
     rng = np.random.default_rng(0)
     pos, neg = rng.normal(0, 1, 400), rng.normal(1, 1, 300)
-    low, high = detect.bootstrap_interval(pos, neg, 4000)
+    low, high = scoring.bootstrap_interval(pos, neg, 4000)
     wins = (pos[:, None] < neg[None]).astype(float)
     deviation = (wins.mean(axis=1).var(ddof=1) / 400 + wins.mean(axis=0).var(ddof=1) / 300) ** 0.5
     assert high - low == pytest.approx(2 * 1.96 * deviation, rel=0.1)
@@ -170,36 +175,36 @@ def test_bootstrap_interval_is_as_wide_as_theory_says():
 
 def test_bootstrap_interval_at_the_ends_and_with_ties():
     near, far = np.zeros(20), np.ones(30)
-    assert detect.bootstrap_interval(near, far, 50) == (1, 1)
-    assert detect.bootstrap_interval(far, near, 50) == (0, 0)
-    assert detect.bootstrap_interval(near, near[:7], 50) == (0.5, 0.5)
+    assert scoring.bootstrap_interval(near, far, 50) == (1, 1)
+    assert scoring.bootstrap_interval(far, near, 50) == (0, 0)
+    assert scoring.bootstrap_interval(near, near[:7], 50) == (0.5, 0.5)
 
 
 def test_bootstrap_interval_is_reproducible(published):
-    first, second = (detect.detect(published, ["MSE"], bootstrap=20, plots=False)[0].interval for _ in range(2))
+    first, second = (detection.detect(published, ["MSE"], bootstrap=20, plots=False)[0].interval for _ in range(2))
     assert first == second
     assert first[0] < first[1]
-    assert detect.detect(published, ["MSE"], bootstrap=21, plots=False)[0].interval != first
+    assert detection.detect(published, ["MSE"], bootstrap=21, plots=False)[0].interval != first
 
 
 # ------------------------------------------------------------------------------------------------- what is written
 
 
 def test_scores_csv(made):
-    result = detect.detect(made, ["MSE"], reps=3, plots=False)[0]
+    result = detection.detect(made, ["MSE"], reps=3, plots=False)[0]
     with (made / "scores_MSE.csv").open() as file:
         header, *rows = csv.reader(file)
     assert header == ["side", "position", "batch", "score", "distance_rep0", "distance_rep1", "distance_rep2"]
     assert [row[:3] for row in rows[:5]] == [["pos", str(i), str(i // 4)] for i in range(5)]
     assert [row[:3] for row in rows[10:]] == [["neg", p, b] for p, b in zip("012345", "000111", strict=True)]
-    back = storage.read_scores(made / "scores_MSE.csv")
+    back = read_scores(made / "scores_MSE.csv")
     for side, table in result.tables.items():
         for name, values in table.items():
             np.testing.assert_array_equal(back[side][name].astype(values.dtype), values)  # float32 to the last bit
 
 
 def test_results_json(made):
-    result = detect.detect(made, ["MSE"], reps=3, plots=False)[0]
+    result = detection.detect(made, ["MSE"], reps=3, plots=False)[0]
     assert json.loads((made / "results.json").read_text()) == {
         "repetitions": 3,
         "images": {"pos": 10, "neg": 6},
@@ -214,9 +219,9 @@ def test_results_json(made):
 
 
 def test_sides_are_called_by_their_data_sets(made, published):
-    (result,) = detect.detect(made, ["MSE"], plots=False)
+    (result,) = detection.detect(made, ["MSE"], plots=False)
     assert result.names == {"pos": "in-domain CIFAR10", "neg": "out-of-domain photos"}
-    (result,) = detect.detect(published, ["MSE"], plots=False)
+    (result,) = detection.detect(published, ["MSE"], plots=False)
     assert result.names == {"pos": "in-domain", "neg": "out-of-domain"}
 
 
@@ -246,22 +251,22 @@ def test_folders_of_an_earlier_version_keep_their_positions_or_are_refused(made,
         batch = torch.load(path, weights_only=True)
         torch.save({name: batch[name] for name in ("orig", "masked", "recon")}, path)
     if message is None:
-        (result,) = detect.detect(made, ["MSE"], reps=3, plots=False)
+        (result,) = detection.detect(made, ["MSE"], reps=3, plots=False)
         assert result.tables["neg"]["position"].tolist() == changes.get("positions", [0, 1, 2, 3, 4, 5])
         return
     with pytest.raises(UserError, match=message):
-        detect.detect(made, ["MSE"], reps=3, plots=False)
+        detection.detect(made, ["MSE"], reps=3, plots=False)
 
 
 def test_results_json_keeps_metrics_scored_earlier_on_the_same(made):
-    detect.detect(made, ["MSE"], reps=3, plots=False)
-    detect.detect(made, ["SSIM"], reps=3, bootstrap=0, plots=False)
-    results = storage.read_results(made)
+    detection.detect(made, ["MSE"], reps=3, plots=False)
+    detection.detect(made, ["SSIM"], reps=3, bootstrap=0, plots=False)
+    results = read_results(made)
     assert list(results["metrics"]) == ["MSE", "SSIM"]
     assert results["metrics"]["SSIM"]["interval_95"] is None
-    detect.detect(made, ["SSIM"], reps=2, plots=False)
-    assert list(storage.read_results(made)["metrics"]) == ["SSIM"]
-    assert storage.read_results(made)["repetitions"] == 2
+    detection.detect(made, ["SSIM"], reps=2, plots=False)
+    assert list(read_results(made)["metrics"]) == ["SSIM"]
+    assert read_results(made)["repetitions"] == 2
 
 
 REPETITIONS = {  # folder's name, what its manifest says, --reps -> how many were made
@@ -278,7 +283,7 @@ def test_repetitions_that_are_not_used_are_told(name, made, capsys):
     manifest = json.loads((made / "manifest.json").read_text())
     manifest["settings"].update({} if told is None else {"reps_per_image": told})
     (made / "manifest.json").write_text(json.dumps(manifest))
-    detect.detect(made.rename(made.parent / folder), ["MSE"], reps=reps, plots=False)
+    detection.detect(made.rename(made.parent / folder), ["MSE"], reps=reps, plots=False)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
     line = f"warning: using {reps} of {expected} repetitions; --reps {expected} uses all"
     assert lines == ([line] if expected else [])
@@ -318,20 +323,20 @@ def warnings_of(capsys):
 
 def test_variants_of_a_metric_do_not_replace_each_other_silently(made, monkeypatch, capsys):
     with_options(monkeypatch, "SIMCLR", resize_type="bicubic", weights="aa")
-    detect.detect(made, ["SIMCLR", "MSE"], reps=3, plots=False)
-    entry = storage.read_results(made)["metrics"]["SIMCLR"]
+    detection.detect(made, ["SIMCLR", "MSE"], reps=3, plots=False)
+    entry = read_results(made)["metrics"]["SIMCLR"]
     assert entry["options"] == {"resize_type": "bicubic", "weights": "aa"}
-    assert "options" not in storage.read_results(made)["metrics"]["MSE"]
-    detect.detect(made, ["SIMCLR"], reps=3, plots=False)
+    assert "options" not in read_results(made)["metrics"]["MSE"]
+    detection.detect(made, ["SIMCLR"], reps=3, plots=False)
     assert warnings_of(capsys) == []
     with_options(monkeypatch, "SIMCLR", resize_type="none", weights="aa")
-    detect.detect(made, ["SIMCLR"], reps=3, plots=False)
+    detection.detect(made, ["SIMCLR"], reps=3, plots=False)
     assert warnings_of(capsys) == [
         "warning: earlier SIMCLR scores were made with other options and are replaced "
         '(resize_type: "bicubic" there, "none" here)'
     ]
-    assert storage.read_results(made)["metrics"]["SIMCLR"]["options"]["resize_type"] == "none"
-    assert "MSE" in storage.read_results(made)["metrics"]
+    assert read_results(made)["metrics"]["SIMCLR"]["options"]["resize_type"] == "none"
+    assert "MSE" in read_results(made)["metrics"]
 
 
 def test_simclr_keeps_its_weights_and_resizing(made, monkeypatch):
@@ -346,44 +351,46 @@ def test_simclr_keeps_its_weights_and_resizing(made, monkeypatch):
 
 
 def test_metrics_that_leave_the_summary_are_told(made, capsys):
-    detect.detect(made, ["MSE", "SSIM"], reps=3, plots=False)
+    detection.detect(made, ["MSE", "SSIM"], reps=3, plots=False)
     assert warnings_of(capsys) == []
-    detect.detect(made, ["SSIM"], reps=2, plots=False)
+    detection.detect(made, ["SSIM"], reps=2, plots=False)
     told = "warning: results.json no longer tells of MSE, measured otherwise (repetitions: 3 there, 2 here)"
     assert warnings_of(capsys) == [told]
 
 
 def test_two_at_once_lose_nothing(made):
     """Read, changed and written by one process at a time."""
-    (result,) = detect.detect(made, ["MSE"], reps=3, bootstrap=0, plots=False)
+    (result,) = detection.detect(made, ["MSE"], reps=3, bootstrap=0, plots=False)
     names = [f"M{number}" for number in range(16)]
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        folder = storage.ResultsFolder(made)
-        work = [pool.submit(detect.write, folder, [dataclasses.replace(result, metric=name)], 3, 0) for name in names]
+        folder = ResultsFolder(made)
+        work = [
+            pool.submit(detection.write, folder, [dataclasses.replace(result, metric=name)], 3, 0) for name in names
+        ]
     assert [future.result() for future in work] == [None] * 16
-    assert sorted(storage.read_results(made)["metrics"]) == sorted(["MSE", *names])
+    assert sorted(read_results(made)["metrics"]) == sorted(["MSE", *names])
 
 
-@pytest.mark.parametrize("part", ["_roc", "_grid", "_png"])
+@pytest.mark.parametrize("part", ["_roc", "_grid", "to_png"])
 def test_a_picture_that_fails_is_a_warning(part, published, monkeypatch, capsys):
     """The scores are written by then."""
 
     def fail(*arguments):
         raise ValueError("ParseFatalException: \x1b[31m$")
 
-    monkeypatch.setattr(detect, part, fail)
-    (result,) = detect.detect(published, ["MSE"], reps=3)
-    lost = {"_roc": ["roc"], "_grid": ["pictures"], "_png": PICTURES}[part]
+    monkeypatch.setattr(detection if part == "to_png" else pictures, part, fail)
+    (result,) = detection.detect(published, ["MSE"], reps=3)
+    lost = {"_roc": ["roc"], "_grid": ["pictures"], "to_png": PICTURES}[part]
     assert warnings_of(capsys) == [
         f"warning: {name}_MSE.png is left out, the scores are there: ParseFatalException: \\x1b[31m$" for name in lost
     ]
     assert result.files == ["scores_MSE.csv", *(f"{name}_MSE.png" for name in PICTURES if name not in lost)]
-    assert storage.read_results(published)["metrics"]["MSE"]["roc_auc"] == result.roc_auc
+    assert read_results(published)["metrics"]["MSE"]["roc_auc"] == result.roc_auc
 
 
 def test_a_picture_that_cannot_be_written_is_a_warning(published, monkeypatch, capsys):
     (published / "roc_MSE.png").mkdir()
-    (result,) = detect.detect(published, ["MSE"], reps=3)
+    (result,) = detection.detect(published, ["MSE"], reps=3)
     assert [line for line in warnings_of(capsys) if "roc_MSE.png is left out" in line]
     assert "roc_MSE.png" not in result.files
 
@@ -404,12 +411,12 @@ def test_names_in_pictures_are_no_formulas(name):
     from matplotlib.text import Text
 
     given, shown = SHOWN[name]
-    text = detect._text(given)
+    text = _text(given)
     assert Text(0, 0, text)._preprocess_math(text) == (shown, False)
 
 
 def test_no_plots(published):
-    (result,) = detect.detect(published, ["MSE"], plots=False)
+    (result,) = detection.detect(published, ["MSE"], plots=False)
     assert result.files == ["scores_MSE.csv"]
     assert sorted(path.name for path in published.iterdir()) == ["neg", "pos", "results.json", "scores_MSE.csv"]
 
@@ -418,7 +425,7 @@ def test_no_plots(published):
 def test_grid_images(published, count, expected):
     from PIL import Image
 
-    (result,) = detect.detect(published, ["SSIM"], reps=2, grid_images=count)
+    (result,) = detection.detect(published, ["SSIM"], reps=2, grid_images=count)
     names = [f"{name}_SSIM.png" for name in expected]
     assert result.files == ["scores_SSIM.csv", *names]
     for name in names:
@@ -429,9 +436,9 @@ def test_grid_images(published, count, expected):
 
 def test_grid_shows_the_nearest_and_the_furthest(made):
     """Picks are sorted by score, come from the right rows, and show the repetition nearest to the median."""
-    result = detect.detect(made, ["MSE"], reps=3, plots=False)[0]
-    groups = detect._groups(result.tables, 4)
-    pictures = detect._read_pictures(storage.ResultsFolder(made), {pick for picks in groups.values() for pick in picks})
+    result = detection.detect(made, ["MSE"], reps=3, plots=False)[0]
+    groups = _groups(result.tables, 4)
+    pictures = _read_pictures(ResultsFolder(made), {pick for picks in groups.values() for pick in picks})
     for (side, group), picks in groups.items():
         scores = np.sort(result.tables[side]["score"])
         expected = scores[:4] if group == "least" else scores[::-1][:4]
@@ -445,10 +452,10 @@ def test_grid_shows_the_nearest_and_the_furthest(made):
 
 
 def test_grey_images(tmp_path):
-    folder = storage.ResultsFolder(tmp_path)
+    folder = ResultsFolder(tmp_path)
     fill(folder, "pos", [3], shape=(1, 20, 16))
     fill(folder, "neg", [2], shape=(1, 20, 16))
-    result = detect.detect(tmp_path, ["MSE", "SSIM"], reps=3)[1]
+    result = detection.detect(tmp_path, ["MSE", "SSIM"], reps=3)[1]
     assert result.files == ["scores_SSIM.csv", *(f"{name}_SSIM.png" for name in PICTURES)]
 
 
@@ -481,14 +488,14 @@ def test_command_flags(published):
     done = command("--result_path", published, "--metric=MSE", "--noplots", "--bootstrap=0", "--grid_images=3")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[1:] == [f"written to {published}:", "  scores_MSE.csv", "  results.json"]
-    assert storage.read_results(published)["repetitions"] == 1
+    assert read_results(published)["repetitions"] == 1
     assert not list(published.glob("*.png"))
 
 
 def test_command_fails_in_one_line(published):
     before = snapshot(published)
     done = command("--result_path", published, "--reps=4", "--metric=MSE")
-    assert done.returncode == console.EXIT_USER_ERROR
+    assert done.returncode == EXIT_USER_ERROR
     error = done.stderr.splitlines()[-1]
     assert error == f"error: {published}/pos/batch_0.pth holds 3 repetitions, 4 were asked for; lower --reps"
     assert "Traceback" not in done.stderr
@@ -497,7 +504,7 @@ def test_command_fails_in_one_line(published):
 
 def test_command_without_result_path():
     done = command("--metric=MSE")
-    assert done.returncode == console.EXIT_USER_ERROR
+    assert done.returncode == EXIT_USER_ERROR
     assert "--result_path" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -537,7 +544,7 @@ def truncate(folder):
 def empty(folder):
     blank = torch.zeros(0, 3, 16, 16)
     shutil.rmtree(folder / "neg")
-    storage.ResultsFolder(folder).write_batch("neg", 0, blank, [blank] * 3, [blank] * 3)
+    ResultsFolder(folder).write_batch("neg", 0, blank, [blank] * 3, [blank] * 3)
 
 
 DAMAGES = {
@@ -574,7 +581,7 @@ def test_damaged_folder_is_refused_and_left_alone(published, damage):
     change(published)
     before = snapshot(published)
     with pytest.raises(UserError, match=message):
-        detect.detect(published, ["MSE"], reps=3)
+        detection.detect(published, ["MSE"], reps=3)
     assert snapshot(published) == before
 
 
@@ -597,21 +604,21 @@ def test_wrong_options_are_refused(published, options, message, monkeypatch):
     monkeypatch.setattr(perceptual.LPIPS, "__init__", lambda self, device: None)  # its weights are not needed here
     before = snapshot(published)
     with pytest.raises(UserError, match=message):
-        detect.detect(published, **{"metric_names": ["MSE"], **options})
+        detection.detect(published, **{"metric_names": ["MSE"], **options})
     assert snapshot(published) == before
 
 
 def test_missing_folder(tmp_path):
     with pytest.raises(UserError, match=r"there is no results folder at .*nowhere"):
-        detect.detect(tmp_path / "nowhere", ["MSE"])
+        detection.detect(tmp_path / "nowhere", ["MSE"])
 
 
 def test_folder_above_the_results_folder(published):
     with pytest.raises(UserError, match=f"did you mean {published}"):
-        detect.detect(published.parent, ["MSE"])
+        detection.detect(published.parent, ["MSE"])
 
 
 def test_folder_that_may_not_be_written_to(published, monkeypatch):
-    monkeypatch.setattr(detect.os, "access", lambda path, mode: mode != detect.os.W_OK)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
     with pytest.raises(UserError, match="may not be written to"):
-        detect.detect(published, ["MSE"])
+        detection.detect(published, ["MSE"])

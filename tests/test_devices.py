@@ -17,12 +17,11 @@ from torch.utils._pytree import tree_leaves
 import losses
 import metrics
 import models
-import noise
-import recon
 import sampling
 import sde_lib
-import training
-from console import UserError
+from basics import noise
+from basics.console import UserError
+from lmd import reconstruction, training
 from metrics.features import FeatureDistance
 from models.score import ScoreModel
 
@@ -168,8 +167,8 @@ def test_a_batch_of_reconstructions_stays_on_the_device():
     config.sampling.update(sampling.preset("fast", config)[0])
     net = models.create_model(config).eval().requires_grad_(False).to(META)
     model = ScoreModel(net, sde_lib.create_sde(config))
-    mask = recon.MaskOptions("checkerboard_alt")
-    reconstruct = recon.Reconstructor(config, model, mask, 2, 0, META, rows=3)
+    mask = reconstruction.MaskOptions("checkerboard_alt")
+    reconstruct = reconstruction.Reconstructor(config, model, mask, 2, 0, META, rows=3)
     with Watched(results=True) as watched:
         orig, _, recons = reconstruct(torch.zeros(B, *SHAPE, dtype=torch.uint8), 0)
     assert {orig.device.type, recons.device.type} == {"cpu"}

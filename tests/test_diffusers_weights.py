@@ -8,10 +8,10 @@ import torch
 from helpers import close, fill_, golden, load_config, wave
 from safetensors.torch import load_file, save_file
 
-from console import UserError
-from models import diffusers_weights
+from basics.console import UserError
 from models.ddpm import DDPM
-from models.diffusers_weights import CONFIG, SCHEDULER, WEIGHTS
+from storage import diffusers_weights
+from storage.diffusers_weights import CONFIG, SCHEDULER, WEIGHTS
 
 NAMES_OF_OLD = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
 

@@ -16,16 +16,14 @@ import torch
 from helpers import close
 from test_console import gpus
 
-import console
 import datasets
-import distributed
 import losses
-import noise
-import recon
-import storage
-import training
-from console import UserError
-from distributed import ALONE, Ranks
+from basics import distributed, noise
+from basics.console import EXIT_USER_ERROR, UserError, place, progress, say, warn
+from basics.distributed import ALONE, Ranks
+from lmd import reconstruction, training
+from lmd.batches import TrainingBatches
+from storage.checkpoints import read_checkpoint
 
 IMAGES = 10
 TIMEOUT = 120  # seconds, of a run that should take 10
@@ -95,18 +93,18 @@ def test_environment(monkeypatch):
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     for name in names:
         monkeypatch.delenv(name, raising=False)
-    assert console.place() == (0, 0, 1)
+    assert place() == (0, 0, 1)
     for name, value in zip(names, "928", strict=True):
         monkeypatch.setenv(name, value)
-    assert console.place() == (9, 2, 8)
+    assert place() == (9, 2, 8)
 
 
 def test_only_the_first_process_speaks(monkeypatch, capsys):
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    console.say("hello")
-    console.warn("careful")
-    list(console.progress(range(3)))
+    say("hello")
+    warn("careful")
+    list(progress(range(3)))
     assert capsys.readouterr() == ("", "")
 
 
@@ -179,7 +177,7 @@ def test_shares_of_a_batch_and_of_its_draws(in_memory, data, monkeypatch):
     images = datasets.load(data / "squares.npz", split="train", image_size=tiny.SIZE, num_channels=1)
     options = {"seed": 1, "device": "cpu", "random_flip": True, "uniform_dequantization": True, "centered": True}
     shares = [slice(None), *(Ranks(rank, rank, 2).share(5) for rank in range(2))]
-    whole, first, second = (datasets.TrainingBatches(images, 5, **options, share=share) for share in shares)
+    whole, first, second = (TrainingBatches(images, 5, **options, share=share) for share in shares)
     for step in (0, 1, 2):
         assert torch.equal(torch.cat([first.batch(step), second.batch(step)]), whole.batch(step))
     whole, *parts = (losses.Draws.keyed((5, 1, 8, 8), 100, 7, "train", share=share) for share in shares)
@@ -233,13 +231,13 @@ def test_two_processes_train_as_one_and_one_goes_on(two, data, tmp_path):
     workdir, _ = two
     single = tmp_path / "single"
     train(data, single)
-    theirs, ours = (storage.read_checkpoint(folder / training.META_CHECKPOINT) for folder in (single, workdir))
+    theirs, ours = (read_checkpoint(folder / training.META_CHECKPOINT) for folder in (single, workdir))
     same_state(ours, theirs)
     samples = [np.load(folder / "samples" / "iter_5" / "sample.np").astype(int) for folder in (single, workdir)]
     assert abs(samples[0] - samples[1]).max() <= 1
     for folder in (single, workdir):
         train(data, folder, training__n_iters=9)
-    last = [storage.read_checkpoint(folder / training.META_CHECKPOINT) for folder in (single, workdir)]
+    last = [read_checkpoint(folder / training.META_CHECKPOINT) for folder in (single, workdir)]
     assert last[1]["step"] == 10
     same_state(last[1], last[0])
     assert any(not torch.equal(last[1]["model"][name], ours["model"][name]) for name in ours["model"])
@@ -278,11 +276,11 @@ def test_ctrl_c_stops_all_at_one_step_and_another_number_goes_on(data, tmp_path)
     code, _, err = finish(process)
     assert code != 0
     assert err.count("interrupted; the same command continues where this run stopped") == 1, err
-    step = storage.read_checkpoint(tmp_path / training.META_CHECKPOINT)["step"]
+    step = read_checkpoint(tmp_path / training.META_CHECKPOINT)["step"]
     assert step >= 4
     train(data, tmp_path, training__n_iters=step, **changes)
     assert f"resuming at step {step}:" in log.read_text()
-    assert storage.read_checkpoint(tmp_path / training.META_CHECKPOINT)["step"] == step + 1
+    assert read_checkpoint(tmp_path / training.META_CHECKPOINT)["step"] == step + 1
 
 
 # -------------------------------------------------------------------------------------------------------- errors
@@ -308,7 +306,7 @@ def test_a_users_error_is_told_once(name, data, tmp_path):
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, err
     assert message in errors[0]
-    assert exit_codes(err) == {str(console.EXIT_USER_ERROR)}
+    assert exit_codes(err) == {str(EXIT_USER_ERROR)}
     assert out == ""
     assert not (tmp_path / "run").exists()
 
@@ -316,13 +314,15 @@ def test_a_users_error_is_told_once(name, data, tmp_path):
 CHILD = """
 import os
 
-import console, datasets, main, training
+import command_line, main
+from basics.console import UserError
+from lmd import batches, training
 
-rank, batch, scalar = int(os.environ["RANK"]), datasets.TrainingBatches.batch, training.Log.scalar
+rank, batch, scalar = int(os.environ["RANK"]), batches.TrainingBatches.batch, training.Log.scalar
 
 def batch_of(self, step):  # in the midst of a step, when the other rank waits for the gradients
     if (rank, step) == (1, 3):
-        raise console.UserError("image 7 can no longer be read")
+        raise UserError("image 7 can no longer be read")
     return batch(self, step)
 
 def log(self, name, value, step):  # when the other rank waits for the agreement
@@ -331,11 +331,11 @@ def log(self, name, value, step):  # when the other rank waits for the agreement
     scalar(self, name, value, step)
 
 if "{where}" == "rank 1":
-    datasets.TrainingBatches.batch = batch_of
+    batches.TrainingBatches.batch = batch_of
 else:
     training.Log.scalar = log
 main.define_flags()
-console.run(main.main)
+command_line.run(main.main)
 """
 
 
@@ -354,14 +354,15 @@ def test_an_error_of_one_process_ends_all(where, line, data, tmp_path):
 def test_processes_that_see_different_things(tmp_path):
     child = tmp_path / "child.py"
     child.write_text(
-        "import os, console, distributed\n"
+        "import os, command_line\n"
+        "from basics import distributed\n"
         "def main(_):\n"
         "    with distributed.start('cpu') as (ranks, device):\n"
         "        ranks.check_same([1, 2.5, 'a'], 'lists')\n"
         "        assert ranks.on_main(lambda: ranks.rank) == 0\n"
         "        assert ranks.mean(ranks.rank) == 0.5\n"
         "        ranks.check_same(os.environ['RANK'], 'images')\n"
-        "console.run(main)\n"
+        "command_line.run(main)\n"
     )
     code, _, err = torchrun(2, child)
     assert code != 0
@@ -373,9 +374,10 @@ def test_processes_that_see_different_things(tmp_path):
 KILLED = """
 import os, signal
 
-import console, recon, storage
+import command_line, recon
+from storage import results_folder
 
-written, write = [], storage.ResultsFolder.write_batch
+written, write = [], results_folder.ResultsFolder.write_batch
 
 def dying(self, side, index, *tensors):
     written.append(index)
@@ -383,16 +385,16 @@ def dying(self, side, index, *tensors):
         os.kill(os.getpid(), signal.SIGKILL)
     write(self, side, index, *tensors)
 
-storage.ResultsFolder.write_batch = dying
+results_folder.ResultsFolder.write_batch = dying
 recon.define_flags()
-console.run(recon.main)
+command_line.run(recon.main)
 """
 
 
 def test_reconstruction_is_killed_and_goes_on_with_another_number(data, tmp_path):
     """Then everything is there, to the bit as of one process, and what was there has not been made again."""
     sources = {"pos": data / "squares.npz", "neg": data / "others.npz"}
-    mask = recon.MaskOptions("checkerboard_alt")
+    mask = reconstruction.MaskOptions("checkerboard_alt")
     whole = tiny.reconstruct(tmp_path / "single", data / "checkpoint.pth", sources, mask=mask, batch_size=2)
     flags = [
         *tiny.config_flags(), *RECON, f"--workdir={tmp_path / 'several' / 'run'}",

@@ -9,15 +9,12 @@ import tiny
 import torch
 from test_configs import fields
 
-import evaluation
-import files
-import likelihood
-import noise
-import storage
-import training
+from basics import files, noise
+from basics.console import UserError
 from configs.base import TREE, check, to_dict
-from console import UserError
+from lmd import evaluation, likelihood, training
 from metrics import fidelity
+from storage.checkpoints import load_ema_weights, read_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +53,7 @@ def test_evaluation(tree, whole, tmp_path, capsys):
     assert saved[1]["mean_loss"] != saved[2]["mean_loss"]
 
     trainer = training.Trainer(tree, tmp_path, tiny.CPU, "./data")
-    averages = storage.read_checkpoint(whole / "checkpoints" / "checkpoint_2.pth")["ema"]["shadow_params"]
+    averages = read_checkpoint(whole / "checkpoints" / "checkpoint_2.pth")["ema"]["shadow_params"]
     with torch.no_grad():
         for parameter, average in zip(trainer.state.net.parameters(), averages, strict=True):
             parameter.copy_(average)
@@ -190,7 +187,7 @@ def test_bpd_files(likelihoods, bpd_tree, capsys):
 def test_bpd_by_hand(likelihoods, tree):
     """The second batch of the second repeat, from the definitions."""
     trainer = training.Trainer(tree, likelihoods, tiny.CPU, "./data")
-    storage.load_ema_weights(likelihoods / "checkpoints" / "checkpoint_2.pth", trainer.state.net, to_dict(tree))
+    load_ema_weights(likelihoods / "checkpoints" / "checkpoint_2.pth", trainer.state.net, to_dict(tree))
     trainer.state.net.eval()
     images, x, probes = trainer.images("test"), [], []
     for position in (8, 9):
@@ -366,7 +363,7 @@ def test_evaluating_while_training_goes_on(tree, whole, tmp_path, monkeypatch):
     assert np.isfinite(made).all()
     assert len(made) == 1
     last = "checkpoints/checkpoint_2.pth"
-    assert tiny.same(storage.read_checkpoint(tmp_path / last), storage.read_checkpoint(whole / last))
+    assert tiny.same(read_checkpoint(tmp_path / last), read_checkpoint(whole / last))
 
 
 # --------------------------------------------------------------------------- what every result says it depends on
@@ -389,7 +386,7 @@ def identities(whole, tmp_path, monkeypatch):
             found[path.name] = settings
             return scores if "report" in path.name else {**stub, "bpd": np.ones(10)}
 
-        monkeypatch.setattr(storage, "read_arrays", read)
+        monkeypatch.setattr(evaluation, "read_arrays", read)
         monkeypatch.setattr(evaluation, "_rounds", lambda count, size: 1)
         check(config)  # as main.py does first
         evaluate(config, workdir)

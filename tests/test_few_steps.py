@@ -9,9 +9,9 @@ from test_sampling import COUNT, SDES, gaussian_data, keyed, moments
 
 import sampling
 import sde_lib
-import training
+from basics.console import UserError
 from configs.base import TREE
-from console import UserError
+from lmd import training
 from sampling import ExponentialIntegrator
 
 KNOWN, UNKNOWN = [0, 2], [1, 3]

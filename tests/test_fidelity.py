@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import linalg
 
-from console import UserError
+from basics.console import UserError
 from metrics import fidelity
 
 CPU = torch.device("cpu")

@@ -8,16 +8,15 @@ import tiny
 from ml_collections import ConfigDict
 from test_configs import LEAVES, fields, load
 
-import evaluation
 import models
 import sampling
 import sde_lib
-import training
+from basics.console import UserError
 from configs import base
 from configs.base import ABSENT, TREE, check
 from configs.fields import FIELDS, Choice, Flag, NonZero, OneOf, Real, Text, Whole, Wholes, check_value
 from configs.presets import NCSNPP, SUBVP, build
-from console import UserError
+from lmd import evaluation, training
 from models import layers, ncsnpp
 
 KINDS = base._flat(FIELDS)

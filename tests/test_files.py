@@ -11,8 +11,8 @@ import pytest
 import tiny
 from PIL import Image
 
-import files
-from console import UserError
+from basics import files
+from basics.console import UserError
 
 # ---------------------------------------------------------------------------------------------- atomic writing
 
@@ -126,7 +126,7 @@ def test_too_long_a_name(tmp_path):
 HOLDER = """
 import sys, time
 sys.path.insert(0, ".")
-import files
+from basics import files
 with files.owned(sys.argv[1]):
     print("owned", flush=True)
     time.sleep(100)
@@ -170,7 +170,7 @@ def test_an_owner_removes_what_killed_writes_left_but_not_what_others_are_writin
 
 def test_a_write_that_is_killed_leaves_a_file_that_the_next_owner_removes(tmp_path):
     code = (
-        "import sys, os, signal; sys.path.insert(0, '.'); import files\n"
+        "import sys, os, signal; sys.path.insert(0, '.'); from basics import files\n"
         "files.os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)\n"
         "files.write_text(sys.argv[1], 'text')"
     )

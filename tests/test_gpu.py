@@ -9,9 +9,8 @@ from helpers import small
 
 import metrics
 import models
-import recon
 import sde_lib
-import training
+from lmd import reconstruction, training
 from models import inference, memory
 from models.score import ScoreModel
 
@@ -73,7 +72,9 @@ def reconstructor(device, rows, precision="fp32"):
     net = models.create_model(config)
     tiny.randomise(net)
     model = ScoreModel(inference.prepare(net, device, precision), sde_lib.create_sde(config))
-    return recon.Reconstructor(config, model, recon.MaskOptions("checkerboard_alt"), 2, 0, device, rows)
+    return reconstruction.Reconstructor(
+        config, model, reconstruction.MaskOptions("checkerboard_alt"), 2, 0, device, rows
+    )
 
 
 @torch.no_grad()

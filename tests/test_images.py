@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-import images
+import basics.images
+from basics.images import _pillow, array_headers, array_names, decode, read_array, read_file, reason
 
 RNG = np.random.default_rng(0)
 COLOURS = RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8)  # (6, 9, 3)
@@ -35,7 +36,7 @@ def test_pictures_stand_upright(orientation, ending, tmp_path):
     exif[0x0112] = orientation
     data = written(Image.fromarray(COLOURS), tmp_path / f"x.{ending}", exif=exif)
     expected = ImageOps.exif_transpose(Image.open(tmp_path / f"x.{ending}"))
-    made = images.decode(data).picture
+    made = decode(data).picture
     assert made.size == ((6, 9) if orientation > 4 else (9, 6))
     assert np.array_equal(np.array(made), np.array(expected))
 
@@ -46,12 +47,12 @@ def test_deep_pictures_stand_upright(tmp_path):
     values = RNG.integers(0, 65536, (6, 9), dtype=np.uint16)
     data = written(Image.fromarray(values), tmp_path / "x.png", exif=exif)
     expected = np.rot90((values.astype(int) + 128) // 257, -1)
-    assert np.array_equal(np.array(images.decode(data).picture), expected)
+    assert np.array_equal(np.array(decode(data).picture), expected)
 
 
 def test_damaged_notes_leave_the_picture_as_it_is(tmp_path):
     data = written(Image.fromarray(COLOURS), tmp_path / "x.png", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff damaged")
-    assert np.array_equal(np.array(images.decode(data).picture), COLOURS)
+    assert np.array_equal(np.array(decode(data).picture), COLOURS)
 
 
 def test_named_sets_stay_as_published(tmp_path):
@@ -59,7 +60,7 @@ def test_named_sets_stay_as_published(tmp_path):
     exif[0x0112] = 6
     picture = Image.fromarray(np.dstack([COLOURS, ALPHA]))
     data = written(picture, tmp_path / "x.png", exif=exif)
-    made = images.decode(data, own=False).picture
+    made = decode(data, own=False).picture
     assert np.array_equal(np.array(made.convert("RGB")), COLOURS)  # as without the notes, and without alpha
 
 
@@ -118,14 +119,14 @@ TRANSPARENT = {
 def test_transparent_pixels_are_white(name, tmp_path):
     """Whatever colour is hidden under them: what one sees is what is used."""
     expected = TRANSPARENT[name](tmp_path / name)
-    made = np.array(images.decode((tmp_path / name).read_bytes()).picture.convert("RGB"))
+    made = np.array(decode((tmp_path / name).read_bytes()).picture.convert("RGB"))
     assert np.abs(made - expected).max() <= 1
     assert (made[expected == 255] == 255).all()
 
 
 def test_opaque_pictures_are_not_touched(tmp_path):
     data = written(Image.fromarray(np.dstack([COLOURS, np.full((6, 9), 255, np.uint8)])), tmp_path / "x.png")
-    assert np.array_equal(np.array(images.decode(data).picture), COLOURS)
+    assert np.array_equal(np.array(decode(data).picture), COLOURS)
 
 
 # ----------------------------------------------------------------------------------------------- what is no picture
@@ -147,47 +148,47 @@ def test_what_is_no_picture(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as if it were not installed
     data, ending, message = NO_PICTURE[name]
     with pytest.raises(ValueError, match=message):
-        images.decode(data, ending)
+        decode(data, ending)
 
 
 def test_targa_needs_its_ending():
     data = NO_PICTURE["not targa"][0]
-    assert images.decode(data, ".TGA").picture.size == (9, 6)
+    assert decode(data, ".TGA").picture.size == (9, 6)
 
 
 def test_the_reader_of_heic_is_used_where_it_is_there(monkeypatch):
     registered = []
     reader = types.SimpleNamespace(register_heif_opener=lambda: registered.append(True))
     monkeypatch.setitem(sys.modules, "pillow_heif", reader)
-    images._pillow.cache_clear()
-    images._pillow()
-    images._pillow.cache_clear()
+    _pillow.cache_clear()
+    _pillow()
+    _pillow.cache_clear()
     assert registered == [True]
 
 
 def test_pipes_and_huge_files_are_not_read(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(ValueError, match="not a regular file"):
-        images.read_file(tmp_path / "pipe.png")
+        read_file(tmp_path / "pipe.png")
     (tmp_path / "large.png").write_bytes(bytes(2000))
-    monkeypatch.setattr(images, "MOST_BYTES", 1999)
+    monkeypatch.setattr(basics.images, "MOST_BYTES", 1999)
     with pytest.raises(ValueError, match="too large for a picture"):
-        images.read_file(tmp_path / "large.png")
+        read_file(tmp_path / "large.png")
 
 
 def test_photos_with_too_many_pixels(tmp_path, monkeypatch):
     data = written(Image.new("L", (300, 100)), tmp_path / "x.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
     with pytest.raises(Image.DecompressionBombError) as caught:
-        images.decode(data)
-    assert images.reason(caught.value) == "more than 0 million pixels; make a smaller copy of it and use that"
+        decode(data)
+    assert reason(caught.value) == "more than 0 million pixels; make a smaller copy of it and use that"
 
 
 @pytest.mark.parametrize("ending", ["png", "tiff", "pgm"])
 def test_the_largest_value_of_deep_pictures_is_told(ending, tmp_path):
     values = np.arange(54, dtype=np.uint16).reshape(6, 9) * 77  # up to 4081
-    assert images.decode(written(Image.fromarray(values), tmp_path / f"x.{ending}")).deepest == 4081
-    assert images.decode(written(Image.fromarray(COLOURS), tmp_path / "y.png")).deepest is None
+    assert decode(written(Image.fromarray(values), tmp_path / f"x.{ending}")).deepest == 4081
+    assert decode(written(Image.fromarray(COLOURS), tmp_path / "y.png")).deepest is None
 
 
 def test_the_largest_value_of_deep_colour_pictures_is_told():
@@ -200,7 +201,7 @@ def test_the_largest_value_of_deep_colour_pictures_is_told():
     rows = b"".join(b"\0" + row.tobytes() for row in values)
     header = struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0)
     data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    made = images.decode(data)
+    made = decode(data)
     assert made.picture.mode == "RGB"
     assert made.deepest == 4095 // 256 * 256
 
@@ -211,11 +212,11 @@ def test_the_largest_value_of_deep_colour_pictures_is_told():
 def test_headers_are_read_without_the_arrays(tmp_path):
     np.savez_compressed(tmp_path / "x.npz", a=np.zeros((2, 3), np.uint8), b=np.ones(4, bool))
     np.save(tmp_path / "x.npy", np.zeros((5, 6), np.float32))
-    assert images.array_headers(tmp_path / "x.npz") == {"a": ((2, 3), np.dtype("u1")), "b": ((4,), np.dtype("?"))}
-    assert images.array_headers(tmp_path / "x.npy") == {"": ((5, 6), np.dtype("f4"))}
+    assert array_headers(tmp_path / "x.npz") == {"a": ((2, 3), np.dtype("u1")), "b": ((4,), np.dtype("?"))}
+    assert array_headers(tmp_path / "x.npy") == {"": ((5, 6), np.dtype("f4"))}
     (tmp_path / "x.npz").rename(tmp_path / "z.npy")  # the content decides
-    assert images.array_names(tmp_path / "z.npy") == ["a", "b"]
-    assert np.array_equal(images.read_array(tmp_path / "z.npy", "b"), np.ones(4, bool))
+    assert array_names(tmp_path / "z.npy") == ["a", "b"]
+    assert np.array_equal(read_array(tmp_path / "z.npy", "b"), np.ones(4, bool))
 
 
 def _inflating(path):
@@ -228,14 +229,14 @@ def _inflating(path):
 def test_arrays_that_inflate_hugely_are_not_unpacked(tmp_path, monkeypatch):
     np.save(tmp_path / "x.npy", np.zeros((1000, 100, 100), np.uint8))  # 10 MB, and 10 kB packed
     path = _inflating(tmp_path / "x.npz")
-    assert images.read_array(path, "x").shape == (1000, 100, 100)  # while that is little
-    monkeypatch.setattr(images, "MOST_BYTES", 1 << 20)
+    assert read_array(path, "x").shape == (1000, 100, 100)  # while that is little
+    monkeypatch.setattr(basics.images, "MOST_BYTES", 1 << 20)
     with monkeypatch.context() as patch:
         patch.setattr(np, "load", None)  # it is not come to that
         with pytest.raises(ValueError, match=r"unpacks to 0\.0 GB, more than"):
-            images.read_array(path, "x")
+            read_array(path, "x")
         with pytest.raises(ValueError, match="more than"):
-            images.read_array(tmp_path / "x.npy", most=1000)
+            read_array(tmp_path / "x.npy", most=1000)
 
 
 HEADERS = {"long": (10**6, 10**6), "endless": (10**30,), "negative": (-5, 4)}
@@ -248,6 +249,6 @@ def test_headers_that_claim_more_than_there_is(shape, tmp_path):
         file.write(bytes(1000))
     _inflating(tmp_path / "x.npz")
     for name in ("x.npy", "x.npz"):
-        for read in (images.array_headers, lambda path: images.read_array(path, "x")):
+        for read in (array_headers, lambda path: read_array(path, "x")):
             with pytest.raises(ValueError, match="cut off"):
                 read(tmp_path / name)

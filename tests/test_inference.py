@@ -10,16 +10,15 @@ import torch
 from helpers import small
 from tiny import CPU, SIZE
 
-import evaluation
 import metrics.mse
 import models
-import recon
 import sampling
 import sde_lib
-import storage
-from console import UserError
+from basics.console import UserError
+from lmd import evaluation, reconstruction, scoring
 from models import inference, layers, memory
 from models.score import ScoreModel
+from storage.results_folder import ResultsFolder
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +96,7 @@ def test_float32_is_float32_wherever_it_is_computed(network, monkeypatch):
 
 def test_distances_losses_and_training_say_what_they_compute_in(monkeypatch, tmp_path, capsys):
     """Distances and evaluation in strict float32, training in TF32 where it is; its first line says so."""
-    import detect
-    import training
+    from lmd import training
 
     def switched(*arguments):
         seen.append(switches())
@@ -109,7 +107,7 @@ def test_distances_losses_and_training_say_what_they_compute_in(monkeypatch, tmp
 
     seen = []
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    detect.compare([Tool(CPU)], images(), [images()], CPU)
+    scoring.compare([Tool(CPU)], images(), [images()], CPU)
     monkeypatch.setattr(inference, "training_precision", lambda device: "tf32")
     step = training.Trainer.train_step
     monkeypatch.setattr(training.Trainer, "train_step", lambda self, x: [step(self, x), switched()][0])
@@ -194,7 +192,7 @@ def test_run_records_what_auto_came_to(tmp_path):
     checkpoint, source = tiny.write_checkpoint(tmp_path / "c.pth"), tiny.write_pictures(tmp_path / "squares.npz", 2)
     for precision in ("auto", "bf16"):
         folder = tiny.reconstruct(tmp_path / precision, checkpoint, {"pos": source}, precision=precision)
-        recorded = storage.ResultsFolder(folder).manifest()["settings"]["precision"]
+        recorded = ResultsFolder(folder).manifest()["settings"]["precision"]
         assert recorded == {"auto": "fp32", "bf16": "bf16"}[precision]
 
 
@@ -253,7 +251,7 @@ def test_background_work_is_done_one_at_a_time_and_waited_for():
         release.wait(10)
         done.append("slow")
 
-    with recon.Background() as background:
+    with reconstruction.Background() as background:
         background.submit(slow)
         release.set()
         assert background.submit(lambda: "result").result() == "result"
@@ -268,7 +266,7 @@ def test_a_failure_in_the_background_ends_the_work():
         raise UserError("the disk is full")
 
     def work(*then):
-        with recon.Background() as background:
+        with reconstruction.Background() as background:
             background.submit(fail)
             for each in then:
                 background.submit(done.append, each)
@@ -285,7 +283,7 @@ def test_a_full_disk_while_writing_leaves_whole_batches(monkeypatch, tmp_path):
     source = tiny.write_pictures(tmp_path / "squares.npz", 9)
     whole = tiny.reconstruct(tmp_path / "one" / "whole", checkpoint, {"pos": source})
 
-    write = storage.ResultsFolder.write_batch
+    write = ResultsFolder.write_batch
 
     def full(folder, side, index, *tensors):
         if index == 1:
@@ -293,7 +291,7 @@ def test_a_full_disk_while_writing_leaves_whole_batches(monkeypatch, tmp_path):
         write(folder, side, index, *tensors)
 
     with monkeypatch.context() as patched:
-        patched.setattr(storage.ResultsFolder, "write_batch", full)
+        patched.setattr(ResultsFolder, "write_batch", full)
         with pytest.raises(UserError, match="no space left"):
             tiny.reconstruct(tmp_path / "two" / "again", checkpoint, {"pos": source})
     again = tiny.reconstruct(tmp_path / "two" / "again", checkpoint, {"pos": source})
@@ -318,8 +316,8 @@ def reconstructor(limit, corrector="none"):
         return net(x, labels)
 
     model = ScoreModel(limited, sde_lib.create_sde(config))
-    mask = recon.MaskOptions("checkerboard_alt")
-    return recon.Reconstructor(config, model, mask, 2, 0, CPU, rows=8), tried
+    mask = reconstruction.MaskOptions("checkerboard_alt")
+    return reconstruction.Reconstructor(config, model, mask, 2, 0, CPU, rows=8), tried
 
 
 @torch.no_grad()
@@ -403,15 +401,14 @@ def test_running_out_of_memory_elsewhere_is_one_line(name, monkeypatch):
         def compare(self, orig, recon):
             raise failure(name)
 
-    import detect
-
     with pytest.raises(UserError, match="cpu has too little memory to compare these images; use --device cpu, or one"):
-        detect.compare([Tool(CPU)], images(), [images()], CPU)
+        scoring.compare([Tool(CPU)], images(), [images()], CPU)
 
 
 def test_a_training_without_enough_memory_is_one_line(tmp_path):
     fails = (
-        "import runpy, sys, torch, training\ndef fail(*_): raise torch.OutOfMemoryError('CUDA out of memory')\n"
+        "import runpy, sys, torch\nfrom lmd import training\n"
+        "def fail(*_): raise torch.OutOfMemoryError('CUDA out of memory')\n"
         "training.Trainer.train_step = fail\nrunpy.run_path('main.py', run_name='__main__')"
     )
     source = tiny.write_pictures(tmp_path / "pictures.npz", 8)

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 import losses
 import models
-import storage
+from basics.console import UserError
 from configs.base import to_dict
-from console import UserError
-from models import diffusers_weights
+from storage import diffusers_weights
+from storage.checkpoints import load_ema_weights, read_checkpoint, write_checkpoint
 
 SHAPES = json.loads(gzip.decompress((GOLDEN / "state_dict_shapes.json.gz").read_bytes()))
 SCRIPT = ROOT / "scripts/inspect_checkpoint.py"
@@ -63,7 +63,7 @@ def trained(tmp_path_factory):
     for value in state.ema.state_dict()["shadow_params"]:
         value.normal_()
     state.step = 3
-    storage.write_checkpoint(path, state, to_dict(config), seed=1)
+    write_checkpoint(path, state, to_dict(config), seed=1)
     return path, config
 
 
@@ -86,7 +86,7 @@ def test_a_published_checkpoint(capsys, tmp_path):
     rows = output(capsys, PUBLISHED, "--config", config)
     assert rows[0] == ("format", "training checkpoint of Score-SDE, as published")
     assert "ddpm, 32 channels times 1-1" in rows[1][1]
-    count = sum(v.numel() for v in storage.read_checkpoint(PUBLISHED)["ema"]["shadow_params"])
+    count = sum(v.numel() for v in read_checkpoint(PUBLISHED)["ema"]["shadow_params"])
     assert rows[2] == ("parameters", f"{count:,} in 132 tensors")
     assert rows[3] == ("steps", "5")
     assert rows[4][1].startswith("the file does not say")
@@ -205,7 +205,7 @@ def test_conversion_keeps_the_averages_the_config_and_the_notes(capsys, trained,
     tool.main([str(path), "--to", str(target), "--note", "command=main.py --x=1", "--note", "data=squares"])
     averages = torch.load(path, weights_only=True)["ema"]["shadow_params"]
     net = models.create_model(config)
-    assert storage.load_ema_weights(target, net, to_dict(config)) == 3
+    assert load_ema_weights(target, net, to_dict(config)) == 3
     for average, parameter in zip(averages, net.parameters(), strict=True):
         assert torch.equal(average, parameter)
     text = metadata(target)
@@ -294,7 +294,7 @@ def test_a_config_that_is_none_is_told(name, tmp_path):
 
 
 def test_plain_weights_and_work_folders_are_told(trained, tmp_path, capsys):
-    checkpoint = storage.read_checkpoint(trained[0])
+    checkpoint = read_checkpoint(trained[0])
     torch.save(checkpoint["model"], tmp_path / "plain.pth")
     assert dict(output(capsys, tmp_path / "plain.pth"))["format"] == "plain weights, without moving averages"
     (tmp_path / "plain.pth").unlink()
@@ -303,7 +303,7 @@ def test_plain_weights_and_work_folders_are_told(trained, tmp_path, capsys):
 
 
 def test_a_config_that_lies_makes_no_network(trained, tmp_path):
-    checkpoint = storage.read_checkpoint(trained[0])
+    checkpoint = read_checkpoint(trained[0])
     checkpoint["config"]["model"]["num_res_blocks"] = 10**9
     torch.save(checkpoint, tmp_path / "lies.pth")
     with pytest.raises(UserError, match="more blocks than the file has weights"):

@@ -11,10 +11,10 @@ from helpers import load_config
 from PIL import Image
 
 import datasets
-import evaluation
-import storage
-import training
-from console import UserError
+from basics.console import UserError
+from basics.pixels import crop, resize_bilinear
+from lmd import evaluation, training
+from storage.scores import read_scores
 
 CONFIG = "configs/ve/celebahq_256_ncsnpp_continuous.py"
 SMALL = {"model.nf": 8, "model.num_scales": 2}  # all seven levels, at 1/16 of the width
@@ -72,8 +72,8 @@ def test_celebahq_reconstruction(celebahq):
         orig.append(batch["orig"])
     expected = []
     for name in FACES:
-        small = torch.from_numpy(np.array(datasets.crop(Image.open(celebahq["root"] / name), 70))).permute(2, 0, 1)
-        expected.append(datasets.resize_bilinear(small[None], 256))
+        small = torch.from_numpy(np.array(crop(Image.open(celebahq["root"] / name), 70))).permute(2, 0, 1)
+        expected.append(resize_bilinear(small[None], 256))
     assert torch.equal(torch.cat(orig), torch.cat(expected) / 255)
 
 
@@ -81,7 +81,7 @@ def test_celebahq_detection(celebahq):
     code, out, err = celebahq["detect"]
     assert code == 0, err
     assert re.findall(r"^(\w+) ROC AUC: \d\.\d{4}$", out, re.MULTILINE) == ["MSE", "SSIM"]
-    scores = storage.read_scores(celebahq["results"] / "scores_MSE.csv")
+    scores = read_scores(celebahq["results"] / "scores_MSE.csv")
     assert [len(scores[side]["score"]) for side in ("pos", "neg")] == [3, 2]
     assert scores["pos"]["position"].tolist() == [0, 1, 2]
 
@@ -148,17 +148,18 @@ def test_workers_and_category_reach_the_loader(call, tmp_path, monkeypatch):
     tree = tiny_tree("ve/church_ncsnpp_continuous.py")
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "checkpoint_1.pth").touch()
-    monkeypatch.setattr(storage, "load_ema_weights", lambda *arguments: 0)
+    monkeypatch.setattr(evaluation, "load_ema_weights", lambda *arguments: 0)
     with pytest.raises(UserError, match=r"^LSUN church_outdoor 3 root$"):
         CALLS[call](tree, tmp_path)
 
 
 MAIN = """
-import console, evaluation, main, training
+import command_line, main
+from lmd import evaluation, training
 training.train = lambda *arguments: print(arguments[3:5])
 evaluation.evaluate = lambda *arguments: print(arguments[4:6])
 main.define_flags()
-console.run(main.main)
+command_line.run(main.main)
 """
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from helpers import GaussianScore, filled_model, small, wave
 
-import likelihood
-import noise
 import sampling
 import sde_lib
-from console import UserError
+from basics import noise
+from basics.console import UserError
+from lmd import likelihood
 
 SDES = {"vp": sde_lib.VPSDE(), "subvp": sde_lib.SubVPSDE(), "ve": sde_lib.VESDE()}
 SHAPE = (1, 2, 3)

@@ -6,7 +6,7 @@ from helpers import close, fill_, filled_model, golden, small, tensor, wave
 
 import losses
 import models
-from console import UserError
+from basics.console import UserError
 from losses import Draws
 from models.score import ScoreModel
 from sde_lib import create_sde

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import masks
-from console import UserError
+from basics.console import UserError
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "masks.npz")
 OWN = np.kron(np.eye(4), np.ones((8, 8)))  # (32, 32) of 0 and 1: known blocks on the diagonal

@@ -16,7 +16,7 @@ import torchvision
 from skimage.metrics import structural_similarity
 
 import metrics
-from console import UserError
+from basics.console import UserError
 from metrics import perceptual
 
 GOLDEN = Path(__file__).parent / "golden"

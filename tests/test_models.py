@@ -7,8 +7,8 @@ from helpers import close, fill_, filled_model, golden, load_config, small, tens
 
 import models
 import sde_lib
+from basics.console import UserError
 from benchmarks import plain
-from console import UserError
 from models import layers
 from models.score import ScoreModel
 

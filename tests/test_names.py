@@ -1,6 +1,7 @@
 """Names that a terminal would obey, a console cannot print or a picture takes for a formula: the commands work."""
 
 import csv
+import json
 import os
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import tiny
 from helpers import ROOT
 from PIL import Image
 
-import files
-import storage
-import training
+from basics import files
+from lmd import training
+from storage.results_folder import ResultsFolder
+from storage.scores import read_results, write_csv
 
 COMMANDS = "main", "recon", "detect"
 NAMES = {  # what it is -> the name as bytes; the encoding of the console; how the console shows it
@@ -83,12 +85,8 @@ def test_every_name_works_in_every_command(what, outcomes):
     results = folder / f"center_{os.fsdecode(NAMES[what][0])}_reps1"
     pictures = ["histogram_MSE.png", "pictures_MSE.png", "roc_MSE.png"]
     assert sorted(path.name for path in results.glob("*_MSE.png")) == pictures
-    assert storage.read_results(results)["images"] == {"pos": 4, "neg": 4}
-    assert (
-        storage.ResultsFolder(results)
-        .manifest()["sides"]["pos"]["dataset"]
-        .endswith(f"{os.fsdecode(NAMES[what][0])}near")
-    )
+    assert read_results(results)["images"] == {"pos": 4, "neg": 4}
+    assert ResultsFolder(results).manifest()["sides"]["pos"]["dataset"].endswith(f"{os.fsdecode(NAMES[what][0])}near")
 
 
 def test_a_folder_that_tensorboard_cannot_write_to_is_told(outcomes):
@@ -112,7 +110,7 @@ def test_files_with_any_name_in_them(tmp_path):
     files.write_text(tmp_path / "text", "caf\udce9 é")
     assert (tmp_path / "text").read_bytes() == b"caf\\udce9 \xc3\xa9"
     files.write_json(tmp_path / "json", {"name": "caf\udce9 é \x1b"})
-    assert storage.json.loads((tmp_path / "json").read_text(encoding="ascii")) == {"name": "caf\udce9 é \x1b"}
+    assert json.loads((tmp_path / "json").read_text(encoding="ascii")) == {"name": "caf\udce9 é \x1b"}
 
 
 FORMULAS = ["=1+1", "+1+cmd", "-1+cmd|' /C calc'!A0", "@SUM(1)", "\t=1", "\r=1"]
@@ -121,7 +119,7 @@ FORMULAS = ["=1+1", "+1+cmd", "-1+cmd|' /C calc'!A0", "@SUM(1)", "\t=1", "\r=1"]
 def test_a_table_never_holds_a_formula(tmp_path):
     numbers = [-0.5, "-0.5", "-1e-05", "-inf", 3, "+2"]
     harmless = ["name", "a=b", "1-2", ""]
-    storage.write_csv(tmp_path / "t.csv", ["x", "=y"], [[*FORMULAS], [*numbers], [*harmless], ['\udce9,\n"']])
+    write_csv(tmp_path / "t.csv", ["x", "=y"], [[*FORMULAS], [*numbers], [*harmless], ['\udce9,\n"']])
     with Path(tmp_path / "t.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))
     assert rows[1] == [*(f"'{formula}" for formula in FORMULAS[:4]), r"\t=1", r"\r=1"]

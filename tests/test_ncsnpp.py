@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from helpers import GOLDEN, fill_, load_config, wave
 from helpers import golden as load_golden
 
+from basics.console import UserError
 from configs import presets
-from console import UserError
 from models.ddpm import DDPM
 from models.ncsnpp import NCSNPP
 

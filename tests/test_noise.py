@@ -10,8 +10,8 @@ import pytest
 import torch
 from scipy import stats
 
-import noise
-from noise import KeyedNoise, image_keys
+from basics import noise
+from basics.noise import KeyedNoise, image_keys
 
 # The first outputs for these seeds of Vigna's public-domain C program; 1234567 is also Rosetta Code's example.
 SPLITMIX64 = {

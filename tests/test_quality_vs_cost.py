@@ -7,8 +7,8 @@ import pytest
 from helpers import ROOT
 from sklearn.metrics import roc_auc_score
 
+from basics.console import UserError
 from benchmarks import quality_vs_cost as bench
-from console import UserError
 
 
 def scores(seed, shift, n=40, m=30):

@@ -15,17 +15,17 @@ from helpers import GOLDEN
 from PIL import Image
 from tiny import CPU, SIZE, reconstruct
 
-import console
 import datasets
-import detect
-import files
 import masks
-import noise
-import recon
 import sampling
-import storage
-from console import UserError
-from recon import MaskOptions
+from basics import files, noise
+from basics.console import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError, guard
+from basics.pixels import to_model_range
+from lmd import detection, reconstruction
+from lmd.reconstruction import MaskOptions
+from storage.checkpoints import read_checkpoint
+from storage.results_folder import FORMAT, ResultsFolder
+from storage.scores import read_results
 
 ALT = "checkerboard_alt_blocks4_reps2"
 
@@ -80,7 +80,7 @@ def tensors(folder):
 @pytest.fixture
 def counted(monkeypatch):
     """The positions of the images that are reconstructed, batch by batch."""
-    calls, sets, call, side_of = [], [], recon.Reconstructor.__call__, recon.reconstruct_side
+    calls, sets, call, side_of = [], [], reconstruction.Reconstructor.__call__, reconstruction.reconstruct_side
 
     def counting(self, images, index, on_step=None):
         name, batch_size = sets[-1]
@@ -91,8 +91,8 @@ def counted(monkeypatch):
         sets.append((images.name, batch_size))
         return side_of(folder, side, images, reconstruct, batch_size, *rest)
 
-    monkeypatch.setattr(recon.Reconstructor, "__call__", counting)
-    monkeypatch.setattr(recon, "reconstruct_side", naming)
+    monkeypatch.setattr(reconstruction.Reconstructor, "__call__", counting)
+    monkeypatch.setattr(reconstruction, "reconstruct_side", naming)
     return calls
 
 
@@ -131,14 +131,14 @@ def test_originals_masks_and_known_pixels(made, sources):
 def test_reconstruction_is_inpainting_with_the_images_own_noise(made, checkpoint, sources):
     """One image and repetition by hand: its score model, its key, its mask."""
     config = tiny.config()
-    model, _ = recon.load_model(config, checkpoint, CPU)
+    model, _ = reconstruction.load_model(config, checkpoint, CPU)
     images = datasets.load(sources["neg"], split="test", image_size=SIZE, num_channels=1)
     keys = noise.image_keys(0, noise.content_keys(images.read(4, 5)), [1])
     predictor, corrector = sampling.create_solvers(config, model.sde)
     filled = sampling.inpaint(
         model,
         model.sde,
-        datasets.to_model_range(images.read(4, 5), True),
+        to_model_range(images.read(4, 5), True),
         masks.make_mask("checkerboard_alt", SIZE, 1),
         noise.KeyedNoise(keys, (1, SIZE, SIZE)),
         predictor=predictor,
@@ -161,7 +161,7 @@ def test_manifest(made, checkpoint):
         "dataset": "noise", "images": 5, "batch_size": 4, "batches": 2, "skipped": [],
     }  # fmt: skip
     assert sides["pos"]["fingerprint"].startswith("7:")
-    assert (sides["pos"]["labels"], manifest["format"]) == (None, storage.FORMAT)
+    assert (sides["pos"]["labels"], manifest["format"]) == (None, FORMAT)
     assert {"torch", "python", "numpy", "device", "checkpoint_path", "checkpoint_step"} <= manifest["versions"].keys()
 
 
@@ -185,7 +185,7 @@ def test_folder_names(shared, checkpoint, sources, tmp_path):
 
 def memory(rows):
     """The GB that hold so many images in the network at once."""
-    return (rows + 0.5) / recon.rows_within(1.0, tiny.config(), CPU)
+    return (rows + 0.5) / reconstruction.rows_within(1.0, tiny.config(), CPU)
 
 
 @pytest.mark.parametrize(("option", "value"), [("batch_size", 1), ("batch_size", 100), ("memory_gb", memory(3))])
@@ -198,7 +198,7 @@ def test_batching_changes_nothing(option, value, made, checkpoint, sources, tmp_
 
 
 def test_the_budget_is_kept(monkeypatch, checkpoint, sources, tmp_path):
-    assert recon.rows_within(memory(3), tiny.config(), CPU) == 3
+    assert reconstruction.rows_within(memory(3), tiny.config(), CPU) == 3
     seen, inpaint = [], sampling.inpaint
 
     def watched(model, sde, data, *args, **options):
@@ -230,9 +230,9 @@ def test_langevin_is_that_of_a_batch_of_images(checkpoint, sources, tmp_path):
     """The same as each repetition by itself."""
     folder = reconstruct(tmp_path / "run", checkpoint, {"pos": sources["pos"]}, langevin(), batch_size=7)
     config = langevin()
-    model, _ = recon.load_model(config, checkpoint, CPU)
+    model, _ = reconstruction.load_model(config, checkpoint, CPU)
     images = datasets.load(sources["pos"], split="test", image_size=SIZE, num_channels=1)
-    single = recon.Reconstructor(config, model, MaskOptions("checkerboard_alt"), 1, 0, CPU, 100)
+    single = reconstruction.Reconstructor(config, model, MaskOptions("checkerboard_alt"), 1, 0, CPU, 100)
     _, _, expected = single(images.read(0, 7), 0)  # repetition 0 alone
     scale = expected.abs().max().item()
     torch.testing.assert_close(load(folder)[2][0], expected[0], rtol=0, atol=1e-4 * scale)
@@ -281,7 +281,8 @@ def test_random_masks_do_not_know_the_names_of_the_sets(checkpoint, sources, tmp
 CHILD = """
 import os, signal, sys
 from pathlib import Path
-import files, tiny
+import tiny
+from basics import files
 
 checkpoint, pos, neg, workdir = map(Path, sys.argv[1:])
 writes, flush = [], files.os.fsync
@@ -315,7 +316,7 @@ def test_interrupted_between_batches(made, checkpoint, sources, tmp_path, monkey
         return read(self, start, stop)
 
     monkeypatch.setattr(datasets.ImageSet, "read", interrupted)
-    assert console.guard(lambda _: reconstruct(tmp_path / "run", checkpoint, sources), None) == console.EXIT_INTERRUPTED
+    assert guard(lambda _: reconstruct(tmp_path / "run", checkpoint, sources), None) == EXIT_INTERRUPTED
     monkeypatch.setattr(datasets.ImageSet, "read", read)
     folder = reconstruct(tmp_path / "run", checkpoint, sources)
     assert [positions for _, positions in counted] == [[0, 1, 2, 3], [4, 5, 6], [0, 1, 2, 3], [4]]
@@ -357,7 +358,7 @@ def test_a_damaged_batch_is_refused_by_detect_and_made_again_by_recon(
     zero_bytes(results / "pos" / "batch_1.pth")
     shutil.copy(results / "pos" / "batch_0.pth", results / "neg" / "batch_0.pth")
     with pytest.raises(UserError, match=r"pos/batch_1\.pth is damaged.*; run the same recon\.py command again, it"):
-        detect.detect(results, ["MSE"])
+        detection.detect(results, ["MSE"])
     reconstruct(results.parent, checkpoint, sources)
     assert counted == [("squares", [4, 5, 6]), ("noise", [0, 1, 2, 3])]
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
@@ -366,7 +367,7 @@ def test_a_damaged_batch_is_refused_by_detect_and_made_again_by_recon(
         "warning: out-of-domain, made again: batch_0.pth was made from other images or settings",
     ]
     assert tiny.same(tensors(results), tensors(made))
-    assert detect.detect(results, ["MSE"], plots=False)
+    assert detection.detect(results, ["MSE"], plots=False)
 
 
 def test_a_renamed_set_continues(results, made, checkpoint, sources, tmp_path, counted):
@@ -376,7 +377,7 @@ def test_a_renamed_set_continues(results, made, checkpoint, sources, tmp_path, c
     reconstruct(results.parent, checkpoint, {**sources, "pos": tmp_path / "renamed.npz"})
     assert counted == [("renamed", [4, 5, 6])]
     assert tiny.same(tensors(results), tensors(made))
-    assert storage.ResultsFolder(results).manifest()["sides"]["pos"]["dataset"] == "renamed"
+    assert ResultsFolder(results).manifest()["sides"]["pos"]["dataset"] == "renamed"
 
 
 def test_a_folder_of_an_earlier_version_is_scored_but_not_continued(results, checkpoint, sources, counted):
@@ -391,7 +392,7 @@ def test_a_folder_of_an_earlier_version_is_scored_but_not_continued(results, che
         reconstruct(results.parent, checkpoint, sources)
     assert counted == []
     assert tiny.same(tensors(results), before)
-    assert detect.detect(results, ["MSE"], plots=False)
+    assert detection.detect(results, ["MSE"], plots=False)
 
 
 # ------------------------------------------------------------------------------------------------- one run a folder
@@ -566,7 +567,7 @@ def test_in_domain_results_serve_every_out_of_domain_set(results, shared, checkp
     assert counted == [("others", [0, 1, 2])]
     for index in range(2):
         assert (second / "pos" / f"batch_{index}.pth").samefile(results / "pos" / f"batch_{index}.pth")
-    (scores,) = detect.detect(second, ["MSE"], reps=2, plots=False)
+    (scores,) = detection.detect(second, ["MSE"], reps=2, plots=False)
     assert len(scores.tables["neg"]["score"]) == 3
 
 
@@ -595,7 +596,7 @@ def test_the_out_of_domain_side_may_come_later(made, checkpoint, sources, tmp_pa
     assert not (folder / "neg").exists()
     assert "next: python detect.py" not in capsys.readouterr().out
     with pytest.raises(UserError, match="holds the in-domain side only"):
-        detect.detect(folder, ["MSE"])
+        detection.detect(folder, ["MSE"])
     counted.clear()
     reconstruct(tmp_path / "run", checkpoint, sources)
     assert [name for name, _ in counted] == ["noise", "noise"]
@@ -642,13 +643,13 @@ def test_pictures_in_a_folder_or_a_list(source, pictures, checkpoint, sources, t
     assert orig.shape == (4, 1, SIZE, SIZE)
     assert rebuilt.shape == (2, 4, 1, SIZE, SIZE)
     unusable = ["b.png", "missing.png"] if source.endswith("txt") else ["b.png", "e.png"]
-    entry = storage.ResultsFolder(folder).manifest()["sides"]["neg"]
+    entry = ResultsFolder(folder).manifest()["sides"]["neg"]
     assert [path for path, _ in entry["skipped"]] == unusable
     err = capsys.readouterr().err
     assert all(f"{name} is left out" in err for name in unusable)
-    (scores,) = detect.detect(folder, ["MSE"], reps=2, plots=False)
+    (scores,) = detection.detect(folder, ["MSE"], reps=2, plots=False)
     assert scores.tables["neg"]["position"].tolist() == [0, 1, 2, 3]
-    assert storage.read_results(folder)["failures"] == {"pos": 0, "neg": 2}
+    assert read_results(folder)["failures"] == {"pos": 0, "neg": 2}
     counted = tiny.snapshot(folder)
     reconstruct(tmp_path / "run", checkpoint, {"pos": sources["pos"], "neg": tmp_path / source})
     assert tiny.snapshot(folder) == counted
@@ -667,7 +668,7 @@ def test_crop_or_squeeze(crop, pictures, checkpoint, tmp_path):
     form = {"split": "test", "image_size": SIZE, "num_channels": 1, "center_crop": crop}
     expected = datasets.load(pictures, **form).read(0, 4)
     assert torch.equal(load(folder)[0], expected / 255)
-    assert storage.ResultsFolder(folder).manifest()["sides"]["pos"]["center_crop"] == crop
+    assert ResultsFolder(folder).manifest()["sides"]["pos"]["center_crop"] == crop
 
 
 # ------------------------------------------------------------------------------------------------------- the masks
@@ -746,7 +747,7 @@ def test_masks_can_be_saved_elsewhere(bright, checkpoint, tmp_path):
 
 
 def poison(good, bad):
-    checkpoint = storage.read_checkpoint(good)
+    checkpoint = read_checkpoint(good)
     checkpoint["ema"]["shadow_params"][0].fill_(float("nan"))
     torch.save(checkpoint, bad)
 
@@ -806,8 +807,8 @@ def test_bad_input_is_told_in_one_line_and_writes_nothing(name, checkpoint, sour
         del sources["neg"]
     tree, mask = tiny.config(**changes.get("tree", {})), changes.get("mask")
     with pytest.raises(SystemExit) as exit_:
-        console.guard(lambda _: reconstruct("run", checkpoint, sources, tree, mask, **changes.get("options", {})), None)
-    assert exit_.value.code == console.EXIT_USER_ERROR
+        guard(lambda _: reconstruct("run", checkpoint, sources, tree, mask, **changes.get("options", {})), None)
+    assert exit_.value.code == EXIT_USER_ERROR
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert re.search(message, errors[0])

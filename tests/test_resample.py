@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from console import UserError
+from basics.console import UserError
 from models import resample
 
 TAPS = {2: (1, 1), 3: (1, 2, 1), 4: (1, 3, 3, 1), 5: (1, 4, 6, 4, 1), 6: (1, 2, 7, 3, 2, 1)}

@@ -9,14 +9,13 @@ import tiny
 import torch
 from helpers import GOLDEN
 
-import command_line
 import losses
 import models
-import recon
-import storage
-import training
+from basics.console import UserError
+from command_line import value_of
 from configs.base import from_dict, to_dict
-from console import UserError
+from lmd import reconstruction, training
+from storage.checkpoints import config_of, find_checkpoint, read_checkpoint, restore_state, write_ema_weights
 
 META = training.META_CHECKPOINT
 
@@ -49,7 +48,7 @@ def run(done, tmp_path):
 
 
 def test_a_run_keeps_what_it_was_trained_on(done, data):
-    kept = storage.read_checkpoint(done / META)["data"]
+    kept = read_checkpoint(done / META)["data"]
     assert (kept["images"], kept["source"]) == (10, str(data))
     assert kept["fingerprint"]
 
@@ -97,7 +96,7 @@ def test_what_may_change_is_told(run, data, capsys):
     for name in (*(f"optim.{name}" for name in changes), "training.n_iters", "training.log_freq"):
         assert f"{name}: " in line
     assert "training.n_iters: 2 before, 3 now" in line
-    group = storage.read_checkpoint(run / META)["optimizer"]["param_groups"][0]
+    group = read_checkpoint(run / META)["optimizer"]["param_groups"][0]
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (3e-5, (0.8, 0.999), 1e-6, 0.01)
 
 
@@ -108,8 +107,8 @@ def test_a_checkpoint_that_says_less_is_continued(run, data):
         content.pop(part)
         torch.save(content, run / META)
         tiny.train(short(data, training__n_iters=3), run)
-        assert storage.read_checkpoint(run / META)["step"] == 4
-        assert storage.read_checkpoint(run / META)["data"]["images"] == 10
+        assert read_checkpoint(run / META)["step"] == 4
+        assert read_checkpoint(run / META)["data"]["images"] == 10
 
 
 BREAKS = {
@@ -156,23 +155,23 @@ def test_a_folder_names_its_newest_checkpoint(run, capsys):
     for name, step in {"checkpoint_9.pth": 900, "checkpoint_10.pth": 1000, "checkpoint_11.pth": 30}.items():
         torch.save({**content, "step": step}, run / "checkpoints" / name)
     for folder in (run, run / "checkpoints"):
-        assert storage.find_checkpoint(folder) == run / "checkpoints" / "checkpoint_10.pth"
+        assert find_checkpoint(folder) == run / "checkpoints" / "checkpoint_10.pth"
         assert "checkpoint_10.pth, the newest in" in capsys.readouterr().out
     torch.save({**content, "step": 5000}, run / META)
-    assert storage.find_checkpoint(run) == run / META
-    assert storage.find_checkpoint(run / "checkpoints-meta") == run / META
+    assert find_checkpoint(run) == run / META
+    assert find_checkpoint(run / "checkpoints-meta") == run / META
     (run / META).write_bytes(b"damaged")
-    assert storage.find_checkpoint(run) == run / "checkpoints" / "checkpoint_10.pth"
+    assert find_checkpoint(run) == run / "checkpoints" / "checkpoint_10.pth"
     assert "checkpoint.pth is damaged" in capsys.readouterr().err
-    assert storage.find_checkpoint(run / META) == run / META  # a file is taken as it is
+    assert find_checkpoint(run / META) == run / META  # a file is taken as it is
 
 
 def test_a_folder_without_checkpoints(tmp_path):
     with pytest.raises(UserError, match=r"there is no checkpoint in .*; check the path"):
-        storage.find_checkpoint(tmp_path)
+        find_checkpoint(tmp_path)
     (tmp_path / "x.pth").write_bytes(b"damaged")
     with pytest.raises(UserError, match="none of the 1 files there can be used"):
-        storage.find_checkpoint(tmp_path)
+        find_checkpoint(tmp_path)
 
 
 # -------------------------------------------------------------------------------------------- the config it carries
@@ -181,9 +180,9 @@ def test_a_folder_without_checkpoints(tmp_path):
 def test_the_config_of_a_checkpoint(done, data, tmp_path):
     light = tmp_path / "ema.safetensors"
     tree = short(data)
-    storage.write_ema_weights(light, done / META, models.create_model(tree), to_dict(tree), {})
+    write_ema_weights(light, done / META, models.create_model(tree), to_dict(tree), {})
     for path in (done, done / META, light):
-        assert to_dict(from_dict(storage.config_of(path))) == to_dict(tree)
+        assert to_dict(from_dict(config_of(path))) == to_dict(tree)
 
 
 def test_fields_that_came_later_have_their_usual_values(run):
@@ -191,13 +190,13 @@ def test_fields_that_came_later_have_their_usual_values(run):
     for name in ("steps", "lift"):
         del content["config"]["sampling"][name]
     torch.save(content, run / META)
-    config = storage.config_of(run / META)
+    config = config_of(run / META)
     assert (config["sampling"]["steps"], config["sampling"]["lift"]) == (0, "mask")
 
 
 def test_a_checkpoint_without_a_config():
     with pytest.raises(UserError, match=r"does not say what config .*; give --config .*inspect_checkpoint\.py .* fits"):
-        storage.config_of(GOLDEN / "train_small_checkpoint.pth")
+        config_of(GOLDEN / "train_small_checkpoint.pth")
 
 
 CLAIMS = {
@@ -218,7 +217,7 @@ def test_a_config_of_a_network_that_the_file_does_not_hold(name, run):
     content["config"]["model"][field] = value
     torch.save(content, run / META)
     with pytest.raises(UserError, match=message) as error:
-        storage.config_of(run / META)
+        config_of(run / META)
     assert "\n" not in str(error.value)
 
 
@@ -238,7 +237,7 @@ COMMAND = ["--in_domain=x", "--workdir=w"]
 )
 def test_flags_are_found_before_they_are_parsed(argv, name, value, monkeypatch):
     monkeypatch.setattr("sys.argv", ["recon.py", *argv])
-    assert command_line.value_of(name) == value
+    assert value_of(name) == value
 
 
 def test_commands_without_a_config(done, data, tmp_path):
@@ -298,13 +297,13 @@ def test_a_state_dict_alone(name, data, tmp_path, capsys):
     net = models.create_model(config)
     tiny.randomise(net)
     torch.save(WRAPPED[name](net.state_dict()), tmp_path / "weights.pth")
-    model, step = recon.load_model(config, tmp_path / "weights.pth", tiny.CPU)
+    model, step = reconstruction.load_model(config, tmp_path / "weights.pth", tiny.CPU)
     assert step == 0
     assert tiny.same(dict(model.net.net.named_parameters()), dict(net.named_parameters()))
     assert "holds plain weights, without moving averages" in capsys.readouterr().out
     state = losses.create_state(config, models.create_model(config))
     with pytest.raises(UserError, match="training cannot continue from it"):
-        storage.restore_state(tmp_path / "weights.pth", state, to_dict(config), config.seed)
+        restore_state(tmp_path / "weights.pth", state, to_dict(config), config.seed)
 
 
 @pytest.mark.parametrize("name", WRAPPED)
@@ -313,7 +312,7 @@ def test_a_checkpoint_of_a_wrapped_network(name, done, data, tmp_path):
     bare = {key.removeprefix("module."): value for key, value in content["model"].items()}
     torch.save({**content, "model": WRAPPED[name](bare)}, tmp_path / "x.pth")
     tree = short(data)
-    nets = [recon.load_model(tree, path, tiny.CPU)[0].net for path in (done / META, tmp_path / "x.pth")]
+    nets = [reconstruction.load_model(tree, path, tiny.CPU)[0].net for path in (done / META, tmp_path / "x.pth")]
     assert tiny.same(*(dict(network.net.named_parameters()) for network in nets))
     state = losses.create_state(tree, models.create_model(tree))
-    storage.restore_state(tmp_path / "x.pth", state, to_dict(tree), tree.seed)
+    restore_state(tmp_path / "x.pth", state, to_dict(tree), tree.seed)

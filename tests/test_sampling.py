@@ -6,8 +6,8 @@ from helpers import GaussianScore, close, filled_model, golden, small, tensor, w
 
 import sampling
 import sde_lib
-from console import UserError
-from noise import KeyedNoise, image_keys
+from basics.console import UserError
+from basics.noise import KeyedNoise, image_keys
 
 MODELS = {
     "vpsde": "vp/ddpm/cifar10_continuous.py",

@@ -5,7 +5,7 @@ import torch
 from helpers import close, golden, small, tensor, wave
 
 import sde_lib
-from console import UserError
+from basics.console import UserError
 from sde_lib import per_image
 
 SDES = {"vpsde": sde_lib.VPSDE, "subvpsde": sde_lib.SubVPSDE, "vesde": sde_lib.VESDE}

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from helpers import golden, tensor, wave
 
-from console import UserError
+from basics.console import UserError
 from metrics import shift_tolerant
 from metrics.shift_tolerant import ShiftTolerantLPIPS
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from helpers import GOLDEN, fill_, golden, tensor, wave
 
-from console import UserError
+from basics.console import UserError
 from metrics import simclr, simclr_resnet
 from metrics.simclr_resnet import Architecture, ResNet
 
@@ -226,7 +226,7 @@ def test_missing_file_says_how_to_get_it(monkeypatch, tmp_path):
     for part in (
         str(missing),
         "gsutil cp -r gs://simclr-checkpoints/simclrv2/pretrained/r50_1x_sk1 .",
-        f"python -m metrics.convert_simclr r50_1x_sk1 {missing}",
+        f"python -m scripts.convert_simclr r50_1x_sk1 {missing}",
         "--metric MSE,SSIM",
     ):
         assert part in str(error.value)
@@ -239,7 +239,7 @@ def test_default_place():
 
 def test_damaged_file(small_file):
     small_file.write_bytes(small_file.read_bytes()[:-5000])
-    with pytest.raises(UserError, match=r"small.pth are damaged.*python -m metrics.convert_simclr"):
+    with pytest.raises(UserError, match=r"small.pth are damaged.*python -m scripts.convert_simclr"):
         simclr.SimCLR(CPU, path=small_file)
 
 

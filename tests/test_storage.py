@@ -14,16 +14,27 @@ import tiny
 import torch
 from helpers import GOLDEN, close, fill_, golden, load_config, small, tensor, wave
 
-import files
 import losses
 import models
 import sde_lib
-import storage
+from basics import files
+from basics.console import UserError
 from configs.base import to_dict
-from console import UserError
 from losses import Draws
 from models.score import ScoreModel
-from storage import ResultsFolder
+from storage import results_folder
+from storage.arrays import differences, read_arrays, read_tensors, write_arrays
+from storage.checkpoints import (
+    load_ema_weights,
+    read_checkpoint,
+    reads_sigma_table,
+    restore_state,
+    what_weights_depend_on,
+    write_checkpoint,
+    write_ema_weights,
+)
+from storage.results_folder import ResultsFolder, made_from
+from storage.scores import read_results, read_scores
 
 PUBLISHED = GOLDEN / "train_small_checkpoint.pth"
 
@@ -77,16 +88,16 @@ def test_files_that_cannot_be_read(name, tmp_path, recwarn):
     write, message = UNREADABLE[name]
     write(tmp_path / "bad.pth")
     with pytest.raises(UserError, match=message):
-        storage.read_tensors(tmp_path / "bad.pth", "checkpoint")
+        read_tensors(tmp_path / "bad.pth", "checkpoint")
     assert not (tmp_path / "ran").exists()  # nothing was run
     assert not [warning for warning in recwarn if "pickle" in str(warning.message)]
 
 
 def test_a_file_without_permission(tmp_path, monkeypatch):
     torch.save({}, tmp_path / "file.pth")
-    monkeypatch.setattr(storage.torch, "load", tiny.failing(errno.EACCES))
+    monkeypatch.setattr(torch, "load", tiny.failing(errno.EACCES))
     with pytest.raises(UserError, match="may not be read; change its permissions"):
-        storage.read_tensors(tmp_path / "file.pth", "checkpoint")
+        read_tensors(tmp_path / "file.pth", "checkpoint")
 
 
 MADE_FROM = {"seed": 1, "config": {"sizes": [1, 2]}}
@@ -94,29 +105,29 @@ MADE_FROM = {"seed": 1, "config": {"sizes": [1, 2]}}
 
 def test_arrays_come_back_with_what_they_were_made_from(tmp_path):
     path = tmp_path / "a" / "b.npz"
-    assert storage.read_arrays(path, MADE_FROM) is None
-    storage.write_arrays(path, MADE_FROM, x=np.arange(3), y=np.array(0.5))
-    found = storage.read_arrays(path, MADE_FROM)
+    assert read_arrays(path, MADE_FROM) is None
+    write_arrays(path, MADE_FROM, x=np.arange(3), y=np.array(0.5))
+    found = read_arrays(path, MADE_FROM)
     assert found.keys() == {"x", "y"}
     assert found["x"].tolist() == [0, 1, 2]
     assert found["y"] == 0.5
     message = r"b\.npz was made from something else \(config\.sizes: \[1, 2\] there, \[3\] here\); delete it or choose"
     with pytest.raises(UserError, match=message):
-        storage.read_arrays(path, {"seed": 1, "config": {"sizes": [3]}})
+        read_arrays(path, {"seed": 1, "config": {"sizes": [3]}})
 
 
 def test_arrays_that_cannot_be_used(tmp_path):
     """Of a program that notes no settings; damaged; with settings that are none; pickled, which is not unpickled."""
     np.savez(tmp_path / "foreign.npz", bpd=np.zeros(3))
     with pytest.raises(UserError, match=r"foreign\.npz was made from something else \(config: null there"):
-        storage.read_arrays(tmp_path / "foreign.npz", MADE_FROM)
-    storage.write_arrays(tmp_path / "half.npz", MADE_FROM, x=np.arange(100))
+        read_arrays(tmp_path / "foreign.npz", MADE_FROM)
+    write_arrays(tmp_path / "half.npz", MADE_FROM, x=np.arange(100))
     (tmp_path / "half.npz").write_bytes((tmp_path / "half.npz").read_bytes()[:-60])
-    storage.write_arrays(tmp_path / "list.npz", [1, 2])
+    write_arrays(tmp_path / "list.npz", [1, 2])
     np.savez(tmp_path / "pickled.npz", settings="{}", x=np.array([{}], dtype=object))
     for name in ("half", "list", "pickled"):
         with pytest.raises(UserError, match=rf"{name}\.npz is damaged or truncated; delete it"):
-            storage.read_arrays(tmp_path / f"{name}.npz", MADE_FROM)
+            read_arrays(tmp_path / f"{name}.npz", MADE_FROM)
 
 
 # -------------------------------------------------------------------------------------------- published checkpoint
@@ -136,11 +147,11 @@ def outputs(net):
 def test_published_checkpoint_gives_its_outputs():
     numbers, config = golden("train_small"), published_config()
     state = losses.create_state(config, models.create_model(config))
-    storage.restore_state(PUBLISHED, state, to_dict(config), config.seed)
+    restore_state(PUBLISHED, state, to_dict(config), config.seed)
     assert (state.step, state.ema.num_updates) == (5, 5)
     close(outputs(state.net), numbers["output"])
     net = models.create_model(config)
-    assert storage.load_ema_weights(PUBLISHED, net, to_dict(config)) == 5
+    assert load_ema_weights(PUBLISHED, net, to_dict(config)) == 5
     close(outputs(net), numbers["output_ema"])
 
 
@@ -148,8 +159,8 @@ def test_training_continues_from_the_published_checkpoint(tmp_path):
     """Adam's moments, its count and the EMA's go on from where they were; and what is written then loads again."""
     config = published_config()
     state = losses.create_state(config, models.create_model(config).train())
-    storage.restore_state(PUBLISHED, state, to_dict(config), config.seed)
-    before = storage.read_checkpoint(PUBLISHED)
+    restore_state(PUBLISHED, state, to_dict(config), config.seed)
+    before = read_checkpoint(PUBLISHED)
     assert type(before["optimizer"]["param_groups"][0]["lr"]).__module__ == "numpy"
     numbers, sde = golden("train_small"), sde_lib.create_sde(config)
     draws = Draws(normal=tensor(numbers["z"][0]), uniform=tensor(numbers["u"][0]))
@@ -164,9 +175,9 @@ def test_training_continues_from_the_published_checkpoint(tmp_path):
         torch.testing.assert_close(new["exp_avg"], 0.9 * old["exp_avg"] + 0.1 * parameter.grad)
         expected = decay * before["ema"]["shadow_params"][i] + (1 - decay) * parameter.detach()
         torch.testing.assert_close(state.ema.shadow[i], expected)
-    storage.write_checkpoint(tmp_path / "next.pth", state, to_dict(config), config.seed)
+    write_checkpoint(tmp_path / "next.pth", state, to_dict(config), config.seed)
     again = losses.create_state(config, models.create_model(config))
-    storage.restore_state(tmp_path / "next.pth", again, to_dict(config), config.seed)
+    restore_state(tmp_path / "next.pth", again, to_dict(config), config.seed)
     assert tiny.same(again.optimizer.state_dict()["state"], optimizer["state"])
 
 
@@ -174,8 +185,8 @@ def test_training_continues_from_the_published_checkpoint(tmp_path):
 
 
 def test_checkpoint_has_the_published_parts(tmp_path):
-    published = storage.read_checkpoint(PUBLISHED)
-    ours = storage.read_checkpoint(tiny.write_checkpoint(tmp_path / "checkpoint.pth", published_config()))
+    published = read_checkpoint(PUBLISHED)
+    ours = read_checkpoint(tiny.write_checkpoint(tmp_path / "checkpoint.pth", published_config()))
     assert published.keys() <= ours.keys()
     assert ours["model"].keys() == published["model"].keys()
     assert all(name.startswith("module.") for name in ours["model"])
@@ -191,12 +202,12 @@ def test_ema_weights_by_either_file(path, tmp_path):
     config = small(path)
     checkpoint = tiny.write_checkpoint(tmp_path / "checkpoint.pth", config)
     state = losses.create_state(config, models.create_model(config))
-    storage.restore_state(checkpoint, state, to_dict(config), config.seed)
+    restore_state(checkpoint, state, to_dict(config), config.seed)
     with torch.no_grad():
         for average in state.ema.shadow:
             average.mul_(1.1)  # unlike the raw weights
     state.step = 77
-    storage.write_checkpoint(checkpoint, state, to_dict(config), config.seed)
+    write_checkpoint(checkpoint, state, to_dict(config), config.seed)
     raw = outputs(state.net)
     state.ema.copy_to(state.net.parameters())
     expected = outputs(state.net)
@@ -204,12 +215,12 @@ def test_ema_weights_by_either_file(path, tmp_path):
 
     other, light = models.create_model(config), tmp_path / "ema.safetensors"
     notes = {"command": "python main.py"}
-    storage.write_ema_weights(light, checkpoint, models.create_model(config), to_dict(config), notes)
+    write_ema_weights(light, checkpoint, models.create_model(config), to_dict(config), notes)
     weights = sum(parameter.nbytes for parameter in other.parameters())
     assert light.stat().st_size < weights + 30_000  # neither the raw weights nor Adam's moments
     for file in (checkpoint, light):
         fill_(other.state_dict())
-        assert storage.load_ema_weights(file, other, to_dict(config)) == 77
+        assert load_ema_weights(file, other, to_dict(config)) == 77
         assert torch.equal(outputs(other), expected)
 
 
@@ -218,13 +229,13 @@ def test_safetensors_metadata(tmp_path):
 
     config, light = tiny.config(), tmp_path / "ema.safetensors"
     checkpoint = tiny.write_checkpoint(tmp_path / "checkpoint.pth")
-    storage.write_ema_weights(light, checkpoint, models.create_model(config), to_dict(config), {"loss": "0.03"})
+    write_ema_weights(light, checkpoint, models.create_model(config), to_dict(config), {"loss": "0.03"})
     with safe_open(light, framework="pt") as file:
         metadata = file.metadata()
         names = set(file.keys())
     assert json.loads(metadata["config"]) == to_dict(config)
     assert (metadata["step"], metadata["loss"]) == ("0", "0.03")
-    assert "module." + min(names) in storage.read_checkpoint(checkpoint)["model"]
+    assert "module." + min(names) in read_checkpoint(checkpoint)["model"]
 
 
 OTHER_CONFIGS = {
@@ -243,7 +254,7 @@ def checkpoints(tmp_path_factory):
     """A checkpoint and the EMA-only file made from it."""
     folder, config = tmp_path_factory.mktemp("checkpoints"), tiny.config()
     checkpoint = tiny.write_checkpoint(folder / "checkpoint.pth")
-    storage.write_ema_weights(folder / "ema.safetensors", checkpoint, models.create_model(config), to_dict(config), {})
+    write_ema_weights(folder / "ema.safetensors", checkpoint, models.create_model(config), to_dict(config), {})
     return {".pth": checkpoint, ".safetensors": folder / "ema.safetensors"}
 
 
@@ -253,19 +264,19 @@ def test_another_config_than_the_checkpoints_own(field, kind, checkpoints):
     value, message = OTHER_CONFIGS[field]
     config = tiny.config(**{field: value})
     with pytest.raises(UserError, match=rf"was trained with another config \(.*{message}"):
-        storage.load_ema_weights(checkpoints[kind], models.create_model(config), to_dict(config))
+        load_ema_weights(checkpoints[kind], models.create_model(config), to_dict(config))
 
 
 @pytest.mark.parametrize("kind", [".pth", ".safetensors"])
 def test_what_may_differ_from_the_checkpoints_config(kind, checkpoints):
     changes = {"model.num_scales": 50, "model.dropout": 0.3, "model.ema_rate": 0.5, "optim.lr": 1.0}
     config = tiny.config(**changes, **{"sampling.corrector": "langevin", "training.batch_size": 7})
-    storage.load_ema_weights(checkpoints[kind], models.create_model(config), to_dict(config))
+    load_ema_weights(checkpoints[kind], models.create_model(config), to_dict(config))
 
 
 def without_config(path, target):
     """A checkpoint as the published code writes it, which has nothing but the weights to go by."""
-    checkpoint = storage.read_checkpoint(path)
+    checkpoint = read_checkpoint(path)
     del checkpoint["config"], checkpoint["randomness"]
     torch.save(checkpoint, target)
     return target
@@ -283,14 +294,14 @@ OTHER_NETWORKS = {
 def test_another_architecture_is_told_by_its_weights(field, checkpoints, tmp_path):
     value, message = OTHER_NETWORKS[field]
     path = without_config(checkpoints[".pth"], tmp_path / "published.pth")
-    storage.load_ema_weights(path, models.create_model(tiny.config()), to_dict(tiny.config()))
+    load_ema_weights(path, models.create_model(tiny.config()), to_dict(tiny.config()))
     config = tiny.config(**{field: value})
     state = losses.create_state(config, models.create_model(config))
     before = [parameter.detach().clone() for parameter in state.net.parameters()]
     with pytest.raises(UserError, match=message):
-        storage.load_ema_weights(path, state.net, to_dict(config))
+        load_ema_weights(path, state.net, to_dict(config))
     with pytest.raises(UserError, match=message):
-        storage.restore_state(path, state, to_dict(config), config.seed)
+        restore_state(path, state, to_dict(config), config.seed)
     assert all(torch.equal(a, b) for a, b in zip(before, state.net.parameters(), strict=True))
 
 
@@ -322,18 +333,18 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_checkpoints(name, checkpoints, tmp_path):
     change, message = BROKEN[name]
-    checkpoint = storage.read_checkpoint(checkpoints[".pth"])
+    checkpoint = read_checkpoint(checkpoints[".pth"])
     change(checkpoint)
     torch.save(checkpoint, tmp_path / "broken.pth")
     config = tiny.config()
     with pytest.raises(UserError, match=message):
-        storage.load_ema_weights(tmp_path / "broken.pth", models.create_model(config), to_dict(config))
+        load_ema_weights(tmp_path / "broken.pth", models.create_model(config), to_dict(config))
 
 
 def test_a_list_is_no_checkpoint(tmp_path):
     torch.save([torch.zeros(2)], tmp_path / "list.pth")
     with pytest.raises(UserError, match=r"is no checkpoint of main\.py"):
-        storage.read_checkpoint(tmp_path / "list.pth")
+        read_checkpoint(tmp_path / "list.pth")
 
 
 def test_broken_safetensors(checkpoints, tmp_path):
@@ -342,7 +353,7 @@ def test_broken_safetensors(checkpoints, tmp_path):
     path, config = tmp_path / "ema.safetensors", tiny.config()
 
     def load():
-        storage.load_ema_weights(path, models.create_model(config), to_dict(config))
+        load_ema_weights(path, models.create_model(config), to_dict(config))
 
     with pytest.raises(UserError, match="there is no checkpoint at"):
         load()
@@ -367,20 +378,20 @@ def test_safetensors_of_nan(checkpoints, tmp_path):
     next(iter(weights.values())).fill_(float("nan"))
     save_file(weights, tmp_path / "nan.safetensors")
     with pytest.raises(UserError, match="holds NaN"):
-        storage.load_ema_weights(tmp_path / "nan.safetensors", models.create_model(config), to_dict(config))
+        load_ema_weights(tmp_path / "nan.safetensors", models.create_model(config), to_dict(config))
 
 
 def test_resuming_with_another_seed_or_without_the_optimizer(checkpoints, tmp_path):
     config = tiny.config()
     state = losses.create_state(config, models.create_model(config))
     with pytest.raises(UserError, match=r"was trained with seed 42, not 7; use --config\.seed=42"):
-        storage.restore_state(checkpoints[".pth"], state, to_dict(config), 7)
-    checkpoint = storage.read_checkpoint(checkpoints[".pth"])
+        restore_state(checkpoints[".pth"], state, to_dict(config), 7)
+    checkpoint = read_checkpoint(checkpoints[".pth"])
     del checkpoint["optimizer"]
     torch.save(checkpoint, tmp_path / "light.pth")
-    storage.load_ema_weights(tmp_path / "light.pth", state.net, to_dict(config))  # enough to reconstruct with
+    load_ema_weights(tmp_path / "light.pth", state.net, to_dict(config))  # enough to reconstruct with
     with pytest.raises(UserError, match="lacks the optimizer's state"):
-        storage.restore_state(tmp_path / "light.pth", state, to_dict(config), config.seed)
+        restore_state(tmp_path / "light.pth", state, to_dict(config), config.seed)
 
 
 # ------------------------------------------------------------------------------------------- the results folder
@@ -425,7 +436,7 @@ def test_a_batch_is_as_published(folder):
     for name in theirs:
         assert type(ours[name]) is type(theirs[name])
     assert ours["identity"] == {
-        "index": 1, "images": 2, "repetitions": 2, "made_from": storage.made_from(SETTINGS, entry()),
+        "index": 1, "images": 2, "repetitions": 2, "made_from": made_from(SETTINGS, entry()),
     }  # fmt: skip
     orig, recon = folder.read_batch("pos", 1, reps=2)
     assert torch.equal(orig, torch.full((2, 3, 4, 4), 1.5))
@@ -570,8 +581,8 @@ def test_damage_in_a_folder_without_identities_is_noticed_by_the_files_own_check
 
 
 def test_each_batch_is_read_once_when_checked(folder, monkeypatch):
-    read, paths = storage.read_tensors, []
-    monkeypatch.setattr(storage, "read_tensors", lambda path, what: paths.append(path) or read(path, what))
+    read, paths = read_tensors, []
+    monkeypatch.setattr(results_folder, "read_tensors", lambda path, what: paths.append(path) or read(path, what))
     folder.lacking("pos")
     assert paths == [folder.batch_path("pos", index) for index in range(2)]
 
@@ -586,14 +597,14 @@ def test_half_precision_and_views_have_digests(tmp_path):
 
 @pytest.mark.parametrize("change", ["removed", "replaced"])
 def test_a_batch_is_written_only_under_the_manifest_it_was_made_with(change, folder):
-    running = ResultsFolder(folder.path, {"pos": storage.made_from(SETTINGS, entry())})
+    running = ResultsFolder(folder.path, {"pos": made_from(SETTINGS, entry())})
     fill(running)
     if change == "removed":
         (folder.path / "manifest.json").unlink()
     else:
         manifest = json.loads((folder.path / "manifest.json").read_text())
         manifest["settings"]["seed"] = 1
-        storage.write_json(folder.path / "manifest.json", manifest)
+        files.write_json(folder.path / "manifest.json", manifest)
     before = tiny.snapshot(folder.path)
     with pytest.raises(
         UserError, match=r"manifest\.json was removed or replaced while this run wrote there; run the sam"
@@ -835,7 +846,7 @@ def test_damaged_results(name, tmp_path):
     with pytest.raises(
         UserError, match=rf"results\.json cannot be read \(.*{message}.*\); delete it and run detect\.py"
     ):
-        storage.read_results(tmp_path)
+        read_results(tmp_path)
 
 
 HEADER = "side,position,batch,score,distance_rep0"
@@ -862,12 +873,12 @@ def test_damaged_scores(name, tmp_path):
     path = tmp_path / "scores_MSE.csv"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=rf"scores_MSE\.csv is no table of scores \(.*({message}).*\); run detect\.py"):
-        storage.read_scores(path)
+        read_scores(path)
 
 
 def test_scores_that_are_not_there(tmp_path):
     with pytest.raises(UserError, match=r"none\.csv cannot be read \(No such file or directory\); check the path"):
-        storage.read_scores(tmp_path / "none.csv")
+        read_scores(tmp_path / "none.csv")
 
 
 @pytest.mark.parametrize(
@@ -882,6 +893,6 @@ def test_scores_that_are_not_there(tmp_path):
 def test_fewer_steps_are_refused_only_where_the_network_reads_its_table(path, reads):
     trained, fewer = load_config(path), load_config(path)
     fewer.model.num_scales = 50
-    there, here = (storage.what_weights_depend_on(to_dict(config)) for config in (trained, fewer))
-    assert storage.reads_sigma_table(to_dict(trained)) == reads
-    assert bool(storage.differences(there, here)) == reads
+    there, here = (what_weights_depend_on(to_dict(config)) for config in (trained, fewer))
+    assert reads_sigma_table(to_dict(trained)) == reads
+    assert bool(differences(there, here)) == reads

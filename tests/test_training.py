@@ -13,12 +13,11 @@ import tiny
 import torch
 from PIL import Image
 
-import console
-import files
 import losses
-import storage
-import training
-from console import UserError
+from basics import files
+from basics.console import EXIT_INTERRUPTED, UserError, guard
+from lmd import training
+from storage.checkpoints import read_checkpoint
 
 META = training.META_CHECKPOINT
 IMAGES = 10  # two batches of 4 an epoch, so that epochs change while training
@@ -56,7 +55,7 @@ def results(workdir):
         name = path.relative_to(workdir).as_posix()
         own = path.name in ("stdout.txt", files.MARK) or name.startswith("tensorboard/")
         if path.is_file() and not own:
-            found[name] = storage.read_checkpoint(path) if path.suffix == ".pth" else path.read_bytes()
+            found[name] = read_checkpoint(path) if path.suffix == ".pth" else path.read_bytes()
     return found
 
 
@@ -64,7 +63,9 @@ def results(workdir):
 
 CHILD = """
 import os, signal, sys
-import files, tiny, training
+import tiny
+from basics import files
+from lmd import training
 
 moment, dataset, workdir, dropout = sys.argv[1:]
 writes, flush, train_step = [], files.os.fsync, training.Trainer.train_step
@@ -95,7 +96,7 @@ def test_a_killed_run_ends_as_one_that_was_not(moment, dropout, data, whole, tmp
     workdir = tmp_path / "killed"
     code, _, err = tiny.command("-c", CHILD, moment, data, workdir, dropout)
     assert code == -signal.SIGKILL, err
-    assert storage.read_checkpoint(workdir / META)["step"] == {"step": 7, "write": 4}[moment]
+    assert read_checkpoint(workdir / META)["step"] == {"step": 7, "write": 4}[moment]
     unfinished = list(workdir.rglob("*.tmp"))
     assert [path.parent.name for path in unfinished] == (["checkpoints-meta"] if moment == "write" else [])
     tree = tiny.config(data__dataset=str(data), model__dropout=dropout)
@@ -145,9 +146,9 @@ def interrupting(step, times, monkeypatch):
 def test_ctrl_c_loses_nothing(tree, whole, tmp_path, monkeypatch, capsys):
     before = signal.getsignal(signal.SIGINT)
     interrupting(7, 1, monkeypatch)
-    assert console.guard(lambda _: tiny.train(tree, tmp_path), None) == console.EXIT_INTERRUPTED
+    assert guard(lambda _: tiny.train(tree, tmp_path), None) == EXIT_INTERRUPTED
     assert "the same command continues where this run stopped" in capsys.readouterr().err
-    assert storage.read_checkpoint(tmp_path / META)["step"] == 8  # step 7 was finished, and saved though not due
+    assert read_checkpoint(tmp_path / META)["step"] == 8  # step 7 was finished, and saved though not due
     assert signal.getsignal(signal.SIGINT) is before
     monkeypatch.undo()
     tiny.train(tree, tmp_path)
@@ -159,7 +160,7 @@ def test_a_second_ctrl_c_acts_at_once(tree, tmp_path, monkeypatch):
     interrupting(7, 2, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         tiny.train(tree, tmp_path)
-    assert storage.read_checkpoint(tmp_path / META)["step"] == 7  # of the step that was due
+    assert read_checkpoint(tmp_path / META)["step"] == 7  # of the step that was due
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -175,7 +176,7 @@ def test_more_steps_continue_a_finished_run(tree, whole, tmp_path):
     tree.training.n_iters = 14
     for workdir in ("longer", "at once"):
         tiny.train(tree, tmp_path / workdir)
-    ends = [storage.read_checkpoint(tmp_path / workdir / META) for workdir in ("longer", "at once")]
+    ends = [read_checkpoint(tmp_path / workdir / META) for workdir in ("longer", "at once")]
     assert ends[0]["step"] == 15
     assert tiny.same(ends[0], ends[1])
 
@@ -184,7 +185,7 @@ def test_dropout_is_drawn(tree, whole, tmp_path):
     """Or resuming with it would prove nothing."""
     tree.model.dropout = 0.0
     tiny.train(tree, tmp_path)
-    with_dropout, without = (storage.read_checkpoint(w / META)["model"] for w in (whole, tmp_path))
+    with_dropout, without = (read_checkpoint(w / META)["model"] for w in (whole, tmp_path))
     assert any(not torch.equal(with_dropout[name], without[name]) for name in without)
 
 
@@ -221,7 +222,7 @@ def test_files_are_the_published_ones(whole):
     assert {path.name for path in whole.iterdir()} == {
         "checkpoints", "checkpoints-meta", "samples", "stdout.txt", "tensorboard", files.MARK,
     }  # fmt: skip
-    steps = {name: storage.read_checkpoint(whole / name)["step"] for name in WRITTEN if name.endswith(".pth")}
+    steps = {name: read_checkpoint(whole / name)["step"] for name in WRITTEN if name.endswith(".pth")}
     assert steps == {  # a checkpoint holds the number of the next step, as published
         "checkpoints-meta/checkpoint.pth": 13,
         "checkpoints/checkpoint_1.pth": 6,
@@ -403,7 +404,7 @@ def test_a_log_on_a_full_disk(tree, tmp_path, monkeypatch, capsys):
     full = lambda: os.fdopen(os.open("/dev/full", os.O_WRONLY), "w")
     monkeypatch.setattr(files, "open_own", lambda path: full() if path.name == "stdout.txt" else open_own(path))
     with pytest.raises(SystemExit) as exit_:
-        console.guard(lambda _: tiny.train(tree, tmp_path), None)
+        guard(lambda _: tiny.train(tree, tmp_path), None)
     assert exit_.value.code == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert errors == ["error: No space left on device: while writing; free some space, then run the same command again"]
@@ -450,7 +451,7 @@ def test_a_frequency_of_0_is_never(field, tree, whole, tmp_path):
     expected = {"checkpoints/checkpoint_1.pth"} if field == "snapshot_freq" else numbered
     assert names == {str(META), *expected}
     last = "checkpoint_1" if field == "snapshot_freq" else "checkpoint_2"
-    mine, theirs = (storage.read_checkpoint(path) for path in (tmp_path / f"checkpoints/{last}.pth", whole / META))
+    mine, theirs = (read_checkpoint(path) for path in (tmp_path / f"checkpoints/{last}.pth", whole / META))
     assert all(tiny.same(mine[part], theirs[part]) for part in ("model", "ema", "step"))
 
 
@@ -550,7 +551,7 @@ def test_two_trainings_in_one_folder(tree, data, tmp_path):
 
     def second(self, x):
         if self.state.step == 4:
-            command = "import console, sys, tiny; console.guard(lambda _: tiny.train(tiny.config("
+            command = "import sys, tiny; from basics import console; console.guard(lambda _: tiny.train(tiny.config("
             command += "data__dataset=sys.argv[1], model__dropout=0.1), sys.argv[2]), None)"
             outcomes.append(tiny.command("-c", command, data, tmp_path))
         return step(self, x)

@@ -10,11 +10,10 @@ import torch
 from helpers import ROOT, load_config
 
 import models
-import recon
-import storage
-import training
 from configs.base import to_dict
+from lmd import reconstruction, training
 from losses import create_state
+from storage import checkpoints
 
 SIZE = 8  # pixels an edge
 CPU = torch.device("cpu")
@@ -74,7 +73,7 @@ def write_checkpoint(path, tree=None, seed=3):
     tree = tree or config()
     net = models.create_model(tree)
     randomise(net, seed)
-    storage.write_checkpoint(path, create_state(tree, net), to_dict(tree), tree.seed)
+    checkpoints.write_checkpoint(path, create_state(tree, net), to_dict(tree), tree.seed)
     return path
 
 
@@ -96,8 +95,8 @@ def reconstruct(workdir, checkpoint, sources, tree=None, mask=None, **options):
     """`recon.run` on the CPU; sources are side -> path, or (path, whether to crop)."""
     sources = {side: source if isinstance(source, tuple) else (str(source), True) for side, source in sources.items()}
     settings = {"reps": 2, "batch_size": 4, "seed": 0, "device": CPU, **options}
-    mask = mask or recon.MaskOptions("checkerboard_alt")
-    return recon.run(
+    mask = mask or reconstruction.MaskOptions("checkerboard_alt")
+    return reconstruction.run(
         tree or config(), ckpt_path=checkpoint, workdir=workdir, sources=sources, mask_options=mask, **settings
     )
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from console import UserError
+from basics.console import UserError
 
 MAGIC = 0xDB4775248B80FB57
 _FOOTER, _TRAILER = 48, 5  # bytes; a block's trailer: one byte of compression, four of checksum

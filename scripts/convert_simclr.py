@@ -1,7 +1,7 @@
 """Converts Google's SimCLRv2 checkpoints to the weights that the metric SIMCLR reads.
 
     gsutil cp -r gs://simclr-checkpoints/simclrv2/pretrained/r50_1x_sk1 .
-    python -m metrics.convert_simclr r50_1x_sk1 pretrained/r50_1x_sk1.pth
+    python -m scripts.convert_simclr r50_1x_sk1 pretrained/r50_1x_sk1.pth
 
 TensorFlow numbers the layers in the order in which they were made: base_model/conv2d,
 base_model/conv2d_1, ...; so are the layers of our network.  Every weight's shape is checked.
@@ -16,10 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import console
-from console import UserError
+from basics.console import UserError, guard, say
 from metrics import simclr_resnet, weights
-from metrics.tensor_bundle import Bundle
+from scripts.tensor_bundle import Bundle
 
 BASE, CLASSIFIER, HEAD = "base_model", "head_supervised/linear_layer", "head_contrastive"
 NORM = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_variance"}
@@ -28,13 +27,13 @@ ORDER = {4: (3, 2, 0, 1), 2: (1, 0)}  # axes of kernels: (h, w, in, out) to (out
 
 def main(argv):
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m metrics.convert_simclr", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m scripts.convert_simclr", description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", help="prefix of a TensorFlow checkpoint (without .index), or its folder")
     parser.add_argument("out", type=Path, help="the file to write, such as pretrained/r50_1x_sk1.pth")
     arguments = parser.parse_args(argv)
     content, architecture = convert(find_prefix(Path(arguments.checkpoint)))
     weights.write(arguments.out, content)
-    console.say(
+    say(
         f"{arguments.out}: {sum(architecture.blocks) * 3 + 2} layers, width {architecture.channels / 64:g}, "
         f"{'with' if architecture.selective else 'without'} selective kernels"
     )
@@ -178,4 +177,4 @@ def _read_head(bundle, features):
 
 
 if __name__ == "__main__":
-    sys.exit(console.guard(main, sys.argv[1:]))
+    sys.exit(guard(main, sys.argv[1:]))

@@ -10,8 +10,8 @@ import re
 import numpy as np
 import torch
 
+from basics.tensor_files import WrongFile, is_finite, is_plain
 from configs.base import ABSENT, TREE
-from tensor_files import WrongFile, is_finite, is_plain
 
 LARGEST = 2**53  # of whole numbers: steps, seeds
 _PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")  # of DataParallel, which is published, and of torch.compile

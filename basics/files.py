@@ -15,7 +15,7 @@ import socket
 import stat
 from pathlib import Path
 
-from console import UserError, remedy, warn
+from basics.console import UserError, remedy, warn
 
 MARK = ".lift-map-detect"  # in folders that this program writes: what is below is no input, and its lock is the owner's
 _TEMPORARY = ".lmd-{}.tmp"

@@ -13,17 +13,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import datasets
-import files
-import likelihood
-import noise
-import storage
-import training
+from basics import files, noise
+from basics.console import UserError, choose, progress, say
+from basics.pixels import dequantize, to_model_range
 from configs.base import to_dict
-from console import UserError, choose, progress, say
+from lmd import likelihood, training
+from lmd.batches import in_order
 from losses import TRAINING_EPS
 from metrics import fidelity
 from models import inference, memory
+from storage.arrays import read_arrays, write_arrays
+from storage.checkpoints import load_ema_weights, what_weights_depend_on
 
 PRECISION = "fp32"  # of everything that is computed here
 BPD_REPEATS = {"train": 1, "test": 5}  # dequantisations of each image, as published
@@ -52,11 +52,11 @@ class Evaluation:
     def load(self, path):
         """Gives the network the EMA weights of a checkpoint; returns what all results of it depend on (JSON types)."""
         tree, net = to_dict(self.config), self.trainer.state.net
-        storage.load_ema_weights(path, net, tree)
+        load_ema_weights(path, net, tree)
         net.eval()
         return {
             "checkpoint": files.file_hash(path),
-            "config": storage.what_weights_depend_on(tree),
+            "config": what_weights_depend_on(tree),
             "seed": self.config.seed,
             "noise": noise.SCHEME,
             "batch_size": self.batch_size,
@@ -177,16 +177,16 @@ def write_loss(run, k, origin):
     weighting = {name: options[name] for name in ("reduce_mean", "likelihood_weighting")}
     settings = {**origin, "images": images.fingerprint, "loss": {**weighting, "eps": TRAINING_EPS}}
     path = run.folder / f"ckpt_{k}_loss.npz"
-    arrays = storage.read_arrays(path, settings)
+    arrays = read_arrays(path, settings)
     if arrays is None:
         values, counts = [], []
-        batches = datasets.in_order(images, run.batch_size, run.trainer.device, run.config.data.centered)
+        batches = in_order(images, run.batch_size, run.trainer.device, run.config.data.centered)
         total = _rounds(len(images), run.batch_size)
         for i, x in enumerate(progress(batches, total=total, unit="batch", desc=f"checkpoint {k}, loss")):
             values.append(run.trainer.loss_on(x, "evaluate", i))
             counts.append(len(x))
         arrays = {"all_losses": np.array(values), "mean_loss": np.average(values, weights=counts)}
-        storage.write_arrays(path, settings, **arrays)
+        write_arrays(path, settings, **arrays)
     say(f"checkpoint {k}: mean test loss {arrays['mean_loss']:.5f} over {len(images)} images; written to {path}")
 
 
@@ -211,10 +211,10 @@ def write_bpd(run, k, origin):
     with progress(total=repeats * rounds, unit="batch", desc=f"checkpoint {k}, bits per dimension") as bar:
         for i in range(repeats * rounds):
             path, (repeat, batch) = run.folder / f"{split}_ckpt_{k}_bpd_{i}.npz", divmod(i, rounds)
-            arrays = storage.read_arrays(path, settings)
+            arrays = read_arrays(path, settings)
             if arrays is None:
                 arrays = _bpd_of_batch(run, images, batch, repeat)
-                storage.write_arrays(path, settings, **arrays)
+                write_arrays(path, settings, **arrays)
             values.append(arrays["bpd"])
             evaluations.append(int(arrays["evaluations"]))
             bar.set_postfix(bpd=f"{np.concatenate(values).mean():.4f}", refresh=False)
@@ -233,10 +233,10 @@ def _bpd_of_batch(run, images, batch, repeat):
     dequantized, probes = [], []
     for image, content in zip(pixels.split(1), noise.content_keys(pixels).tolist(), strict=True):
         generator = noise.generator(run.config.seed, "bpd", content, repeat)  # on the CPU: the same for every device
-        dequantized.append(datasets.dequantize(datasets.to_model_range(image, centered=False), generator))
+        dequantized.append(dequantize(to_model_range(image, centered=False), generator))
         probes.append(likelihood.rademacher(image.shape, generator))
     centered, model, device = run.config.data.centered, run.trainer.model, run.trainer.device
-    x = datasets.to_model_range(torch.cat(dequantized).to(device), centered)  # (B, C, H, W)
+    x = to_model_range(torch.cat(dequantized).to(device), centered)  # (B, C, H, W)
     density, _, evaluations = likelihood.log_likelihood(model, run.trainer.sde, x, torch.cat(probes).to(device))
     bpd = likelihood.bits_per_dimension(density, x[0].numel(), centered)
     return {"bpd": bpd.cpu().numpy(), "evaluations": np.array(evaluations)}
@@ -257,10 +257,10 @@ def write_samples(run, k, origin):
     rounds = range(_rounds(run.config.eval.num_samples, run.batch_size))
     for r in progress(rounds, unit="batch", desc=f"checkpoint {k}, samples"):
         path, settings = _samples_file(run, k, r), _samples_settings(run, origin, r)
-        if storage.read_arrays(path, settings) is None:
+        if read_arrays(path, settings) is None:
             first = r * run.batch_size
             images = training.draw_samples(run.trainer, settings["count"], "evaluation", first)
-            storage.write_arrays(path, settings, samples=training.to_pixels(images))
+            write_arrays(path, settings, samples=training.to_pixels(images))
     say(f"checkpoint {k}: {run.config.eval.num_samples} samples are in {run.folder / f'ckpt_{k}'}")
 
 
@@ -295,12 +295,12 @@ def write_reports(run, origins):
     for k, origin in origins.items():
         path, settings = run.folder / f"report_{k}.npz", _samples_settings(run, origin, 0)
         settings |= {"count": count, "reference": images.fingerprint, "network": fidelity.WEIGHTS}
-        scores = storage.read_arrays(path, settings)
+        scores = read_arrays(path, settings)
         if scores is None:
             if reference is None:
                 reference = extract.of_images(run, images)
             scores = fidelity.scores(extract.of_samples(run, k, origin), reference)
-            storage.write_arrays(path, settings, **scores)
+            write_arrays(path, settings, **scores)
         values = ", ".join(f"{name} {value:.5g}" for name, value in scores.items())
         say(f"checkpoint {k}: {values} of {count} samples against {len(images)} images; written to {path}")
 
@@ -329,7 +329,7 @@ class _FeatureFiles:
             settings = _samples_settings(run, origin, r)
 
             def read(r=r, settings=settings):
-                pixels = storage.read_arrays(_samples_file(run, k, r), settings)["samples"]  # (B, H, W, C)
+                pixels = read_arrays(_samples_file(run, k, r), settings)["samples"]  # (B, H, W, C)
                 return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
             path = run.folder / f"ckpt_{k}" / f"statistics_{r}.npz"
@@ -339,14 +339,14 @@ class _FeatureFiles:
         return fidelity.Features(torch.from_numpy(pool), torch.from_numpy(logits))
 
     def _of_batch(self, path, settings, read, names):
-        arrays = storage.read_arrays(path, settings)
+        arrays = read_arrays(path, settings)
         if arrays is None:
             if self.network is None:
                 self.network = fidelity.Inception(self.device)
             features = self.network(read())  # of (B, C, H, W) uint8
             arrays = {"pool_3": features.pool.numpy(), "logits": features.logits.numpy()}
             arrays = {name: arrays[name] for name in names}
-            storage.write_arrays(path, settings, **arrays)
+            write_arrays(path, settings, **arrays)
         return arrays
 
 

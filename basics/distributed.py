@@ -13,8 +13,7 @@ import datetime
 import hashlib
 import inspect
 
-import console
-from console import UserError
+from basics.console import UserError
 
 # Ranks wait for a download or samples of rank 0, or for the last batch of a slower one.
 _PATIENCE = datetime.timedelta(days=1)
@@ -94,18 +93,20 @@ class Ranks:
         Raises:
             FailedElsewhere: the section failed on another rank alone.
         """
+        from basics.console import EXIT_USER_ERROR, stay_to_tell
+
         error = None
         try:
             yield
         except BaseException as caught:
             error = caught
             if self.world_size > 1:
-                console.stay_to_tell()
+                stay_to_tell()
         failed = self.any(error is not None)
         if error is not None:
             raise error
         if failed:
-            raise FailedElsewhere(console.EXIT_USER_ERROR)
+            raise FailedElsewhere(EXIT_USER_ERROR)
 
     def on_main(self, function):
         """Runs `function()` on rank 0 while the others wait; gives its result, plain data, on all of them."""
@@ -167,9 +168,12 @@ def start(device_name):
     Raises:
         UserError: a device that is not there.
     """
-    ranks = Ranks(*console.place())
+    from basics.console import place
+    from basics.machine import choose_device
+
+    ranks = Ranks(*place())
     if ranks.world_size == 1:
-        yield ALONE, console.choose_device(device_name)
+        yield ALONE, choose_device(device_name)
         return
     import torch.distributed as dist
 
@@ -187,7 +191,9 @@ def own_device(name, ranks):
     """
     import torch
 
-    device = console.choose_device(name)
+    from basics.machine import choose_device
+
+    device = choose_device(name)
     if device.type == "cpu":
         return device
     if device.index is not None:

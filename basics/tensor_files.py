@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 
 _ZIP = b"PK\x03\x04"
 _LARGEST_HEADER = 16 << 20  # bytes of a safetensors header; those of networks have a few hundred kilobytes
@@ -133,7 +134,6 @@ def read_safetensors(path, lazily=False):
         WrongFile: it is damaged, or holds other than floating-point numbers.
         OSError: it cannot be read.
     """
-    from safetensors import safe_open
 
     size = Path(path).stat().st_size
     with Path(path).open("rb") as file:

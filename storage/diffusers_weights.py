@@ -24,9 +24,9 @@ from pathlib import Path
 
 import torch
 
-import tensor_files
+from basics import tensor_files
+from basics.console import UserError
 from configs import presets
-from console import UserError
 from models import layers
 from models.ddpm import DDPM, Stage
 

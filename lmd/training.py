@@ -17,21 +17,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
 
-import console
 import datasets
-import files
 import losses
 import models
-import noise
 import sampling
 import sde_lib
-import storage
+from basics import files, noise
+from basics.console import UserError, choose, log, printable, progress, remedy, say, warn
+from basics.distributed import ALONE
+from basics.pixels import to_data_range
 from configs.base import to_dict
-from console import UserError, choose, progress, say
-from distributed import ALONE
+from lmd.batches import TrainingBatches
 from models import inference
 from models.score import ScoreModel
+from storage.checkpoints import check_data, restore_state, write_checkpoint
 
 META_CHECKPOINT = Path("checkpoints-meta") / "checkpoint.pth"
 AGREE_EVERY = 10  # steps between two questions whether a rank was interrupted
@@ -133,7 +135,7 @@ class Trainer:
         """Shuffled batches of a split; flips and dequantisation in training alone."""
         data, training = self.config.data, split == "train"
         images = self.images(split, check=False)
-        return datasets.TrainingBatches(
+        return TrainingBatches(
             images,
             self.config.training.batch_size if training else min(self.config.training.batch_size, len(images)),
             seed=noise.key(self.config.seed, split),
@@ -188,13 +190,13 @@ class Trainer:
         if broken := losses.not_finite(self.state):
             raise UserError(f"{' and '.join(broken)} are NaN or infinite after step {self.state.step - 1}: {_DIVERGED}")
         tree, seed = to_dict(self.config), self.config.seed
-        storage.write_checkpoint(self.workdir / path, self.state, tree, seed, self.trained_on)
+        write_checkpoint(self.workdir / path, self.state, tree, seed, self.trained_on)
 
     def resume(self):
         """Continues from the work folder's meta checkpoint if there is one; returns whether."""
         path = self.workdir / META_CHECKPOINT
         if path.is_file():
-            self.trained_on = storage.restore_state(path, self.state, to_dict(self.config), self.config.seed)
+            self.trained_on = restore_state(path, self.state, to_dict(self.config), self.config.seed)
         return path.is_file()
 
     def check_images(self, images):
@@ -204,7 +206,7 @@ class Trainer:
             "images": len(images),
             "source": str(self.config.data.dataset),
         }
-        storage.check_data(self.workdir / META_CHECKPOINT, self.trained_on, here)
+        check_data(self.workdir / META_CHECKPOINT, self.trained_on, here)
         self.trained_on = here
 
 
@@ -419,24 +421,21 @@ class Log:
     """Lines to the console and `stdout.txt`, scalars also to TensorBoard."""
 
     def __init__(self, workdir, first_step):
-        from torch.utils.tensorboard import SummaryWriter
 
         try:
             self.file = files.open_own(workdir / "stdout.txt")
             self.writer = SummaryWriter(workdir / "tensorboard", purge_step=first_step or None)
         except UnicodeEncodeError:
             self.writer = None
-            console.warn(
-                f"TensorBoard cannot write below {workdir}, whose name is no UTF-8; stdout.txt has its numbers"
-            )
+            warn(f"TensorBoard cannot write below {workdir}, whose name is no UTF-8; stdout.txt has its numbers")
         except OSError as error:
-            raise UserError(f"cannot write to {workdir}: {error.strerror}; {console.remedy(error)}") from error
+            raise UserError(f"cannot write to {workdir}: {error.strerror}; {remedy(error)}") from error
 
     def line(self, text):
         """Writes a line with the time of day."""
         stamped = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}"
-        console.log(stamped)
-        print(console.printable(stamped), file=self.file, flush=True)
+        log(stamped)
+        print(printable(stamped), file=self.file, flush=True)
 
     def scalar(self, name, value, step):
         """Writes `step: N, name: value`."""
@@ -465,7 +464,7 @@ def draw_samples(trainer, count, word, first=0):
     numbers = torch.arange(first, first + count)
     keys = noise.image_keys(noise.key(config.seed, word, "samples"), numbers, reps=[0])
     source = noise.KeyedNoise(keys, shape, trainer.device)
-    return datasets.to_data_range(sample(trainer.model, source), config.data.centered)
+    return to_data_range(sample(trainer.model, source), config.data.centered)
 
 
 def create_sampler(config, sde):
@@ -503,8 +502,7 @@ def to_pixels(images):
 
 def write_samples(folder, images):
     """Writes `sample.np` (N, H, W, C) uint8, as published, and `sample.png`, a grid; images (N, C, H, W) in [0, 1]."""
-    from PIL import Image
-    from torchvision.utils import make_grid
+    from torchvision.utils import make_grid  # here, as it takes seconds
 
     array = io.BytesIO()
     np.save(array, to_pixels(images))

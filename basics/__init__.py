@@ -1,0 +1,1 @@
+"""The ground floor: what knows nothing of the method."""

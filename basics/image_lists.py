@@ -1,0 +1,186 @@
+"""Which files are a user's images: folders and lists.
+
+What systems put among images and what this program wrote is left out.
+"""
+
+import collections
+import functools
+import os
+import re
+from pathlib import Path
+
+from basics import files
+from basics.console import UserError, say
+from basics.images import first_line
+
+
+def expand_home(path):
+    """A path with the home folder in the place of `~`."""
+    return os.path.expanduser(path)  # noqa: PTH111 (it never raises)
+
+
+@functools.cache
+def say_once(line):
+    """Tells what holds for a source, however often it is loaded: as test and training set, or at another size."""
+    say(line)
+
+
+def folder_files(folder):
+    """Labels (paths below the folder) and full paths of its images, sorted; links to folders are followed once.
+
+    All files are taken for images but those whose ending says otherwise (they are counted in a line), system files,
+    and folders that this program wrote (they are named in a line).
+
+    Raises:
+        UserError: it cannot be listed, holds no images, or was itself written by this program.
+    """
+    paths, written, others = [], [], collections.Counter()
+    for parent, below, names in _walk(folder):
+        if _is_written(parent, below, names, whole=parent != folder):
+            if parent == folder:
+                raise UserError(
+                    f"{folder} is written by this program, so its images are no input; give a folder of your own"
+                )
+            written.append(parent.relative_to(folder).as_posix())
+            below.clear()
+            continue
+        if parent == folder and (files.MARK in names or _META in below):  # a work folder among the user's images
+            written += [name for name in below if name in _WORK_FOLDERS]
+            below[:] = [name for name in below if name not in _WORK_FOLDERS]
+        for path in (Path(parent, name) for name in names if name != files.MARK):
+            if path.suffix.lower() in NOT_IMAGES:
+                others[path.suffix.lower()] += 1
+            else:
+                paths.append(path)
+    told = _tell_left_out(folder, written, others)
+    if not paths:
+        raise UserError(f"folder {folder} holds no images{told}; check the path")
+    labels = sorted(path.relative_to(folder).as_posix() for path in paths)
+    return labels, [Path(folder, label) for label in labels]
+
+
+def _walk(folder):
+    """As os.walk, from the top, in sorted order: each folder once, links or not, without what systems put there."""
+
+    def refuse(error):
+        raise UserError(f"folder {error.filename} cannot be listed ({error.strerror}); change its permissions")
+
+    seen = set()
+    for parent, below, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        below[:] = sorted(name for name in below if not _is_systems(name))
+        yield Path(parent), below, sorted(name for name in names if name == files.MARK or not _is_systems(name))
+
+
+def _is_systems(name):
+    return name.startswith(".") or name in _SYSTEM_NAMES
+
+
+def _is_written(folder, below, names, whole):
+    """Whether this program wrote all of a folder: it is marked, or, from before there were marks, looks like it.
+
+    Args:
+        folder: its path.
+        below: the names of its folders.
+        names: the names of its files.
+        whole: whether the mark of a work folder will do, which may hold images of the user's own as well.
+    """
+    if files.MARK in names and (whole or not files.is_owned(folder)):
+        return True
+    if "manifest.json" in names or "results.json" in names:  # a results folder: other programs have a manifest.json too
+        batches = any(side in below and next(Path(folder, side).glob("batch_*.pth"), None) for side in ("pos", "neg"))
+        if batches or any(name.startswith("scores_") and name.endswith(".csv") for name in names):
+            return True
+    samples = folder.name == "samples" and any(_ITERATION.fullmatch(name) for name in below)
+    evaluation = any(_EVALUATION.fullmatch(name) for name in names)
+    return samples or evaluation or (whole and _META in below)
+
+
+def _tell_left_out(folder, written, others):
+    """Says what of a folder is not taken for images; returns it as a half sentence."""
+    told = ""
+    if written:
+        named = ", ".join(sorted(written)[:10]) + (f" and {len(written) - 10} more" if len(written) > 10 else "")
+        say_once(f"'{folder}': left out, as this program wrote it: {named}")
+        told += f" (this program wrote {named})"
+    if others:
+        named = ", ".join(f"{count} {ending}" for ending, count in sorted(others.items()))
+        say_once(f"'{folder}': {others.total()} files are left out by their endings: {named}")
+        told += f" ({named})"
+    return told
+
+
+_SYSTEM_NAMES = {"__MACOSX", "@eaDir", "$RECYCLE.BIN"}
+
+
+_META = "checkpoints-meta"
+
+
+_WORK_FOLDERS = {"samples", "checkpoints", _META, "tensorboard"}
+
+
+_ITERATION = re.compile(r"iter_\d+")
+
+
+_EVALUATION = re.compile(r"(ckpt_\d+_loss|report_\d+|(train|test)_ckpt_\d+_bpd_\d+)\.npz")
+
+
+# Endings of files that are no pictures, or of which Pillow would read something else (a raw photo's thumbnail).
+NOT_IMAGES = frozenset(
+    " ".join(
+        [
+            ".txt .md .rst .rtf .tex .bib .pdf .doc .docx .odt .xls .xlsx .ppt .pptx .html .htm .css .url .lnk",
+            ".csv .tsv .lst .json .jsonl .xml .xmp .aae .yaml .yml .toml .ini .cfg .conf .log .md5 .sha256",
+            ".py .pyc .ipynb .js .sh .c .cpp .h .m .r .o .so .dll .exe .lock .tmp .part .bak",
+            ".np .npy .npz .pt .pth .ckpt .pkl .pickle .h5 .hdf5 .mat .parquet .arrow .feather .safetensors .onnx",
+            ".tfrecord .lmdb .mdb .db .sqlite .zip .tar .gz .tgz .bz2 .xz .7z .rar .zst",
+            ".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .wav .mp3 .m4a .flac .ogg",
+            ".ps .eps .ai .svg .wmf .emf .thm .cr2 .cr3 .nef .arw .dng .orf .rw2 .raf .pef .srw",
+        ]
+    ).split()
+)
+
+
+def listed_files(path):
+    """Labels (the lines, or what of them is the path) and full paths of a txt list."""
+    lines = lines_of(path)
+    if not lines:
+        raise UserError(f"list {path} names no images; write one image path a line")
+    found = [_listed_file(line, path.parent) for line in lines]
+    return [label for label, _ in found], [full for _, full in found]
+
+
+def _listed_file(line, folder):
+    """What of a line is the path, and that path in full: beside the list, else from here, as far as it exists."""
+    for label in _readings(line):
+        expanded = expand_home(label)
+        for full in (os.path.join(folder, expanded), expanded):  # noqa: PTH118
+            if os.path.exists(full):  # noqa: PTH110 (never raises)
+                return label, Path(full)
+    return line, Path(folder, line)
+
+
+def _readings(line):
+    """What a line of a list may mean: a path as it is, in quotes, of Windows, or with a label behind it."""
+    yield line
+    label = _LABELLED.fullmatch(line)
+    for path in (line, label and label["path"]):
+        if path:
+            plain = path[1:-1] if len(path) > 2 and path[0] == path[-1] and path[0] in "'\"" else path
+            yield from (plain, plain.replace("\\", "/"))
+
+
+_LABELLED = re.compile(r"(?P<path>.*[^\s,;])(\s*[,;]\s*|\s+)[^\s,;/]+")
+
+
+def lines_of(path):
+    """The lines of a text file, stripped, without blank ones and those starting with #."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"list {path} cannot be read as text ({first_line(error)}); save it as UTF-8") from error
+    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]

@@ -1,0 +1,163 @@
+"""What detect.py writes: the scores of single images (csv) and the summary (results.json)."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+
+from basics.console import UserError, printable
+from basics.files import write_json, write_text
+from storage.arrays import differences, shortened
+from storage.json_schema import COUNT, POSITIVE, SHARE, TABLE, check_fields, list_of, or_null, parse_json, table_of
+from storage.results_folder import SIDES
+
+_RESULTS = {
+    "metrics": table_of(TABLE),
+    "repetitions": POSITIVE,
+    "images": table_of(COUNT),
+    "failures": table_of(COUNT),
+    "settings": TABLE,
+    "sides": table_of(TABLE),
+}
+
+
+_METRIC = {"roc_auc": SHARE, "interval_95": or_null(list_of(SHARE, 2)), "bootstrap": COUNT}
+
+
+# ------------------------------------------------------------------------------------------------------- scores
+def write_csv(path, header, rows):
+    """Writes a table: `header` a list of names, `rows` an iterable of lists.
+
+    Text is made printable; what a spreadsheet would take for a formula gets an apostrophe in front.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows([_harmless(cell) for cell in row] for row in rows)
+    write_text(path, text.getvalue())
+
+
+def _harmless(cell):
+    """A cell of a table; text is one line, and never a formula."""
+    if not isinstance(cell, str):
+        return cell
+    try:
+        float(cell)
+        return cell  # "-0.5" is a number
+    except ValueError:
+        text = printable(cell)
+        return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+
+
+RESULTS = "results.json"
+
+
+def write_scores(path, sides):
+    """Writes `scores_{metric}.csv`: one row per image.
+
+    Args:
+        path: the file.
+        sides: `{"pos": table, "neg": table}`, a table a dict of `position` (N,) the image's index in its data set,
+            `batch` (N,) the number of its batch file, `score` (N,) and `distances` (R, N), one row per repetition.
+    """
+    count = len(next(iter(sides.values()))["distances"])
+    header = ["side", "position", "batch", "score", *(f"distance_rep{rep}" for rep in range(count))]
+    write_csv(path, header, (row for side, table in sides.items() for row in _score_rows(side, table)))
+
+
+def _score_rows(side, table):
+    numbers = np.column_stack([table["score"], *table["distances"]])  # (N, 1 + R)
+    for position, batch, row in zip(table["position"], table["batch"], numbers, strict=True):
+        yield [side, position, batch, *(f"{value:.9g}" for value in row)]  # 9 digits give a float32 back exactly
+
+
+def read_scores(path):
+    """The tables that `write_scores` wrote, as NumPy arrays.
+
+    Raises:
+        UserError: the file cannot be read, or is no such table.
+    """
+    try:
+        with Path(path).open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        if unknown := {row["side"] for row in rows} - SIDES.keys():
+            raise ValueError(f"a side is {shortened(unknown.pop())}")
+        if not rows:
+            raise ValueError("it has no rows")
+        own = {
+            side: [row for row in rows if row["side"] == side] for side in dict.fromkeys(row["side"] for row in rows)
+        }
+        return {side: _score_table(own[side]) for side in own}
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check the path") from error
+    except (ValueError, KeyError, TypeError, OverflowError, csv.Error) as error:
+        raise UserError(f"{path} is no table of scores ({error}); run detect.py again") from error
+
+
+def _score_table(rows):
+    names = [name for name in rows[0] if name and name.startswith("distance_rep")]
+    table = {
+        "position": np.array([int(row["position"]) for row in rows], dtype=np.int64),
+        "batch": np.array([int(row["batch"]) for row in rows], dtype=np.int64),
+        "score": np.array([float(row["score"]) for row in rows]),
+        "distances": np.array([[float(row[name]) for row in rows] for name in names]),
+    }
+    if min(table["position"].min(), table["batch"].min()) < 0:
+        raise ValueError("a position or batch is negative")
+    if not names or not all(np.isfinite(table[name]).all() for name in ("score", "distances")):
+        raise ValueError("there are no distances, or not all are finite numbers")
+    return table
+
+
+def read_results(folder):
+    """`results.json` of a results folder, or None where there is none.
+
+    Raises:
+        UserError: the file cannot be read, or is no such summary.
+    """
+    path = Path(folder) / RESULTS
+    if not path.is_file():
+        return None
+    try:
+        results = parse_json(path.read_text(encoding="utf-8"), _RESULTS, ["metrics"])
+        for name, metric in results["metrics"].items():
+            check_fields(metric, _METRIC, where=f"metrics.{name}.")
+        return results
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); change its permissions") from error
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(f"{path} cannot be read ({reason}); delete it and run detect.py again") from error
+
+
+def write_results(folder, shared, metrics):
+    """Writes `results.json`: the facts that the metrics share, and one entry per metric.
+
+    Metrics scored earlier stay if they share those facts (folder settings, images, repetitions); else they go, for
+    they were measured on something else.
+
+    Args:
+        folder: the results folder.
+        shared: a dict of JSON types.
+        metrics: `{name: {...}}`, JSON types; what a distance depends on is in its entry `options`.
+
+    Returns:
+        list: a line for the user of each reason for which earlier metrics go or are replaced by others.
+    """
+    shared, metrics = json.loads(json.dumps([shared, metrics]))
+    earlier = read_results(folder) or {**shared, "metrics": {}}
+    old = earlier.pop("metrics")
+    others, lines = ", ".join(name for name in old if name not in metrics), []
+    if (differing := differences(earlier, shared)) and others:
+        lines.append(f"{RESULTS} no longer tells of {others}, measured otherwise ({'; '.join(differing[:4])})")
+    for name in old.keys() & metrics.keys():
+        if changed := differences(_options(old[name]), _options(metrics[name])):
+            lines.append(f"earlier {name} scores were made with other options and are replaced ({'; '.join(changed)})")
+    write_json(Path(folder) / RESULTS, {**shared, "metrics": {**({} if differing else old), **metrics}})
+    return lines
+
+
+def _options(entry):
+    return entry.get("options", {}) if isinstance(entry, dict) else {}
