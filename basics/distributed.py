@@ -187,7 +187,7 @@ def own_device(name, ranks):
     """The device of one of several processes: the GPU of its local rank, made the current one, or the CPU.
 
     Raises:
-        UserError: a GPU by number, fewer GPUs than processes, or as `console.choose_device`.
+        UserError: a GPU by number, fewer GPUs than processes, or as `machine.choose_device`.
     """
     import torch
 

@@ -77,7 +77,7 @@ def _check_options(metric_names, reps, bootstrap, grid_images):
 
 
 def open_folder(result_path):
-    """The `storage.ResultsFolder` at a path that must have both sides and be writable.
+    """The `results_folder.ResultsFolder` at a path that must have both sides and be writable.
 
     Raises:
         UserError: it is not a results folder, lacks a side, or may not be written to.
@@ -122,7 +122,7 @@ def write(folder, results, reps, bootstrap):
     """Writes the scores and the summary beside the batches, and warns of earlier ones that are no longer there.
 
     Args:
-        folder: a `storage.ResultsFolder`.
+        folder: a `results_folder.ResultsFolder`.
         results: list of `Result`.
         reps: repetitions used.
         bootstrap: resamples drawn.

@@ -188,7 +188,7 @@ def load_model(config, ckpt_path, device, precision="auto", compiled=False):
     Precision and `compiled` as in `models.inference.prepare`.
 
     Raises:
-        UserError: see `storage.load_ema_weights`, `models.diffusers_weights.load` and `models.inference.prepare`.
+        UserError: see `checkpoints.load_ema_weights`, `models.diffusers_weights.load` and `models.inference.prepare`.
     """
 
     if Path(ckpt_path).is_dir():
@@ -231,8 +231,8 @@ def claim_missing(folder, settings, entries, versions):
     """Makes the results folder this run's, takes over what neighbours have, and lists what is missing then.
 
     Args:
-        folder: a `storage.ResultsFolder`.
-        settings, entries, versions: as `storage.ResultsFolder.claim`.
+        folder: a `results_folder.ResultsFolder`.
+        settings, entries, versions: as `results_folder.ResultsFolder.claim`.
 
     Returns:
         The batches to make, a list of (side, index).
@@ -279,7 +279,7 @@ def reconstruct_side(folder, side, images, reconstruct, batch_size, missing, not
     """Reconstructs what is missing of one side.
 
     Args:
-        folder: a `storage.ResultsFolder`.
+        folder: a `results_folder.ResultsFolder`.
         side: 'pos' or 'neg'.
         images: a `datasets.ImageSet`.
         reconstruct: a `Reconstructor`.

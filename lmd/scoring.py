@@ -26,7 +26,7 @@ class Result:
         metric: its name.
         label: what its distance is called in pictures, such as '1 - SSIM'.
         names: what each side is called in pictures, such as 'in-domain CIFAR10'.
-        tables: per side, 'pos' (in-domain) and 'neg', what `storage.write_scores` takes: position, batch and score
+        tables: per side, 'pos' (in-domain) and 'neg', what `scores.write_scores` takes: position, batch and score
             (N,) and distances (R, N); larger = further.
         roc_auc: in [0, 1]; 1 when every in-domain image is closer than every other.
         interval: 95% bootstrap interval of the ROC-AUC, or None where no resamples were asked for.
@@ -49,7 +49,7 @@ def measure(folder, tools, reps, device):
     """Every metric's distances for every image and repetition, reading each batch file once.
 
     Args:
-        folder: a `storage.ResultsFolder`.
+        folder: a `results_folder.ResultsFolder`.
         tools: metric objects.
         reps: repetitions used, R.
         device: torch.device.

@@ -76,7 +76,7 @@ class Trainer:
         self.shared_model = ScoreModel(ranks.wrap(net), self.sde, config.training.continuous)  # for training steps
         self.loss = losses.create_loss(config, self.sde)
         self.state = losses.create_state(config, net)
-        self.trained_on = None  # what the checkpoints say of the training images, see `storage.write_checkpoint`
+        self.trained_on = None  # what the checkpoints say of the training images, see `checkpoints.write_checkpoint`
 
     def images(self, split, check=True):
         """The config's images to train on ('train') or to measure the loss on ('test').
