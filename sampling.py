@@ -236,7 +236,12 @@ PUBLISHED = "published"
 # benchmarks/quality_vs_cost.py measured them: fresh noise and replacement, few steps where they matter, from a smooth
 # fill of the known pixels.
 _FEW_STEPS = {
+    "method": "pc",
     "sampler": "ddim",
+    "probability_flow": False,
+    "time_grid": "uniform",
+    "returns": 0,
+    "lift": "mask",
     "eta": 1.0,
     "constraint": "replace",
     "corrector": "none",

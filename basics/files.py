@@ -10,15 +10,18 @@ import hashlib
 import io
 import json
 import os
+import re
 import secrets
 import socket
 import stat
+import time
 from pathlib import Path
 
 from basics.console import UserError, remedy, warn
 
 MARK = ".lift-map-detect"  # in folders that this program writes: what is below is no input, and its lock is the owner's
-_TEMPORARY = ".lmd-{}.tmp"
+_TEMPORARY = re.compile(r"\.lmd-([0-9a-f]{8})-([0-9]+)-[0-9a-f]{16}\.tmp")  # whose it is: machine and process
+_DAY = 24 * 3600.0  # seconds
 _NOTE = "This folder is written by Lift, Map, Detect. Images in it are left out when a folder around it is read.\n"
 
 
@@ -32,7 +35,7 @@ def write_bytes(path, data):
         UserError: the folder cannot be written, the disk is full or fails; nothing is left behind.
     """
     path = Path(path)
-    temporary = path.with_name(_TEMPORARY.format(secrets.token_hex(8)))
+    temporary = path.with_name(_temporary())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
@@ -50,7 +53,7 @@ def write_bytes(path, data):
 def link(source, target):
     """Gives `source` a second name, in place of what has it; returns False where the file system cannot do so."""
     target = Path(target)
-    temporary = target.with_name(_TEMPORARY.format(secrets.token_hex(8)))
+    temporary = target.with_name(_temporary())
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         os.link(source, temporary)
@@ -81,13 +84,36 @@ def write_png(path, picture):
 
 
 def remove_temporaries(folder):
-    """Removes what killed writes left in a folder that this process owns, and in what is below and nobody else's."""
-    for parent, below, names in os.walk(folder):
-        below[:] = [name for name in below if not _owned_by_another(Path(parent, name))]
+    """Removes what killed writes left in a folder and below; what a living process is writing stays."""
+    for parent, _, names in os.walk(folder):
         for name in names:
-            if name.startswith(".lmd-") and name.endswith(".tmp"):
+            if (found := _TEMPORARY.fullmatch(name)) and _abandoned(Path(parent, name), *found.groups()):
                 with contextlib.suppress(OSError):
                     os.unlink(Path(parent, name))
+
+
+def _temporary():
+    """A name for a file that this process is writing."""
+    return f".lmd-{_machine()}-{os.getpid()}-{secrets.token_hex(8)}.tmp"
+
+
+def _machine():
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def _abandoned(path, machine, process):
+    """Whether nobody writes a temporary file any more: its process has ended, or it is a day old on another machine."""
+    if machine != _machine():
+        with contextlib.suppress(OSError):
+            return time.time() - path.stat().st_mtime > _DAY
+        return False
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:  # another user's
+        return False
+    return False
 
 
 # ---------------------------------------------------------------------------------------------------- ownership
@@ -112,7 +138,7 @@ def owned(folder):
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; {remedy(error)}") from error
     with file:
-        if not _lock(file):
+        if not _lock(file, folder / MARK):
             file.seek(0)
             owner = (file.read().splitlines() or ["another run"])[-1]
             raise UserError(f"{folder} is being written to by {owner}; wait until it ends, or choose another folder")
@@ -158,23 +184,15 @@ def open_own(path):
     return os.fdopen(handle, "a+", encoding="utf-8")
 
 
-def _lock(file):
-    """Takes the lock of an open file, unless another process has it; returns whether."""
+def _lock(file, path):
+    """Takes the lock of an open file at `path`, unless another process has it; returns whether."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:  # some network file systems have no locks
-        warn(f"{file.name} cannot be locked ({error.strerror}): start one run at a time in this folder")
+        warn(f"{path} cannot be locked ({error.strerror}): start one run at a time in this folder")
     return True
-
-
-def _owned_by_another(folder):
-    try:
-        with (folder / MARK).open() as file:
-            return not _lock(file)
-    except OSError:
-        return False
 
 
 def mark(folder):
@@ -193,6 +211,19 @@ def is_owned(folder):
 
 
 # ------------------------------------------------------------------------------------------------------ content
+
+
+@contextlib.contextmanager
+def unchanged(path):
+    """Yields the `file_hash` of a file that is read within it.
+
+    Raises:
+        UserError: it was replaced meanwhile, so that nobody knows what was read.
+    """
+    before = file_hash(path) if Path(path).is_file() else None  # whoever reads it tells that it is not there
+    yield before
+    if file_hash(path) != before:
+        raise UserError(f"{path} was replaced while it was read; run the same command again")
 
 
 def file_hash(path):

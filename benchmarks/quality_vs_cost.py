@@ -203,7 +203,12 @@ def with_values(config, setting):
 
 def _origin(config, setting, options, images, batch):
     settings = reconstruction.describe_settings(
-        with_values(config, setting), options.ckpt_path, MASK, setting.reps, options.seed, options.precision
+        with_values(config, setting),
+        files.file_hash(reconstruction.weights_path(options.ckpt_path)),
+        MASK,
+        setting.reps,
+        options.seed,
+        options.precision,
     )
     start = batch * BATCH
     pixels = images.read(start, min(start + BATCH, len(images)))

@@ -23,7 +23,7 @@ from losses import TRAINING_EPS
 from metrics import fidelity
 from models import inference, memory
 from storage.arrays import read_arrays, write_arrays
-from storage.checkpoints import load_ema_weights, what_weights_depend_on
+from storage.checkpoints import check_division, data_of, load_ema_weights, what_weights_depend_on
 
 PRECISION = "fp32"  # of everything that is computed here
 BPD_REPEATS = {"train": 1, "test": 5}  # dequantisations of each image, as published
@@ -52,10 +52,13 @@ class Evaluation:
     def load(self, path):
         """Gives the network the EMA weights of a checkpoint; returns what all results of it depend on (JSON types)."""
         tree, net = to_dict(self.config), self.trainer.state.net
-        load_ema_weights(path, net, tree)
+        with files.unchanged(path) as checkpoint:
+            load_ema_weights(path, net, tree)
         net.eval()
+        if self.trainer.divides:
+            check_division(path, data_of(path), self.images("train"))
         return {
-            "checkpoint": files.file_hash(path),
+            "checkpoint": checkpoint,
             "config": what_weights_depend_on(tree),
             "seed": self.config.seed,
             "noise": noise.SCHEME,

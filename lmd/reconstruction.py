@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import dataclasses
+import hashlib
 import platform
 import shlex
 from pathlib import Path
@@ -37,22 +38,26 @@ class MaskOptions:
     ratio: float = 0.5
     file_path: str | None = None
     identifier: str | None = None
+    file_mask: torch.Tensor | None = dataclasses.field(default=None, compare=False, repr=False)
+
+    def loaded(self, size):
+        """The same with `file_mask` (1, 1, S, S), what the file holds now: it is read once for a run."""
+        if not self.file_path:
+            return self
+        return dataclasses.replace(self, file_mask=masks.load_mask_file(self.file_path, size))
 
     @property
     def name(self):
         """The stem of the results folder."""
-
         values = self.mask_type, self.num_blocks, self.patch_size, self.ratio
         return masks.mask_name(*values, identifier=self.identifier, file_path=self.file_path)
 
     def stack(self, size, reps, *key):
         """The masks of all repetitions: (R, 1, S, S), 1 = known; `key` is what random masks are keyed by."""
-
-        file_mask = masks.load_mask_file(self.file_path, size) if self.file_path else None
         values = self.num_blocks, self.patch_size, self.ratio
         return torch.cat(
             [
-                masks.make_mask(self.mask_type, size, rep, *values, noise.generator(*key, rep), file_mask)
+                masks.make_mask(self.mask_type, size, rep, *values, noise.generator(*key, rep), self.file_mask)
                 for rep in range(reps)
             ]
         )
@@ -338,17 +343,22 @@ def batches_of(images, batch_size):
     return -(-len(images) // batch_size)
 
 
-def describe_settings(config, ckpt_path, mask_options, reps, seed, precision="fp32"):
+def weights_path(ckpt_path):
+    """The file of a checkpoint's weights: itself, or that in a folder of diffusers'."""
+    return diffusers_weights.weights_path(ckpt_path) if Path(ckpt_path).is_dir() else ckpt_path
+
+
+def describe_settings(config, checkpoint, mask_options, reps, seed, precision="fp32"):
     """What determines both sides' reconstructions, as JSON types: the manifest's `settings`.
 
-    `precision` is what it came to (`models.inference.resolve`).  Compiling changes rounding alone, and is left out.
+    `checkpoint` is the hash of the weights' file, `precision` what it came to (`models.inference.resolve`).  Compiling
+    changes rounding alone, and is left out.
     """
-
     tree = to_dict(config)
-    weights = diffusers_weights.weights_path(ckpt_path) if Path(ckpt_path).is_dir() else ckpt_path
-    mask = {name: value for name, value in dataclasses.asdict(mask_options).items() if name != "file_path"}
-    if mask_options.file_path:
-        mask["file_hash"] = files.file_hash(mask_options.file_path)
+    described = "mask_type", "num_blocks", "patch_size", "ratio", "identifier"
+    mask = {name: getattr(mask_options, name) for name in described}
+    if mask_options.file_mask is not None:
+        mask["content"] = hashlib.sha256(mask_options.file_mask.numpy().tobytes()).hexdigest()
     return {
         "config": {
             "data": {name: tree["data"][name] for name in ("image_size", "num_channels", "centered")},
@@ -356,7 +366,7 @@ def describe_settings(config, ckpt_path, mask_options, reps, seed, precision="fp
             "training": {name: tree["training"][name] for name in ("sde", "continuous")},
             "sampling": tree["sampling"],
         },
-        "checkpoint": files.file_hash(weights),
+        "checkpoint": checkpoint,
         "mask": mask,
         "reps_per_image": reps,
         "seed": seed,
@@ -444,14 +454,16 @@ def run(
         UserError: for bad input, or while another run writes there; what was written before stays.
     """
 
+    mask_options = mask_options.loaded(config.data.image_size)
     precision = _check_settings(config, mask_options, seed, precision, compiled, device)
     ckpt_path = find_checkpoint(ckpt_path)
     path = Path(workdir) / f"{mask_options.name}_reps{reps}"
     rows = rows_within(memory_gb, config, device)
-    model, step = load_model(config, ckpt_path, device, precision)
+    with files.unchanged(weights_path(ckpt_path)) as checkpoint:
+        model, step = load_model(config, ckpt_path, device, precision)
     options = {"data_root": data_root, "max_images": max_images, "workers": workers}
     sides = ranks.in_turn(lambda: load_sides(config, sources, match_resolution, **options))
-    settings = describe_settings(config, ckpt_path, mask_options, reps, seed, precision)
+    settings = describe_settings(config, checkpoint, mask_options, reps, seed, precision)
     entries = {side: describe_side(images, batch_size, sources[side][1]) for side, images in sides.items()}
     ranks.check_same((settings, entries), "settings or images")
     folder = ResultsFolder(path, {side: made_from(settings, entries[side]) for side in sides})

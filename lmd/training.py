@@ -91,8 +91,8 @@ class Trainer:
                 divide them alike.
         """
         data = self.config.data
-        own_test = data.get("test_dataset", "")
-        if own_test or datasets.has_test_split(data.dataset, self.data_root, data.get("category")):
+        if not self.divides:
+            own_test = data.get("test_dataset", "")
             return self._load(own_test if own_test and split == "test" else data.dataset, split, check)
         images = self._load(data.dataset, split, check=False)
         held = held_back(len(images))  # (B,)
@@ -102,6 +102,13 @@ class Trainer:
         kept = torch.ones(len(images), dtype=torch.bool)
         kept[held] = False
         return datasets.part(images, held if split == "test" else kept.nonzero().flatten())
+
+    @property
+    def divides(self):
+        """Whether test images are held back from the user's own, for want of others."""
+        data = self.config.data
+        named = datasets.has_test_split(data.dataset, self.data_root, data.get("category"))
+        return not (data.get("test_dataset", "") or named)
 
     def _load(self, source, split, check):
         data = self.config.data
@@ -271,7 +278,7 @@ def train(config, workdir, device, data_root, workers=None, ranks=ALONE):
     if config.training.snapshot_sampling:
         create_sampler(config, trainer.sde)  # what cannot be sampled is told before the first step
     train_batches = ranks.in_turn(lambda: trainer.batches("train"))
-    ranks.check_same(len(train_batches.images), "training images")
+    ranks.check_same((to_dict(config), train_batches.images.fingerprint), "settings or training images")
     ranks.on_main(lambda: trainer.check_images(train_batches.images))
     with _owning(trainer, found):
         _train(trainer, train_batches, resumed)

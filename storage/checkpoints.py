@@ -326,6 +326,33 @@ def check_data(path, theirs, mine):
         )
 
 
+def check_division(path, theirs, images):
+    """Refuses to measure a loss on images held back, where a checkpoint was trained on others than are kept now.
+
+    Args:
+        path: the checkpoint.
+        theirs: what `data_of` returned.
+        images: the `datasets.ImageSet` that training on the same images would see.
+
+    Raises:
+        UserError: the images differ.
+    """
+    remedy = "name test images with --config.data.test_dataset"
+    if theirs is None:
+        warn(f"{path} does not say what it was trained on: images held back here may be among them; {remedy}")
+    elif theirs["fingerprint"] != images.fingerprint:
+        raise UserError(
+            f"{path} was trained on other images than are kept for training here, so those held back may be among "
+            f"them; {remedy}, or give it its own images again"
+        )
+
+
+def data_of(path):
+    """What a checkpoint says of its training images, see `write_checkpoint`; None where it does not."""
+    read = lambda path: tensor_files.read_torch(path, lazily=True)
+    return read_or_refuse(path, "checkpoint", read, "copy it again").get("data")
+
+
 def _check_config(path, theirs, mine):
     """Refuses a config whose network, SDE or images differ in kind from the one that a checkpoint carries."""
     if theirs is None:

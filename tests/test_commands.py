@@ -176,6 +176,7 @@ DEFAULTS = {
     "workers": None, "match_resolution": False, "memory_gb": None, "ranks": vars(distributed.ALONE),
     "precision": "auto", "compiled": "auto", "sampling": {}, "mask_directory": None, "mask_options": {
         "mask_type": "center", "num_blocks": 4, "patch_size": 4, "ratio": 0.5, "file_path": None, "identifier": None,
+        "file_mask": None,
     },
 }  # fmt: skip
 
@@ -212,7 +213,7 @@ def test_recon_flags_have_their_effects():
         "workers": 2, "match_resolution": True, "memory_gb": 2.5, "ranks": vars(distributed.ALONE),
         "mask_directory": "m", "mask_options": {
             "mask_type": "random", "num_blocks": 4, "patch_size": 2, "ratio": 0.3, "file_path": None,
-            "identifier": "tag",
+            "identifier": "tag", "file_mask": None,
         },
     }  # fmt: skip
 

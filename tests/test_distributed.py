@@ -351,6 +351,27 @@ def test_an_error_of_one_process_ends_all(where, line, data, tmp_path):
     assert re.findall(r"\b(?:error|\w+Error): \S.*", err) == [line], err  # torchrun's own has nothing behind its colon
 
 
+OTHERS = """
+import os, sys
+
+if os.environ["RANK"] == "1":
+    sys.argv = [word.replace("squares.npz", "others.npz") for word in sys.argv]
+import command_line, main
+main.define_flags()
+command_line.run(main.main)
+"""
+
+
+def test_processes_that_train_on_different_images(data, tmp_path):
+    """As many, but others."""
+    np.savez(data / "others.npz", images=255 - np.load(data / "squares.npz")["images"])
+    child = tmp_path / "child.py"
+    child.write_text(OTHERS)
+    code, _, err = torchrun(2, child, *train_command(data, tmp_path / "run")[1:])
+    assert code != 0
+    assert "the processes of this run see different settings or training images" in err
+
+
 def test_processes_that_see_different_things(tmp_path):
     child = tmp_path / "child.py"
     child.write_text(

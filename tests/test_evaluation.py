@@ -129,7 +129,10 @@ def test_results_of_something_else_are_not_taken_for_these(what, tree, whole, da
         values = {"loss.reduce_mean": "training.reduce_mean", "batch_size": "eval.batch_size"}
         tree.update_from_flattened_dict({values.get(what, what): 3 if what != "loss.reduce_mean" else False})
     before = tiny.snapshot(workdir)
-    with pytest.raises(UserError, match=rf"ckpt_1_loss\.npz was made from something else \({what}: .* there, .* here"):
+    told = rf"ckpt_1_loss\.npz was made from something else \({what}: .* there, .* here"
+    if what == "images":  # which the checkpoint knows, too
+        told = r"checkpoint_1\.pth was trained on other images"
+    with pytest.raises(UserError, match=told):
         evaluate(tree, workdir)
     assert tiny.snapshot(workdir) == before
 
@@ -519,3 +522,17 @@ def test_samples_of_other_steps_are_not_taken_for_these(sampling_tree, whole, pa
         UserError, match=r"samples_0\.npz was made from something else \(sampling\.steps: 2 there, 0 here"
     ):
         evaluate(sampling_tree, workdir)
+
+
+def test_images_that_were_trained_on_are_not_taken_for_held_back_ones(tmp_path, capsys):
+    """The checkpoint says which images it was trained on."""
+    source = tiny.write_pictures(tmp_path / "mine.npz", 40)
+    tree = tiny.config(data__dataset=str(source), training__snapshot_sampling=False)
+    tiny.train(tree, tmp_path / "run")
+    evaluation.evaluate(tree, tmp_path / "run", "same", tiny.CPU, "./data")
+    tiny.write_pictures(source, 45)
+    with pytest.raises(UserError, match=r"checkpoint_1\.pth was trained on other images than are kept for"):
+        evaluation.evaluate(tree, tmp_path / "run", "more", tiny.CPU, "./data")
+    tree.data.test_dataset = str(source)
+    evaluation.evaluate(tree, tmp_path / "run", "named", tiny.CPU, "./data")
+    assert "warning" not in capsys.readouterr().err

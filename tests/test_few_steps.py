@@ -569,3 +569,16 @@ def test_samples_may_be_taken_back(name):
     got_mean, got_cov = moments(result)
     torch.testing.assert_close(got_mean, mean, rtol=0, atol=0.04)
     torch.testing.assert_close(got_cov, cov, rtol=0, atol=0.08)
+
+
+@pytest.mark.parametrize("name", sampling.PRESETS)
+def test_a_preset_is_complete(name):
+    """Whatever a checkpoint's config brings along, it comes to the same process."""
+    plain, other = load_config("subvp/cifar10_ddpm_continuous.py"), load_config("subvp/cifar10_ddpm_continuous.py")
+    other.sampling.update({"sampler": "dpmpp_2m", "returns": 3, "time_grid": "lambda", "lift": "both", "t_start": 0.8})
+    sde, processes = sde_lib.SubVPSDE(), []
+    for config in (plain, other):
+        config.sampling.update(sampling.preset(name, config)[0])
+        processes.append(sampling.create_process(config, sde))
+    assert torch.equal(processes[0].times, processes[1].times)
+    assert len({(p.evaluations, p.lift, p.constraint, p.predictor.eta, p.predictor.order) for p in processes}) == 1

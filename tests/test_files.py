@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import signal
+import subprocess
 import threading
 
 import pytest
@@ -159,13 +160,23 @@ def test_a_folder_has_one_owner_until_it_ends_or_is_killed(holder, tmp_path):
 
 
 def test_an_owner_removes_what_killed_writes_left_but_not_what_others_are_writing(holder, tmp_path):
-    kept = [tmp_path / "owned" / ".lmd-1.tmp", tmp_path / "deep" / "my.tmp"]
-    gone = [tmp_path / ".lmd-2.tmp", tmp_path / "deep" / "er" / ".lmd-3.tmp"]
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    mine, dead, living, foreign = (
+        f".lmd-{machine}-{process}-{16 * '0'}.tmp"
+        for machine, process in [
+            (files._machine(), os.getpid()), (files._machine(), ended.pid), (files._machine(), holder.pid),
+            ("0" * 8, ended.pid),
+        ]
+    )  # fmt: skip
+    kept = [tmp_path / "owned" / living, tmp_path / mine, tmp_path / foreign, tmp_path / "deep" / "my.tmp"]
+    gone = [tmp_path / dead, tmp_path / "deep" / "er" / dead, tmp_path / "deep" / foreign]
     for path in [*kept, *gone]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("half")
+    os.utime(gone[-1], (0, 0))  # of another machine, and old
     with files.owned(tmp_path):
-        assert [path.exists() for path in [*kept, *gone]] == [True, True, False, False]
+        assert [path.exists() for path in [*kept, *gone]] == 4 * [True] + 3 * [False]
 
 
 def test_a_write_that_is_killed_leaves_a_file_that_the_next_owner_removes(tmp_path):

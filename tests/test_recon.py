@@ -418,6 +418,49 @@ def test_a_second_run_is_refused_while_the_first_writes(made, checkpoint, source
     assert reconstruct(tmp_path / "run", checkpoint, sources) == folder  # it is free again
 
 
+def test_a_checkpoint_that_is_replaced_while_it_is_read(checkpoint, sources, tmp_path, monkeypatch):
+    """As by a training that goes on: the manifest tells of the weights that were used, or nothing is made."""
+    path, load, load_sides = tmp_path / "newest.pth", reconstruction.load_model, reconstruction.load_sides
+    shutil.copy(checkpoint, path)
+
+    def replaced(*arguments, **options):
+        tiny.write_checkpoint(path, seed=9)
+        return load(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reconstruction, "load_model", replaced)
+        with pytest.raises(UserError, match=r"newest\.pth was replaced while it was read; run the same command again"):
+            reconstruct(tmp_path / "run", path, sources)
+    shutil.copy(checkpoint, path)
+
+    def later(*arguments, **options):
+        tiny.write_checkpoint(path, seed=9)
+        return load_sides(*arguments, **options)
+
+    monkeypatch.setattr(reconstruction, "load_sides", later)
+    folder = reconstruct(tmp_path / "run", path, sources)
+    assert ResultsFolder(folder).manifest()["settings"]["checkpoint"] == files.file_hash(checkpoint)
+
+
+def test_a_mask_file_is_read_once(checkpoint, sources, tmp_path, monkeypatch):
+    mask, inpaint, used = np.tile([0.0, 1.0], (SIZE, SIZE // 2)), sampling.inpaint, []
+    np.save(tmp_path / "mask.npy", mask)
+
+    def editing(model, sde, data, mask, *args, **options):
+        used.append(mask[0, 0])
+        np.save(tmp_path / "mask.npy", 1 - used[0].numpy())
+        return inpaint(model, sde, data, mask, *args, **options)
+
+    monkeypatch.setattr(sampling, "inpaint", editing)
+    options = MaskOptions("file", file_path=str(tmp_path / "mask.npy"))
+    folder = reconstruct(tmp_path / "run", checkpoint, sources, mask=options)
+    assert len(used) > 1
+    assert all(torch.equal(each, used[0]) for each in used)
+    with pytest.raises(UserError, match=r"was made with other settings \(mask\.content"):
+        reconstruct(tmp_path / "run", checkpoint, sources, mask=options)
+    assert folder.name == "file_mask_reps2"
+
+
 def test_a_manifest_that_goes_while_batches_are_made(checkpoint, sources, tmp_path, monkeypatch):
     """No batch is written beside another manifest, or none."""
     inpaint = sampling.inpaint
@@ -715,7 +758,7 @@ def test_a_mask_file(bright, checkpoint, tmp_path):
     folder = reconstruct(tmp_path / "run", checkpoint, bright, mask=mask)
     assert torch.equal(masks_of(folder), torch.from_numpy(own).float().expand(5, 2, SIZE, SIZE))
     np.save(tmp_path / "own.npy", 1 - own)
-    with pytest.raises(UserError, match=r"mask\.file_hash"):
+    with pytest.raises(UserError, match=r"mask\.content"):
         reconstruct(tmp_path / "run", checkpoint, bright, mask=mask)
 
 
