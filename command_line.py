@@ -5,6 +5,7 @@ Command lines alone import this.
 
 import itertools
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -196,9 +197,10 @@ def run(main, argv=None):
         except (UserError, BrokenPipeError):
             raise
         except (KeyError, AttributeError) as error:  # their message may be the field's name alone
-            fail(f"the config has no such field: {error.args[0]}; configs/base.py lists them")
+            fail(f"the config has no such field: {str(error.args[0]).strip(chr(39))}; configs/base.py lists them")
         except Exception as error:  # absl and ml_collections raise many kinds for a flag they cannot use
-            fail(error)
+            missing = re.search(r"Flag (--\w+) must have a value other than None", str(error))
+            fail(f"{missing[1]} is needed; --help says what it is" if missing else error)
         if len(rest) > 1:
             fail(f"unexpected argument '{rest[1]}'; flags are written --name=value (--help lists them)")
         _check_values(flags.FLAGS)

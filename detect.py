@@ -11,7 +11,7 @@ their score.  Batch files are read one at a time; only distances are kept.
 
 from absl import flags
 
-from basics.console import say
+from basics.console import UserError, say
 from command_line import define_path, run
 from metrics import METRICS
 
@@ -39,6 +39,10 @@ def main(argv):
     from lmd import detection
 
     values = flags.FLAGS
+    if "SIMCLR" not in (name.strip().upper() for name in values.metric):
+        for name in ("resize_type", "simclr_path"):
+            if values[name].present:
+                raise UserError(f"--{name} is for --metric SIMCLR; leave it out, or add that")
     names = ("reps", "device", "bootstrap", "plots", "grid_images", "resize_type", "simclr_path")
     results = detection.detect(values.result_path, values.metric, **{name: values[name].value for name in names})
     for result in results:

@@ -146,8 +146,11 @@ NOT_IMAGES = frozenset(
 
 
 def listed_files(path):
-    """Labels (the lines, or what of them is the path) and full paths of a txt list."""
-    lines = lines_of(path)
+    """Labels (the lines, or what of them is the path) and full paths of a txt list.
+
+    A line that begins with # is a comment, unless there is a file of that name.
+    """
+    lines = [line for line in lines_of(path) if not line.startswith("#") or _listed_file(line, path.parent)[1].exists()]
     if not lines:
         raise UserError(f"list {path} names no images; write one image path a line")
     found = [_listed_file(line, path.parent) for line in lines]
@@ -178,9 +181,9 @@ _LABELLED = re.compile(r"(?P<path>.*[^\s,;])(\s*[,;]\s*|\s+)[^\s,;/]+")
 
 
 def lines_of(path):
-    """The lines of a text file, stripped, without blank ones and those starting with #."""
+    """The lines of a text file, stripped, without blank ones."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (UnicodeDecodeError, OSError) as error:
         raise UserError(f"list {path} cannot be read as text ({first_line(error)}); save it as UTF-8") from error
-    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    return [line.strip() for line in lines if line.strip()]

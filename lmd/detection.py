@@ -54,6 +54,8 @@ def detect(
     _check_options(metric_names, reps, bootstrap, grid_images)
     folder = open_folder(result_path)
     read_results(folder.path)  # a damaged file is noticed before the work
+    if folder.manifest() is None:
+        warn(f"{folder.path} has no manifest.json: whether its batches are complete and belong together is not known")
     device = choose_device(device)
     options = {"SIMCLR": {"resize_type": resize_type, "path": simclr_path}}
     tools = [metrics.create(name, device, **options.get(name, {})) for name in metric_names]

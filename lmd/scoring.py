@@ -70,8 +70,11 @@ def measure(folder, tools, reps, device):
                 parts[side].append(part)
                 bar.update()
     positions = {side: _positions(folder, side, parts[side]) for side in parts}
+    names = {side: folder.side_entries().get(side, {}).get("labels") for side in parts}
     return {
-        tool.name: {side: _table([part[number] for part in parts[side]], positions[side]) for side in parts}
+        tool.name: {
+            side: _table([part[number] for part in parts[side]], positions[side], names[side]) for side in parts
+        }
         for number, tool in enumerate(tools)
     }
 
@@ -151,14 +154,15 @@ def _positions(folder, side, parts):
     return np.arange(count) if told is None else np.array(told)
 
 
-def _table(parts, positions):
-    """A side's table from its batches' distances by one metric, a list of (R, B), and its positions (N,)."""
+def _table(parts, positions, names):
+    """A side's table from its batches' distances by one metric, a list of (R, B), positions (N,) and images' names."""
     distances = np.concatenate(parts, axis=1)  # (R, N)
     return {
         "position": positions,
         "batch": np.repeat(np.arange(len(parts)), [part.shape[1] for part in parts]),
         "score": np.median(distances, axis=0),  # of an even number: the mean of the middle two
         "distances": distances,
+        **({"file": names} if names else {}),
     }
 
 

@@ -79,7 +79,7 @@ def read_tensors(path, what, lazily=False):
         UserError: the file is missing, truncated, not a torch file, or holds pickled code.
     """
     read = lambda path: tensor_files.read_torch(path, lazily)
-    return read_or_refuse(path, what, read, "copy or make it again, with tensors, numbers and text alone")
+    return read_or_refuse(path, what, read, "copy or make it again (it may hold tensors, numbers and text alone)")
 
 
 def read_or_refuse(path, what, read, remedy):

@@ -360,8 +360,8 @@ def _check_config(path, theirs, mine):
     differing = differences(what_weights_depend_on(theirs), what_weights_depend_on(mine))
     if differing:
         raise UserError(
-            f"{path} was trained with another config ({'; '.join(differing[:4])}); use its own (recon.py takes it from "
-            "the file where --config is left out)"
+            f"{path} was trained with another config ({'; '.join(differing[:4])}); use its own (recon.py and main.py "
+            "--mode eval take it from the file where --config is left out)"
         )
 
 

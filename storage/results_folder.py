@@ -207,6 +207,12 @@ class ResultsFolder:
         known = [side for side in made if side in sides and side in old["sides"]]
         then, now = ({side: _identifying(entries[side]) for side in known} for entries in (old["sides"], sides))
         differing = differences(old["settings"], settings) + differences(then, now)
+        changed = [SIDES[side] for side in known if then[side]["fingerprint"] != now[side]["fingerprint"]]
+        if changed and not differences(old["settings"], settings):
+            raise UserError(
+                f"{self.path} was made of other images: the {' and the '.join(changed)} ones, or their order, have "
+                "changed since; choose another --workdir, or delete that folder"
+            )
         if differing:
             raise UserError(
                 f"{self.path} was made with other settings ({'; '.join(differing[:4])}); choose another --workdir, or "

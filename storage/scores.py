@@ -60,17 +60,22 @@ def write_scores(path, sides):
     Args:
         path: the file.
         sides: `{"pos": table, "neg": table}`, a table a dict of `position` (N,) the image's index in its data set,
-            `batch` (N,) the number of its batch file, `score` (N,) and `distances` (R, N), one row per repetition.
+            `batch` (N,) the number of its batch file, `score` (N,) and `distances` (R, N), one row per repetition; and
+            `file`, a list of the images' names, where they have some.
     """
     count = len(next(iter(sides.values()))["distances"])
     header = ["side", "position", "batch", "score", *(f"distance_rep{rep}" for rep in range(count))]
-    write_csv(path, header, (row for side, table in sides.items() for row in _score_rows(side, table)))
+    if any(table.get("file") for table in sides.values()):
+        header.append("file")
+    write_csv(path, header, (row for side, table in sides.items() for row in _score_rows(side, table, header)))
 
 
-def _score_rows(side, table):
+def _score_rows(side, table, header):
     numbers = np.column_stack([table["score"], *table["distances"]])  # (N, 1 + R)
-    for position, batch, row in zip(table["position"], table["batch"], numbers, strict=True):
-        yield [side, position, batch, *(f"{value:.9g}" for value in row)]  # 9 digits give a float32 back exactly
+    names = table.get("file")
+    for index, (position, batch, row) in enumerate(zip(table["position"], table["batch"], numbers, strict=True)):
+        values = (f"{value:.9g}" for value in row)  # 9 digits give a float32 back exactly
+        yield [side, position, batch, *values, names[index] if names else ""][: len(header)]
 
 
 def read_scores(path):

@@ -282,9 +282,9 @@ TRAIN = ["main.py", "--mode=train", "--workdir={out}"]
 RECON = ["recon.py", "--workdir={out}", "--ckpt_path=nowhere.pth", "--in_domain=MNIST"]
 MISTAKES = {  # noticed before anything is loaded
     "unknown flag": ([*TRAIN, CONFIG, "--batchsize=3"], "Unknown command line flag 'batchsize'"),
-    "no config": (TRAIN, "Flag --config must have a value"),
-    "no workdir": (["main.py", CONFIG, "--mode=train"], "Flag --workdir must have a value"),
-    "no mode": (["main.py", CONFIG, "--workdir={out}"], "Flag --mode must have a value"),
+    "no config": (TRAIN, "--config is needed; --help says what it is"),
+    "no workdir": (["main.py", CONFIG, "--mode=train"], "--workdir is needed; --help says what it is"),
+    "no mode": (["main.py", CONFIG, "--workdir={out}"], "--mode is needed; --help says what it is"),
     "another mode": ([*TRAIN, CONFIG, "--mode=test"], "--mode=test: value should be one of <train|eval>"),
     "a word too many": ([*TRAIN, CONFIG, "train"], "unexpected argument 'train'; flags are written --name=value"),
     "missing config": ([*TRAIN, "--config=nowhere.py"], r"no config can be read \(.*'nowhere\.py'\); give --config"),
@@ -292,8 +292,8 @@ MISTAKES = {  # noticed before anything is loaded
     "no config field": ([*TRAIN, CONFIG, "--config.model.width=3"], "the config has no such field: .*width"),
     "no config section": ([*TRAIN, CONFIG, "--config.net.nf=3"], "the config has no such field: .*net"),
     "a config value of another type": ([*TRAIN, CONFIG, "--config.training.batch_size=few"], "batch_size=few: inval"),
-    "no checkpoint": ([*RECON[:2], RECON[3], CONFIG], "Flag --ckpt_path must have a value"),
-    "no in-domain": ([*RECON[:3], CONFIG], "Flag --in_domain must have a value"),
+    "no checkpoint": ([*RECON[:2], RECON[3], CONFIG], "--ckpt_path is needed; --help says what it is"),
+    "no in-domain": ([*RECON[:3], CONFIG], "--in_domain is needed; --help says what it is"),
     "no repetitions": ([*RECON, CONFIG, "--reps_per_image=0"], "--reps_per_image=0: 0 is not a positive integer"),
     "no workers": ([*RECON, CONFIG, "--workers=0"], "--workers=0: 0 is not a positive integer"),
     "no images": ([*RECON, CONFIG, "--max_images=0"], "--max_images=0: 0 is not a positive integer"),
