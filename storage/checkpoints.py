@@ -286,7 +286,7 @@ def config_of(path):
     if config is None:
         raise UserError(
             f"{path} does not say what config it was trained with; give --config "
-            f"('python scripts/inspect_checkpoint.py {path}' says which it fits)"
+            f"(`{shell('python', 'scripts/inspect_checkpoint.py', path)}` says which it fits)"
         )
     config = schema.complete(config)
     _check_network(path, config, _shapes(weights))

@@ -327,6 +327,24 @@ def test_equal_names_and_sizes_are_no_identity(make, name, limit, check, tmp_pat
     assert marks[0] == marks[2]  # the same content by another name
 
 
+SAME_BYTES = {  # pairs of arrays that differ in nothing but what their bytes mean
+    "types": (np.eye(40, dtype=np.uint8)[None], np.eye(40, dtype=bool)[None]),
+    "shapes": (np.zeros((1, 40, 50), np.uint8), np.zeros((1, 50, 40), np.uint8)),
+    "channels": (np.ones((1, 60, 40), np.uint8), np.ones((1, 40, 20, 3), np.uint8)),
+}
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("kind", SAME_BYTES)
+def test_equal_bytes_of_other_arrays_are_no_identity(kind, check, on_demand, tmp_path):
+    marks = []
+    for index, values in enumerate(SAME_BYTES[kind]):
+        np.save(tmp_path / f"{index}.npy", values)
+        marks.append(load(tmp_path / f"{index}.npy", check=check).fingerprint)
+    assert SAME_BYTES[kind][0].tobytes() == SAME_BYTES[kind][1].tobytes()
+    assert marks[0] != marks[1]
+
+
 def test_files_are_read_once_for_both_check_and_fingerprint(folder, on_demand, opened):
     images = load(folder)
     assert images.fingerprint.startswith("7:")

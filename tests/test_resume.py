@@ -11,7 +11,7 @@ from helpers import GOLDEN
 
 import losses
 import models
-from basics.console import UserError
+from basics.console import UserError, shell
 from command_line import value_of
 from configs.base import from_dict, to_dict
 from lmd import reconstruction, training
@@ -197,6 +197,13 @@ def test_fields_that_came_later_have_their_usual_values(run):
 def test_a_checkpoint_without_a_config():
     with pytest.raises(UserError, match=r"does not say what config .*; give --config .*inspect_checkpoint\.py .* fits"):
         config_of(GOLDEN / "train_small_checkpoint.pth")
+
+
+def test_what_a_checkpoint_without_a_config_suggests_can_be_copied(tmp_path):
+    path = shutil.copy(GOLDEN / "train_small_checkpoint.pth", tmp_path / "it's mine.pth")
+    with pytest.raises(UserError) as error:
+        config_of(path)
+    assert f"`{shell('python', 'scripts/inspect_checkpoint.py', path)}`" in str(error.value)
 
 
 CLAIMS = {

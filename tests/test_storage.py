@@ -529,6 +529,17 @@ FAULTS = {
     "sparse": (
         lambda folder: rewrite(folder.batch_path("pos", 0), orig=torch.zeros(2, 3, 4, 4).to_sparse()), "is no batch",
     ),
+    "a gradient is wanted": (
+        lambda folder: rewrite(folder.batch_path("pos", 0), recon=[torch.zeros(2, 3, 4, 4, requires_grad=True)] * 2),
+        "is no batch",
+    ),
+    "one number a trillion times": (
+        lambda folder: rewrite(folder.batch_path("pos", 0), orig=torch.zeros(1).expand(10**4, 10**4, 100, 100)),
+        "is no batch",
+    ),
+    "without numbers": (
+        lambda folder: rewrite(folder.batch_path("pos", 0), orig=torch.empty(2, 3, 4, 4, device="meta")), "is no batch",
+    ),
     "another number": (
         lambda folder: shutil.copy(folder.batch_path("pos", 1), folder.batch_path("pos", 0)),
         "is another batch under this name",
