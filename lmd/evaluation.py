@@ -150,15 +150,15 @@ def _write(run, parts, paths):
 def _checkpoints(config, folder):
     """{number: path} of the checkpoints in the config's range that are there; the others are named."""
     wanted = range(config.eval.begin_ckpt, config.eval.end_ckpt + 1)
-    paths = {k: folder / f"checkpoint_{k}.pth" for k in wanted}
-    present = {k: path for k, path in paths.items() if path.is_file()}
+    present = {k: path for k in wanted if (path := folder / f"checkpoint_{k}.pth").is_file()}
     if not present:
         raise UserError(
             f"{folder} holds none of checkpoint_{wanted.start}.pth to checkpoint_{config.eval.end_ckpt}.pth; set "
             "--config.eval.begin_ckpt and end_ckpt"
         )
     if missing := [str(k) for k in wanted if k not in present]:
-        say(f"missing checkpoints, left out: {', '.join(missing)}")
+        more = f" and {len(missing) - 20} more" if len(missing) > 20 else ""
+        say(f"missing checkpoints, left out: {', '.join(missing[:20])}{more}")
     return present
 
 

@@ -213,6 +213,8 @@ CLAIMS = {
     "no level": ("ch_mult", [], "no network can be built"),
     "another network": ("name", "unet", "no network can be built"),
     "no width": ("nf", 0, "no network can be built"),
+    "scales by the gigabyte": ("num_scales", 10**10, r"no network .*num_scales is 10000000000; .*; give --config"),
+    "many levels": ("ch_mult", [1] * 64, "more blocks than the file has weights|does not fit|no network can be built"),
 }
 
 
