@@ -225,7 +225,7 @@ def _read_torch(path, size):
     values = tensor_files.read_torch(path)
     if not torch.is_tensor(values):
         raise UserError(f"mask file {path} holds a {type(values).__name__}; it must hold one tensor")
-    if values.layout is not torch.strided or values.device.type != "cpu" or values.is_quantized or values.is_nested:
+    if values.layout is not torch.strided or values.device.type != "cpu" or values.is_quantized:
         raise UserError(
             f"mask file {path} holds a tensor of another kind; write mask.to_dense().float() of plain numbers"
         )

@@ -118,7 +118,7 @@ def is_stored(tensor):
     return (
         tensor.layout is torch.strided
         and tensor.device.type == "cpu"
-        and not (tensor.is_quantized or tensor.is_nested or tensor.is_conj() or tensor.is_neg())
+        and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
         and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()  # not one number, many times
     )
 

@@ -272,10 +272,6 @@ BAD = {
     ),
     "complex.pt": (lambda path: torch.save(torch.from_numpy(OWN) * 2j, path), "other than 0"),
     "half_bytes.pt": (lambda path: torch.save(torch.zeros(32, 32).to(torch.float8_e5m2), path), "mask file"),
-    "nested.pt": (
-        lambda path: torch.save(torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]), path),
-        "mask f",
-    ),
     "code.pt": (lambda path: torch.save(_Evil(), path), "cannot be read"),
     "objects.npy": (lambda path: np.save(path, np.array([_Evil()]), allow_pickle=True), "cannot be read"),
     "text.npy": (lambda path: np.save(path, np.array([["a"]])), "cannot be read"),
