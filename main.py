@@ -11,7 +11,7 @@ from basics import distributed, machine
 from basics.console import UserError
 from command_line import define_config, define_path, run, value_of
 from configs.base import check, typed
-from configs.fields import SEED, check_value
+from configs.fields import MOST_WORKERS, SEED, check_value
 
 FLAGS = flags.FLAGS
 
@@ -30,7 +30,11 @@ def define_flags():
     flags.DEFINE_string("eval_folder", "eval", "Folder below workdir for the results of --mode eval.")
     define_path("data_root", "./data", "Where data sets lie, or are downloaded to.")
     flags.DEFINE_integer(
-        "workers", None, "Threads that decode images; by default one a processor, up to 32.", lower_bound=1
+        "workers",
+        None,
+        "Threads that decode images; by default one a processor, up to 32.",
+        lower_bound=1,
+        upper_bound=MOST_WORKERS,
     )
     flags.DEFINE_string("device", None, "auto, cpu, cuda or cuda:i; by default the config's.")
     flags.DEFINE_integer("seed", None, "Key of everything random; by default the config's.")

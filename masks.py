@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from basics import tensor_files
 from basics.console import UserError, choose
 from basics.images import array_names, first_line, open_picture, read_array, read_file, upright
 
@@ -194,19 +195,19 @@ def load_mask_file(path, size):
     path = Path(os.path.expanduser(path))  # noqa: PTH111 (it never raises)
     if not path.is_file():
         raise UserError(f"there is no mask file {path}; check --mask_file_path")
-    read = _READERS.get(path.suffix.lower())
+    read = _READERS.get(path.suffix.lower(), _read_picture)
     try:
-        values = read(path) if read else _read_picture(path, size)
+        values = read(path, size)
+        return _checked_mask(values, path, size)
     except UserError:
         raise
-    except Exception as error:  # a damaged file can fail anywhere inside its reader
+    except Exception as error:  # a damaged file can fail anywhere inside its reader, a crafted one later
         raise UserError(
             f"mask file {path} cannot be read ({first_line(error)}); give a picture, a .npy, .npz, .pt or .pth file"
         ) from error
-    return _checked_mask(values, path, size)
 
 
-def _read_array(path):
+def _read_array(path, size):
     """The only array of an .npy or .npz file."""
 
     names = array_names(path)
@@ -215,16 +216,22 @@ def _read_array(path):
     return torch.from_numpy(np.array(read_array(path, names[0], most=_MOST_BYTES)))
 
 
-def _read_torch(path):
+def _read_torch(path, size):
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             claimed = sum(member.file_size for member in archive.infolist())
         if claimed > _MOST_BYTES:
             raise UserError(f"mask file {path} unpacks to {claimed / 1e9:.1f} GB; it must hold one tensor, the mask")
-    values = torch.load(path, map_location="cpu", weights_only=True)
+    values = tensor_files.read_torch(path)
     if not torch.is_tensor(values):
         raise UserError(f"mask file {path} holds a {type(values).__name__}; it must hold one tensor")
-    return values
+    if values.layout is not torch.strided or values.device.type != "cpu" or values.is_quantized:
+        raise UserError(
+            f"mask file {path} holds a tensor of another kind; write mask.to_dense().float() of plain numbers"
+        )
+    if values.numel() * values.element_size() > _MOST_BYTES:  # it may be a few numbers, many times
+        raise UserError(f"mask file {path} holds a tensor of {values.numel():,} numbers; a mask is (C, {size}, {size})")
+    return values.detach()
 
 
 def _read_picture(path, size):

@@ -16,7 +16,7 @@ from basics import distributed, machine
 from basics.console import UserError
 from command_line import define_config, define_path, run, value_of
 from configs.base import check, typed
-from configs.fields import SEED, check_value
+from configs.fields import BATCH_SIZE, FIELDS, MOST_WORKERS, SEED, check_value
 
 _SOURCE = "a data set's name, a folder of images, a .txt list of image paths, or a .npz or .npy file of images"
 
@@ -64,9 +64,13 @@ def define_flags():
         "which the newest checkpoint is taken.",
     )
     flags.DEFINE_integer(
-        "reps_per_image", 1, "Reconstructions of each image; --sampler fast and best bring their own.", lower_bound=1
+        "reps_per_image",
+        1,
+        "Reconstructions of each image; --sampler fast and best bring their own.",
+        lower_bound=1,
+        upper_bound=10_000,
     )
-    flags.DEFINE_integer("batch_size", 100, "Images per batch file.", lower_bound=1)
+    flags.DEFINE_integer("batch_size", 100, "Images per batch file.", lower_bound=1, upper_bound=BATCH_SIZE.high)
     flags.DEFINE_string("in_domain", None, f"The in-domain images: {_SOURCE}.")
     flags.DEFINE_string(
         "out_of_domain", None, f"The images in question: {_SOURCE}. Without it the in-domain side is made."
@@ -74,7 +78,11 @@ def define_flags():
     flags.DEFINE_bool("id_center_crop", True, "Crop in-domain files to their centre square; else squeeze them.")
     flags.DEFINE_bool("ood_center_crop", True, "Crop out-of-domain files to their centre square; else squeeze them.")
     flags.DEFINE_integer(
-        "max_images", None, "Take so many images of each side, evenly spread, for a quick look.", lower_bound=1
+        "max_images",
+        None,
+        "Take so many images of each side, evenly spread, for a quick look.",
+        lower_bound=1,
+        upper_bound=10**9,
     )
     flags.DEFINE_bool(
         "match_resolution",
@@ -83,7 +91,11 @@ def define_flags():
     )
     define_path("data_root", "./data", "Where data sets lie, or are downloaded to.")
     flags.DEFINE_integer(
-        "workers", None, "Threads that decode images; by default one a processor, up to 32.", lower_bound=1
+        "workers",
+        None,
+        "Threads that decode images; by default one a processor, up to 32.",
+        lower_bound=1,
+        upper_bound=MOST_WORKERS,
     )
     flags.DEFINE_integer("seed", None, "Key of the noise and the random masks; by default the config's.")
     flags.DEFINE_string("device", None, "auto, cpu, cuda or cuda:i; by default the config's.")
@@ -163,6 +175,9 @@ def choose_sampler(options):
 
     Args:
         options: `FLAGS`; a flag or field of the config given on the command line wins over a preset's value.
+
+    Raises:
+        UserError: a value is out of range, or there is no such sampler.
     """
     import sampling
     from basics.console import choose
@@ -180,7 +195,9 @@ def choose_sampler(options):
         settings.sampler = options.sampler
     for name in SAMPLER_FLAGS:
         if options[name].value is not None:
+            check_value(f"--{name}", options[name].value, FIELDS["sampling"][name])
             settings[name] = options[name].value
+    check(options.config)
     return reps
 
 

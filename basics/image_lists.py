@@ -44,12 +44,10 @@ def folder_files(folder):
             written.append(parent.relative_to(folder).as_posix())
             below.clear()
             continue
-        if parent == folder and (files.MARK in names or _META in below):  # a work folder among the user's images
-            written += [name for name in below if name in _WORK_FOLDERS]
-            below[:] = [name for name in below if name not in _WORK_FOLDERS]
         for path in (Path(parent, name) for name in names if name != files.MARK):
-            if path.suffix.lower() in NOT_IMAGES:
-                others[path.suffix.lower()] += 1
+            ending = ".tfevents" if _EVENTS.fullmatch(path.name) else path.suffix.lower()
+            if ending in NOT_IMAGES:
+                others[ending] += 1
             else:
                 paths.append(path)
     told = _tell_left_out(folder, written, others)
@@ -83,21 +81,44 @@ def _is_systems(name):
 def _is_written(folder, below, names, whole):
     """Whether this program wrote all of a folder: it is marked, or, from before there were marks, looks like it.
 
+    A folder of the user's own to which training in the folder around it has added something is not among these.
+
     Args:
         folder: its path.
         below: the names of its folders.
         names: the names of its files.
-        whole: whether the mark of a work folder will do, which may hold images of the user's own as well.
+        whole: whether the mark of recon.py will do, as below the folder that was given.  Training and evaluation can
+            go on among images of the user's own, so their marks do not.
     """
-    if files.MARK in names and (whole or not files.is_owned(folder)):
+    if files.MARK in names and not files.is_owned(folder):
+        return True
+    evaluated = any(map(_EVALUATION.fullmatch, names))
+    if files.MARK in names and whole and "manifest.json" in names and not (evaluated or "stdout.txt" in names):
         return True
     if "manifest.json" in names or "results.json" in names:  # a results folder: other programs have a manifest.json too
         batches = any(side in below and next(Path(folder, side).glob("batch_*.pth"), None) for side in ("pos", "neg"))
         if batches or any(name.startswith("scores_") and name.endswith(".csv") for name in names):
             return True
-    samples = folder.name == "samples" and any(_ITERATION.fullmatch(name) for name in below)
-    evaluation = any(_EVALUATION.fullmatch(name) for name in names)
-    return samples or evaluation or (whole and _META in below)
+    evaluation = evaluated and all(name.endswith((".npz", files.MARK)) for name in names)
+    return evaluation or _is_of_training(folder, [*below, *names])
+
+
+def _is_of_training(folder, names):
+    """Whether a folder with these names in it is one of a work folder, all of which training wrote."""
+    if folder.parent.name == "samples" and _ITERATION.fullmatch(folder.name):
+        return bool(names) and _SAMPLES.issuperset(names)
+    pattern = _OF_TRAINING.get(folder.name)
+    if pattern is None or not names or not all(map(pattern.fullmatch, names)):
+        return False
+    return folder.name != "samples" or all(_is_of_training(folder / name, _visible(folder / name)) for name in names)
+
+
+def _visible(folder):
+    """The names in a folder but those that systems put there; none where it cannot be listed."""
+    try:
+        return [name for name in (path.name for path in folder.iterdir()) if not _is_systems(name)]
+    except OSError:
+        return []
 
 
 def _tell_left_out(folder, written, others):
@@ -120,10 +141,21 @@ _SYSTEM_NAMES = {"__MACOSX", "@eaDir", "$RECYCLE.BIN"}
 _META = "checkpoints-meta"
 
 
-_WORK_FOLDERS = {"samples", "checkpoints", _META, "tensorboard"}
-
-
 _ITERATION = re.compile(r"iter_\d+")
+
+
+_SAMPLES = {"sample.png", "sample.np"}  # in samples/iter_{step}/
+
+
+_EVENTS = re.compile(r"events\.out\.tfevents\..+")
+
+
+_OF_TRAINING = {  # the folders in a work folder: what training writes there
+    "samples": _ITERATION,
+    "checkpoints": re.compile(r"checkpoint_\d+(\.pth)?"),
+    _META: re.compile(r"checkpoint\.pth"),
+    "tensorboard": _EVENTS,
+}
 
 
 _EVALUATION = re.compile(r"(ckpt_\d+_loss|report_\d+|(train|test)_ckpt_\d+_bpd_\d+)\.npz")
@@ -137,7 +169,7 @@ NOT_IMAGES = frozenset(
             ".csv .tsv .lst .json .jsonl .xml .xmp .aae .yaml .yml .toml .ini .cfg .conf .log .md5 .sha256",
             ".py .pyc .ipynb .js .sh .c .cpp .h .m .r .o .so .dll .exe .lock .tmp .part .bak",
             ".np .npy .npz .pt .pth .ckpt .pkl .pickle .h5 .hdf5 .mat .parquet .arrow .feather .safetensors .onnx",
-            ".tfrecord .lmdb .mdb .db .sqlite .zip .tar .gz .tgz .bz2 .xz .7z .rar .zst",
+            ".tfrecord .tfevents .lmdb .mdb .db .sqlite .zip .tar .gz .tgz .bz2 .xz .7z .rar .zst",
             ".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .wav .mp3 .m4a .flac .ogg",
             ".ps .eps .ai .svg .wmf .emf .thm .cr2 .cr3 .nef .arw .dng .orf .rw2 .raf .pef .srw",
         ]

@@ -108,10 +108,18 @@ def is_plain(value):
     """Whether a value is a dense tensor of floating-point numbers, all of which are in its file."""
     return (
         torch.is_tensor(value)
-        and value.layout is torch.strided
-        and value.device.type == "cpu"
+        and is_stored(value)
         and value.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()  # not one number, many times
+    )
+
+
+def is_stored(tensor):
+    """Whether a tensor is dense, and all of its numbers are in its file."""
+    return (
+        tensor.layout is torch.strided
+        and tensor.device.type == "cpu"
+        and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+        and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()  # not one number, many times
     )
 
 

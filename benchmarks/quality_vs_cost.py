@@ -171,7 +171,9 @@ def measure(options):
         setting = choose(name, SETTINGS, "setting")
         path = _file(options.folder, options.pair, name, side, batch)
         origin = _origin(config, setting, options, sides[side], batch)
-        if read_arrays(path, origin) is None:
+        count = min(BATCH, len(sides[side]) - batch * BATCH)
+        shapes = {**{tool.name: (setting.reps, count) for tool in tools}, "seconds": ()}
+        if read_arrays(path, origin, shapes) is None:
             arrays = measure_batch(config, model, setting, tools, options.seed, device, sides[side], batch)
             write_arrays(path, origin, **arrays)
             say(f"{options.pair} {name} {side} {batch}: {arrays['seconds']:.1f} s")

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
 from basics.console import UserError
-from configs.fields import FIELDS, NEEDED_WITH, OPTIONAL, check_value
+from configs.fields import FIELDS, NEEDED_WITH, OPTIONAL, WIDTH, check_value
 
 ABSENT = object()
 
@@ -215,6 +215,12 @@ def _check_together(values):
     _check_order(values, "model.sigma_min", "model.sigma_max", strictly=True)
     _check_order(values, "model.beta_min", "model.beta_max")
     _check_order(values, "eval.begin_ckpt", "eval.end_ckpt")
+    width = values["model.nf"] * max(values["model.ch_mult"])
+    if width > WIDTH:
+        raise UserError(
+            f"config.model.ch_mult {values['model.ch_mult']} times config.model.nf {values['model.nf']} makes "
+            f"{width:,} channels; a level has at most {WIDTH:,}, so lower one of them"
+        )
     scales, largest = values["model.num_scales"], values.get("model.beta_max", 0)
     if values["training.sde"].lower() == "vpsde" and not values["training.continuous"] and scales <= largest:
         raise UserError(

@@ -6,8 +6,8 @@ the two lists equal.
 """
 
 import dataclasses
-import math
 import re
+import sys
 
 from basics.console import UserError, choose
 
@@ -39,7 +39,7 @@ class Real:
         return (
             isinstance(value, (int, float))
             and not isinstance(value, bool)
-            and math.isfinite(value)
+            and -sys.float_info.max <= value <= sys.float_info.max  # nor NaN; an int may be beyond all floats
             and (self.low is None or value >= self.low)
             and (self.high is None or value <= self.high)
             and (self.above is None or value > self.above)
@@ -118,21 +118,23 @@ class OneOf:
 
 @dataclasses.dataclass(frozen=True)
 class Wholes:
-    """A tuple or list of at least `count` ints, each at least `low`; their sum is not 0 where there are any."""
+    """A tuple or list of `count` to 64 ints, each from `low` to `high`; their sum is not 0 where there are any."""
 
     low: int = 1
     count: int = 0
+    high: int | None = None
 
     def accepts(self, value):
         return (
             isinstance(value, (tuple, list))
-            and len(value) >= self.count
-            and all(type(item) is int and item >= self.low for item in value)
+            and self.count <= len(value) <= 64
+            and all(Whole(self.low, self.high).accepts(item) for item in value)
             and (not value or sum(value) > 0)
         )
 
     def __str__(self):
-        return f"a tuple of {'one or more ' if self.count else ''}ints of at least {self.low}, such as (1, 2)"
+        bounds = _range(f"of at least {self.low}", self.low, self.high)
+        return f"a tuple of {'one or more ' if self.count else ''}ints {bounds}, such as (1, 2)"
 
 
 def _range(least, low, high):
@@ -158,14 +160,24 @@ def check_value(path, value, kind):
 
 
 def _short(value):
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no int of more than 4300 digits
+        return "a number of thousands of digits"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 ANY_TEXT, SOME_TEXT = Text(), Text("text that is not empty", r"[^\0]+")
-DEVICE = Text("auto, cpu, cuda or cuda:i", r"auto|cpu|cuda(:\d+)?")
+DEVICE = Text("auto, cpu, cuda or cuda:i", r"auto|cpu|cuda(:[0-9]{1,3})?")
 SEED = Whole(0, 2**63 - 1)
-_SHARE, _POSITIVE, _COUNT = Real(low=0, high=1), Real(above=0), Whole(1)
+_SHARE, _POSITIVE, _AMOUNT = Real(low=0, high=1), Real(above=0, high=1e9), Real(low=0, high=1e9)
+
+# Upper bounds: far above what can be of use, and low enough for a typing error not to ask for terabytes of memory.
+STEPS = 1_000_000
+WIDTH = 16_384  # channels of a level of the network: model.nf times an entry of model.ch_mult
+BATCH_SIZE = Whole(1, 65_536)
+MOST_WORKERS = 1024  # threads
+_ITERATIONS, _NUMBER = Whole(0, 10**12), Whole(0, 1_000_000)
 _PYRAMID = "pyramid"
 
 FIELDS = {
@@ -176,7 +188,7 @@ FIELDS = {
         "test_dataset": ANY_TEXT,
         "category": SOME_TEXT,
         "tfrecords_path": ANY_TEXT,
-        "image_size": _COUNT,
+        "image_size": Whole(1, 8192),
         "num_channels": OneOf((1, 3)),
         "centered": Flag(),
         "random_flip": Flag(),
@@ -184,10 +196,10 @@ FIELDS = {
     },
     "model": {
         "name": Choice("model", ("ddpm", "ncsnpp"), exact=True),
-        "nf": Whole(4),  # fewer cannot hold the sines and cosines of a time
-        "ch_mult": Wholes(count=1),
-        "num_res_blocks": _COUNT,
-        "attn_resolutions": Wholes(),
+        "nf": Whole(4, 8192),  # fewer cannot hold the sines and cosines of a time
+        "ch_mult": Wholes(count=1, high=128),
+        "num_res_blocks": Whole(1, 128),
+        "attn_resolutions": Wholes(high=8192),
         "resamp_with_conv": Flag(),
         "dropout": Real(low=0, below=1),
         "nonlinearity": Choice("nonlinearity", ("swish", "relu", "elu", "lrelu")),
@@ -199,15 +211,15 @@ FIELDS = {
         "ema_rate": _SHARE,
         "resblock_type": Choice("block", ("ddpm", "biggan")),
         "fir": Flag(),
-        "fir_kernel": Wholes(low=0, count=1),
+        "fir_kernel": Wholes(low=0, count=1, high=1_000_000),
         "skip_rescale": Flag(),
         "progressive": Choice(_PYRAMID, ("none", "output_skip", "residual")),
         "progressive_input": Choice(_PYRAMID, ("none", "input_skip", "residual")),
         "progressive_combine": Choice("choice", ("sum", "cat")),
-        "init_scale": Real(low=0),
+        "init_scale": _AMOUNT,
         "attention_type": Choice("attention", ("ddpm",), exact=True),
         "conv_size": OneOf((3,)),
-        "num_scales": _COUNT,
+        "num_scales": Whole(1, STEPS),
         "beta_min": _POSITIVE,
         "beta_max": _POSITIVE,
         "sigma_min": _POSITIVE,
@@ -219,30 +231,30 @@ FIELDS = {
         "continuous": Flag(),
         "likelihood_weighting": Flag(),
         "reduce_mean": Flag(),
-        "batch_size": _COUNT,
-        "n_iters": Whole(),
-        "log_freq": Whole(),
-        "eval_freq": Whole(),
-        "snapshot_freq": Whole(),
-        "snapshot_freq_for_preemption": Whole(),
+        "batch_size": BATCH_SIZE,
+        "n_iters": _ITERATIONS,
+        "log_freq": _ITERATIONS,
+        "eval_freq": _ITERATIONS,
+        "snapshot_freq": _ITERATIONS,
+        "snapshot_freq_for_preemption": _ITERATIONS,
         "snapshot_sampling": Flag(),
     },
     "sampling": {
         "method": Choice("method", ("pc", "ode")),
         "predictor": Choice("predictor", ("euler_maruyama", "reverse_diffusion", "ancestral_sampling", "none")),
         "corrector": Choice("corrector", ("langevin", "ald", "none")),
-        "n_steps_each": _COUNT,
+        "n_steps_each": Whole(1, 1000),
         "snr": _POSITIVE,
         "noise_removal": Flag(),
         "probability_flow": Flag(),
         "sampler": Choice("sampler", ("published", "euler", "ddim", "dpmpp_2m", "sde_dpmpp_2m"), exact=True),
-        "steps": Whole(),
+        "steps": Whole(0, STEPS),
         "time_grid": Choice("time grid", ("uniform", "lambda", "quadratic"), exact=True),
         "t_start": Real(above=0, high=1),
         "t_end": Real(low=0, below=1),
         "eta": _SHARE,
         "constraint": Choice("constraint", ("replace", "project"), exact=True),
-        "returns": Whole(),
+        "returns": Whole(0, 1000),
         "lift": Choice("lift", ("mask", "noise", "both"), exact=True),
     },
     "optim": {
@@ -250,22 +262,22 @@ FIELDS = {
         "lr": _POSITIVE,
         "beta1": Real(low=0, below=1),
         "eps": _POSITIVE,
-        "weight_decay": Real(low=0),
+        "weight_decay": _AMOUNT,
         "amsgrad": Flag(),
-        "warmup": Whole(),
+        "warmup": _ITERATIONS,
         "grad_clip": NonZero(),
     },
     "eval": {
-        "begin_ckpt": Whole(),
-        "end_ckpt": Whole(),
-        "batch_size": _COUNT,
+        "begin_ckpt": _NUMBER,
+        "end_ckpt": _NUMBER,
+        "batch_size": BATCH_SIZE,
         "enable_loss": Flag(),
         "enable_sampling": Flag(),
-        "num_samples": _COUNT,
+        "num_samples": Whole(1, 100_000_000),
         "enable_bpd": Flag(),
         "bpd_dataset": Choice("split", ("train", "test"), exact=True),
-        "n_samples": _COUNT,
-        "recon_ckpt": Whole(),
+        "n_samples": Whole(1, 100_000_000),
+        "recon_ckpt": _NUMBER,
     },
 }
 

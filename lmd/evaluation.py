@@ -153,15 +153,15 @@ def _write(run, parts, paths):
 def _checkpoints(config, folder):
     """{number: path} of the checkpoints in the config's range that are there; the others are named."""
     wanted = range(config.eval.begin_ckpt, config.eval.end_ckpt + 1)
-    paths = {k: folder / f"checkpoint_{k}.pth" for k in wanted}
-    present = {k: path for k, path in paths.items() if path.is_file()}
+    present = {k: path for k in wanted if (path := folder / f"checkpoint_{k}.pth").is_file()}
     if not present:
         raise UserError(
             f"{folder} holds none of checkpoint_{wanted.start}.pth to checkpoint_{config.eval.end_ckpt}.pth; set "
             "--config.eval.begin_ckpt and end_ckpt"
         )
     if missing := [str(k) for k in wanted if k not in present]:
-        say(f"missing checkpoints, left out: {', '.join(missing)}")
+        more = f" and {len(missing) - 20} more" if len(missing) > 20 else ""
+        say(f"missing checkpoints, left out: {', '.join(missing[:20])}{more}")
     return present
 
 
@@ -179,12 +179,11 @@ def write_loss(run, k, origin):
     images, options = run.images("test"), run.config.training
     weighting = {name: options[name] for name in ("reduce_mean", "likelihood_weighting")}
     settings = {**origin, "images": images.fingerprint, "loss": {**weighting, "eps": TRAINING_EPS}}
-    path = run.folder / f"ckpt_{k}_loss.npz"
-    arrays = read_arrays(path, settings)
+    path, total = run.folder / f"ckpt_{k}_loss.npz", _rounds(len(images), run.batch_size)
+    arrays = read_arrays(path, settings, {"all_losses": (total,), "mean_loss": ()})
     if arrays is None:
         values, counts = [], []
         batches = in_order(images, run.batch_size, run.trainer.device, run.config.data.centered)
-        total = _rounds(len(images), run.batch_size)
         for i, x in enumerate(progress(batches, total=total, unit="batch", desc=f"checkpoint {k}, loss")):
             values.append(run.trainer.loss_on(x, "evaluate", i))
             counts.append(len(x))
@@ -214,10 +213,12 @@ def write_bpd(run, k, origin):
     with progress(total=repeats * rounds, unit="batch", desc=f"checkpoint {k}, bits per dimension") as bar:
         for i in range(repeats * rounds):
             path, (repeat, batch) = run.folder / f"{split}_ckpt_{k}_bpd_{i}.npz", divmod(i, rounds)
-            arrays = read_arrays(path, settings)
+            count = min(run.batch_size, len(images) - batch * run.batch_size)
+            numbered = {**settings, "batch": i}
+            arrays = read_arrays(path, numbered, {"bpd": (count,), "evaluations": ()})
             if arrays is None:
                 arrays = _bpd_of_batch(run, images, batch, repeat)
-                write_arrays(path, settings, **arrays)
+                write_arrays(path, numbered, **arrays)
             values.append(arrays["bpd"])
             evaluations.append(int(arrays["evaluations"]))
             bar.set_postfix(bpd=f"{np.concatenate(values).mean():.4f}", refresh=False)
@@ -260,7 +261,7 @@ def write_samples(run, k, origin):
     rounds = range(_rounds(run.config.eval.num_samples, run.batch_size))
     for r in progress(rounds, unit="batch", desc=f"checkpoint {k}, samples"):
         path, settings = _samples_file(run, k, r), _samples_settings(run, origin, r)
-        if read_arrays(path, settings) is None:
+        if read_arrays(path, settings, _samples_shapes(run, settings)) is None:
             first = r * run.batch_size
             images = training.draw_samples(run.trainer, settings["count"], "evaluation", first)
             write_arrays(path, settings, samples=training.to_pixels(images))
@@ -269,6 +270,11 @@ def write_samples(run, k, origin):
 
 def _samples_file(run, k, r):
     return run.folder / f"ckpt_{k}" / f"samples_{r}.npz"
+
+
+def _samples_shapes(run, settings):
+    size = run.config.data.image_size
+    return {"samples": (settings["count"], size, size, run.config.data.num_channels)}
 
 
 def _samples_settings(run, origin, r):
@@ -280,6 +286,7 @@ def _samples_settings(run, origin, r):
         "num_scales": tree["model"]["num_scales"],  # the steps where sampling.steps is 0, and what steps are a part of
         "image_size": tree["data"]["image_size"],
         "count": min(run.batch_size, tree["eval"]["num_samples"] - r * run.batch_size),
+        "batch": r,
     }
 
 
@@ -298,7 +305,7 @@ def write_reports(run, origins):
     for k, origin in origins.items():
         path, settings = run.folder / f"report_{k}.npz", _samples_settings(run, origin, 0)
         settings |= {"count": count, "reference": images.fingerprint, "network": fidelity.WEIGHTS}
-        scores = read_arrays(path, settings)
+        scores = read_arrays(path, settings, dict.fromkeys(("IS", "fid", "kid"), ()))
         if scores is None:
             if reference is None:
                 reference = extract.of_images(run, images)
@@ -316,11 +323,12 @@ class _FeatureFiles:
 
     def of_images(self, run, images):
         """The `pool` features of an image set: (N, 2048)."""
-        settings = {"images": images.fingerprint, "batch_size": run.batch_size, "network": fidelity.WEIGHTS}
+        origin = {"images": images.fingerprint, "batch_size": run.batch_size, "network": fidelity.WEIGHTS}
         pools = []
         for i in progress(range(_rounds(len(images), run.batch_size)), unit="batch", desc="training images"):
             path = run.folder / "reference" / f"statistics_{i}.npz"
             read = lambda i=i: images.read(i * run.batch_size, (i + 1) * run.batch_size)
+            settings = {**origin, "count": min(run.batch_size, len(images) - i * run.batch_size), "batch": i}
             pools.append(self._of_batch(path, settings, read, ("pool_3",))["pool_3"])
         return torch.from_numpy(np.concatenate(pools))
 
@@ -332,7 +340,8 @@ class _FeatureFiles:
             settings = _samples_settings(run, origin, r)
 
             def read(r=r, settings=settings):
-                pixels = read_arrays(_samples_file(run, k, r), settings)["samples"]  # (B, H, W, C)
+                shapes = _samples_shapes(run, settings)
+                pixels = read_arrays(_samples_file(run, k, r), settings, shapes)["samples"]  # (B, H, W, C)
                 return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
             path = run.folder / f"ckpt_{k}" / f"statistics_{r}.npz"
@@ -342,7 +351,7 @@ class _FeatureFiles:
         return fidelity.Features(torch.from_numpy(pool), torch.from_numpy(logits))
 
     def _of_batch(self, path, settings, read, names):
-        arrays = read_arrays(path, settings)
+        arrays = read_arrays(path, settings, dict.fromkeys(names, (settings["count"], None)))
         if arrays is None:
             if self.network is None:
                 self.network = fidelity.Inception(self.device)

@@ -15,6 +15,7 @@ from basics.console import UserError, say, shell, warn
 from basics.files import write_bytes
 from basics.tensor_files import WrongFile
 from configs.base import from_dict, to_dict
+from configs.fields import FIELDS, Whole, Wholes, check_value
 from storage import checkpoint_schema as schema
 from storage import diffusers_weights
 from storage.arrays import differences, read_or_refuse, read_tensors, write_tensors
@@ -286,7 +287,7 @@ def config_of(path):
     if config is None:
         raise UserError(
             f"{path} does not say what config it was trained with; give --config "
-            f"('python scripts/inspect_checkpoint.py {path}' says which it fits)"
+            f"(`{shell('python', 'scripts/inspect_checkpoint.py', path)}` says which it fits)"
         )
     config = schema.complete(config)
     _check_network(path, config, _shapes(weights))
@@ -300,12 +301,25 @@ def _check_network(path, config, shapes):
     try:
         if len(model["ch_mult"]) * model["num_res_blocks"] > len(shapes):
             raise ValueError("it has more blocks than the file has weights")
+        _check_sizes(config)
         with torch.device("meta"):
             net = models.create_model(from_dict(config))
     except Exception as error:  # what was in the file may break anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"no network can be built from the config in {path} ({reason}); give --config") from error
     _check_weights(path, shapes, net, compare_buffers=False)
+
+
+def _check_sizes(config):
+    """Refuses numbers of a network that no config may have, which could ask for any amount of memory.
+
+    Raises:
+        UserError: names the field.
+    """
+    for section in ("data", "model"):
+        for name, value in config[section].items():
+            if isinstance(FIELDS[section].get(name), (Whole, Wholes)):
+                check_value(f"config.{section}.{name}", value, FIELDS[section][name])
 
 
 def check_data(path, theirs, mine):

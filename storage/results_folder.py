@@ -12,6 +12,7 @@ import torch
 
 from basics.console import UserError
 from basics.files import link, write_bytes, write_json
+from basics.tensor_files import is_stored
 from storage.arrays import differences, read_tensors, write_tensors
 from storage.json_schema import (
     COUNT,
@@ -303,7 +304,7 @@ def _fault_of_batch(batch, expected):
 
 def _is_batch(value):
     def images(tensor):
-        return torch.is_tensor(tensor) and tensor.ndim == 4 and tensor.layout == torch.strided and tensor.is_cpu
+        return torch.is_tensor(tensor) and tensor.ndim == 4 and is_stored(tensor) and not tensor.requires_grad
 
     def all_like(tensors, orig):
         return isinstance(tensors, list) and all(images(tensor) and tensor.shape == orig.shape for tensor in tensors)

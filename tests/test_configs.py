@@ -144,7 +144,7 @@ def test_a_part_with_an_unknown_field_is_a_bug():
 
 def test_a_program_reads_a_leaf_from_any_folder(tmp_path):
     """The leaves import configs.presets: the folder of the program is on sys.path, wherever it is started."""
-    for name in ("configs", "console.py"):
+    for name in ("configs", "basics"):
         (tmp_path / name).symlink_to(ROOT / name)
     program = tmp_path / "program.py"
     program.write_text(

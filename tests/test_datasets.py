@@ -327,6 +327,24 @@ def test_equal_names_and_sizes_are_no_identity(make, name, limit, check, tmp_pat
     assert marks[0] == marks[2]  # the same content by another name
 
 
+SAME_BYTES = {  # pairs of arrays that differ in nothing but what their bytes mean
+    "types": (np.eye(40, dtype=np.uint8)[None], np.eye(40, dtype=bool)[None]),
+    "shapes": (np.zeros((1, 40, 50), np.uint8), np.zeros((1, 50, 40), np.uint8)),
+    "channels": (np.ones((1, 60, 40), np.uint8), np.ones((1, 40, 20, 3), np.uint8)),
+}
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("kind", SAME_BYTES)
+def test_equal_bytes_of_other_arrays_are_no_identity(kind, check, on_demand, tmp_path):
+    marks = []
+    for index, values in enumerate(SAME_BYTES[kind]):
+        np.save(tmp_path / f"{index}.npy", values)
+        marks.append(load(tmp_path / f"{index}.npy", check=check).fingerprint)
+    assert SAME_BYTES[kind][0].tobytes() == SAME_BYTES[kind][1].tobytes()
+    assert marks[0] != marks[1]
+
+
 def test_files_are_read_once_for_both_check_and_fingerprint(folder, on_demand, opened):
     images = load(folder)
     assert images.fingerprint.startswith("7:")
@@ -413,6 +431,7 @@ def _marked(root):
 
 def _owned(root):
     with files.owned(root / "run"):
+        (root / "run" / "manifest.json").write_text("{}")
         save(root / "run" / "masks" / "mask.png")
     return "run"
 
@@ -435,7 +454,7 @@ def _scores(root):
 def _training(root):
     save(root / "run" / "samples" / "iter_5" / "sample.png")
     (root / "run" / "checkpoints-meta").mkdir()
-    return "run"
+    return "run/samples"
 
 
 def _samples(root):
@@ -444,8 +463,9 @@ def _samples(root):
 
 
 def _evaluation(root):
-    save(root / "eval" / "grid.png")
+    (root / "eval").mkdir()
     np.savez(root / "eval" / "report_3.npz", a=1)
+    np.savez(root / "eval" / "ckpt_3_loss.npz", a=1)
     return "eval"
 
 
@@ -478,6 +498,41 @@ def test_users_folders_that_look_alike_are_read(tmp_path, capsys):
     (tmp_path / "results.json").write_text("{}")
     assert len(load(tmp_path)) == 6
     assert "wrote" not in capsys.readouterr().out
+
+
+OWN_NAMES = ("cats/a.png", "samples/b.png", "samples/iter_7/c.png", "checkpoints/d.png", "checkpoints-meta/e.png",
+             "tensorboard/f.png", "eval/g.png")  # fmt: skip
+
+
+def train_in(root):
+    """What training and an evaluation write in a folder."""
+    with files.owned(root), files.owned(root / "eval"):
+        files.mark(root / "samples")
+        save(root / "samples" / "iter_5" / "sample.png")
+        for name in ("samples/iter_5/sample.np", "checkpoints/checkpoint_1.pth", "checkpoints-meta/checkpoint.pth",
+                     "tensorboard/events.out.tfevents.17.host.1.0", "eval/report_1.npz", "stdout.txt"):  # fmt: skip
+            (root / name).parent.mkdir(exist_ok=True)
+            (root / name).write_bytes(b"")
+
+
+@pytest.mark.parametrize("workdir", [".", "cats"])
+@pytest.mark.parametrize("own", [OWN_NAMES, *((name, "cats/a.png") for name in OWN_NAMES), ("a.png",)])
+def test_training_in_the_folder_of_the_images_leaves_them_the_same(own, workdir, tmp_path):
+    """Also where they lie in folders of the names that training uses, and when all of its marks are lost."""
+    for index, name in enumerate(own):
+        save(tmp_path / name, index)
+    before = load(tmp_path)
+    assert before.labels == sorted(set(own))
+    with files.owned(tmp_path / workdir):
+        starting = load(tmp_path)
+    train_in(tmp_path / workdir)
+    during = load(tmp_path)
+    for mark in tmp_path.rglob(files.MARK):
+        mark.unlink()
+    without = load(tmp_path)
+    assert before.labels == starting.labels == during.labels == without.labels
+    assert before.fingerprint == starting.fingerprint == during.fingerprint == without.fingerprint
+    assert not during.skipped
 
 
 @pytest.mark.parametrize("write", [_marked, _results])

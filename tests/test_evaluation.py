@@ -146,6 +146,15 @@ def test_a_damaged_result_is_named(tree, whole, tmp_path):
         evaluate(tree, workdir)
 
 
+def test_a_changed_result_is_named(tree, whole, tmp_path):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    evaluate(tree, workdir)
+    path = workdir / "eval" / "ckpt_1_loss.npz"
+    np.savez(path, **{**arrays(path), "mean_loss": np.array(0.1)})
+    with pytest.raises(UserError, match=r"ckpt_1_loss\.npz was changed after it was made; delete it"):
+        evaluate(tree, workdir)
+
+
 # --------------------------------------------------------------------------------------------- bits per dimension
 
 
@@ -203,6 +212,13 @@ def test_bpd_by_hand(likelihoods, tree):
     expected = (-logp / 64 / np.log(2) + 7).numpy()
     # rounding enters the choice of the solver's steps
     np.testing.assert_allclose(arrays(likelihoods / "eval" / "test_ckpt_2_bpd_3.npz")["bpd"], expected, atol=1e-3)
+
+
+def test_another_batch_under_this_name(likelihoods, bpd_tree, tmp_path):
+    folder = shutil.copytree(likelihoods, tmp_path / "run") / "eval"
+    shutil.copy(folder / "test_ckpt_2_bpd_0.npz", folder / "test_ckpt_2_bpd_2.npz")  # the same images, drawn anew
+    with pytest.raises(UserError, match=r"bpd_2\.npz was made from something else \(batch: 0 there, 2 here\)"):
+        evaluate(bpd_tree, folder.parent)
 
 
 def test_an_interrupted_bpd_continues(likelihoods, bpd_tree, tmp_path, monkeypatch):
@@ -306,6 +322,17 @@ def test_reports(sampling_tree, whole, tmp_path, monkeypatch, capsys):
     assert tiny.snapshot(workdir) == files
 
 
+def test_other_batches_of_samples_are_not_taken_for_these(sampling_tree, whole, package, tmp_path, monkeypatch):
+    monkeypatch.setattr(fidelity, "Inception", no_weights)
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    with pytest.raises(UserError, match="no weights"):
+        evaluate(sampling_tree, workdir)
+    folder = workdir / "eval" / "ckpt_1"
+    shutil.copy(folder / "samples_0.npz", folder / "samples_1.npz")
+    with pytest.raises(UserError, match=r"samples_1\.npz was made from something else \(batch: 0 there, 1 here\)"):
+        evaluate(sampling_tree, workdir)
+
+
 def test_other_samples_are_not_scored_as_these(sampling_tree, whole, package, tmp_path, monkeypatch):
     monkeypatch.setattr(fidelity, "Inception", no_weights)
     workdir = shutil.copytree(whole, tmp_path / "run")
@@ -385,7 +412,7 @@ def identities(whole, tmp_path, monkeypatch):
         found = {}
         scores = {"IS": 1.0, "fid": 1.0, "kid": 1.0}
 
-        def read(path, settings):
+        def read(path, settings, shapes):
             found[path.name] = settings
             return scores if "report" in path.name else {**stub, "bpd": np.ones(10)}
 

@@ -64,14 +64,14 @@ def test_choices_are_those_of_the_tables():
 
 
 BAD = {  # of every kind some values that no field of the kind takes
-    Whole: [-1, 2.0, True, "3", None, math.nan, math.inf],
-    Real: [math.nan, math.inf, -math.inf, "0.5", True, None, (1.0,)],
-    NonZero: [0, math.nan, math.inf, "1"],
+    Whole: [-1, 2.0, True, "3", None, math.nan, math.inf, 10**400, 10**5000],
+    Real: [math.nan, math.inf, -math.inf, "0.5", True, None, (1.0,), 10**400, 10**5000],
+    NonZero: [0, math.nan, math.inf, "1", 10**400, 10**5000],
     Flag: [1, "True", None],
     Text: [3, None, "a\0b"],
     Choice: ["junk", 3, None],
-    OneOf: [2, 0, True, 3.0, "3"],
-    Wholes: [3, (-1,), (1.5,), ("1",), (True,), None],
+    OneOf: [2, 0, True, 3.0, "3", 10**5000],
+    Wholes: [3, (-1,), (1.5,), ("1",), (True,), None, (10**5000,)],
 }
 
 
@@ -96,16 +96,21 @@ def outside(kind):
         return [kind.low - 1] + ([] if kind.high is None else [kind.high + 1])
     if isinstance(kind, Real):
         bounds = [(kind.low, -1e-9), (kind.high, 1e-9), (kind.above, 0), (kind.below, 0)]
-        return [bound + step for bound, step in bounds if bound is not None]
+        return [bound + step * max(1, abs(bound)) for bound, step in bounds if bound is not None]
     if isinstance(kind, Wholes):
-        return [(kind.low - 1,)] + ([()] if kind.count else []) + ([(0, 0)] if kind.low == 0 else [])
+        return (
+            [(kind.low - 1,), (kind.high + 1,), (1,) * 65]
+            + ([()] if kind.count else [])
+            + ([(0, 0)] if kind.low == 0 else [])
+        )
     return []
 
 
 @pytest.mark.parametrize("path", KINDS)
 def test_every_field_is_refused_a_wrong_value_by_name(path):
     kind = KINDS[path]
-    bad = [*BAD[type(kind)], *outside(kind)] + (["", "cuda:", "cuda:-1", "tpu"] if path == "device" else [])
+    devices = ["", "cuda:", "cuda:-1", "cuda:9999", "cuda:\u0663", "tpu"]
+    bad = [*BAD[type(kind)], *outside(kind), *(devices if path == "device" else [])]
     for value in bad:
         tree = whole().to_dict()
         check(ConfigDict(tree))
@@ -121,22 +126,26 @@ def test_every_field_is_refused_a_wrong_value_by_name(path):
 
 
 CASES = {  # the bounds are told
-    ("model.nf", 0): "config.model.nf is 0; it must be an int of at least 4",
-    ("model.nf", -32): "config.model.nf is -32; it must be an int of at least 4",
-    ("model.num_scales", 0): "config.model.num_scales is 0; it must be an int of at least 1",
+    ("model.nf", 0): "config.model.nf is 0; it must be an int from 4 to 8192",
+    ("model.nf", -32): "config.model.nf is -32; it must be an int from 4 to 8192",
+    ("model.num_scales", 0): "config.model.num_scales is 0; it must be an int from 1 to 1000000",
     ("model.ema_rate", 1.5): "config.model.ema_rate is 1.5; it must be a finite number of at least 0 and at most 1",
     ("model.ema_rate", math.nan): "config.model.ema_rate is nan; it must be a finite number of at least 0",
     ("model.dropout", 1.0): "config.model.dropout is 1.0; it must be a finite number of at least 0 and below 1",
-    ("model.ch_mult", (1, 0)): "config.model.ch_mult is (1, 0); it must be a tuple of one or more ints of at least 1, ",
-    ("model.attn_resolutions", (8.0,)): "config.model.attn_resolutions is (8.0,); it must be a tuple of ints of at lea",
-    ("training.n_iters", -1): "config.training.n_iters is -1; it must be an int of at least 0",
-    ("sampling.steps", -3): "config.sampling.steps is -3; it must be an int of at least 0",
+    ("model.ch_mult", (1, 0)): "config.model.ch_mult is (1, 0); it must be a tuple of one or more ints from 1 to ",
+    (
+        "model.attn_resolutions",
+        (8.0,),
+    ): "config.model.attn_resolutions is (8.0,); it must be a tuple of ints from 1 ",
+    ("training.n_iters", -1): "config.training.n_iters is -1; it must be an int from 0 to 1000000000000",
+    ("sampling.steps", -3): "config.sampling.steps is -3; it must be an int from 0 to 1000000",
     ("sampling.snr", 0.0): "config.sampling.snr is 0.0; it must be a finite number above 0",
-    ("sampling.n_steps_each", -1): "config.sampling.n_steps_each is -1; it must be an int of at least 1",
+    ("sampling.n_steps_each", -1): "config.sampling.n_steps_each is -1; it must be an int from 1 to 1000",
     ("optim.lr", -1.0): "config.optim.lr is -1.0; it must be a finite number above 0",
-    ("optim.warmup", -1): "config.optim.warmup is -1; it must be an int of at least 0",
+    ("optim.warmup", -1): "config.optim.warmup is -1; it must be an int from 0 to 1000000000000",
     ("optim.grad_clip", math.nan): "config.optim.grad_clip is nan; it must be a finite number other than 0",
-    ("data.image_size", 0): "config.data.image_size is 0; it must be an int of at least 1",
+    ("data.image_size", 0): "config.data.image_size is 0; it must be an int from 1 to 8192",
+    ("data.image_size", 100_000): "config.data.image_size is 100000; it must be an int from 1 to 8192",
     ("data.num_channels", 2): "config.data.num_channels is 2; it must be 1 or 3",
     ("seed", -1): "config.seed is -1; it must be an int from 0 to 9223372036854775807",
     ("device", "gpu"): "config.device is 'gpu'; it must be auto, cpu, cuda or cuda:i",
@@ -146,6 +155,18 @@ CASES = {  # the bounds are told
     ("model.beta_min", 30.0): "config.model.beta_min is 30.0; it must be at most config.model.beta_max, which is 20.0",
     ("model.sigma_min", 50.0): "config.model.sigma_min is 50.0; it must be below config.model.sigma_max, which is 50.0",
 }
+
+
+def test_every_number_of_things_has_an_upper_bound():
+    counts = {path: kind.high for path, kind in KINDS.items() if isinstance(kind, (Whole, Wholes))}
+    assert None not in counts.values()
+
+
+def test_the_width_of_a_network_is_bounded():
+    config = whole()
+    config.model.nf, config.model.ch_mult = 8192, (1, 128)
+    with pytest.raises(UserError, match=r"ch_mult \(1, 128\) times config\.model\.nf 8192 makes 1,048,576 channels"):
+        check(config)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}={case[1]}")

@@ -252,7 +252,7 @@ def test_a_published_checkpoint_is_converted_by_a_config(tmp_path):
         ([str(ROOT / "configs")], "no config.json"),
         ([str(PUBLISHED), "--config", "nowhere.py"], "there is no config at nowhere.py"),
         ([str(PUBLISHED), "--config", str(ROOT / "pyproject.toml")], "pyproject.toml fails with SyntaxError in line 2"),
-        ([str(PUBLISHED), "--config", str(ROOT / "console.py")], "no function get_config"),
+        ([str(PUBLISHED), "--config", str(ROOT / "basics/console.py")], "no function get_config"),
         ([str(PUBLISHED), "--note", "a=b"], "--note goes with --to"),
         ([str(PUBLISHED), "--to", "x.safetensors", "--note", "a"], "write KEY=TEXT"),
         ([str(PUBLISHED), "--to", "x.safetensors", "--note", "=a"], "write KEY=TEXT"),

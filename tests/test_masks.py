@@ -177,6 +177,7 @@ WRITERS = {
     "plain.npy": lambda path: np.save(path, OWN),
     "bool.npy": lambda path: np.save(path, OWN.astype(bool)),
     "one.npz": lambda path: np.savez_compressed(path, mask=OWN.astype(np.uint8)[None]),
+    "gradient.pt": lambda path: torch.save(torch.from_numpy(OWN).float().requires_grad_(), path),
     "four.pt": lambda path: torch.save(torch.from_numpy(OWN)[None, None], path),
     "channels.pth": lambda path: torch.save(torch.from_numpy(OWN).float().expand(3, 32, 32), path),
 }
@@ -254,6 +255,23 @@ BAD = {
     "white.png": (lambda path: Image.new("L", (32, 32), 255).save(path), "no pixel is to be filled"),
     "two.npz": (lambda path: np.savez(path, a=OWN, b=OWN), "holds 2 arrays"),
     "list.pt": (lambda path: torch.save([1, 2], path), "holds a list"),
+    "sparse.pt": (lambda path: torch.save(torch.from_numpy(OWN).to_sparse(), path), "a tensor of another kind; write"),
+    "csr.pt": (lambda path: torch.save(torch.from_numpy(OWN).to_sparse_csr(), path), "a tensor of another kind; write"),
+    "meta.pt": (lambda path: torch.save(torch.empty(32, 32, device="meta"), path), "a tensor of another kind; write"),
+    "quantised.pt": (
+        lambda path: torch.save(torch.quantize_per_tensor(torch.from_numpy(OWN).float(), 1.0, 0, torch.quint8), path),
+        "a tensor of another kind; write",
+    ),
+    "expanded.pt": (
+        lambda path: torch.save(torch.zeros(1).expand(10**5, 10**5, 8, 8), path),
+        "holds a tensor of 640,000,000,000 numbers; a mask is",
+    ),
+    "expanded_mask.pth": (
+        lambda path: torch.save(torch.from_numpy(OWN).expand(10**6, 10**3, 32, 32), path),
+        "holds a tensor of 1,024,00",
+    ),
+    "complex.pt": (lambda path: torch.save(torch.from_numpy(OWN) * 2j, path), "other than 0"),
+    "half_bytes.pt": (lambda path: torch.save(torch.zeros(32, 32).to(torch.float8_e5m2), path), "mask file"),
     "code.pt": (lambda path: torch.save(_Evil(), path), "cannot be read"),
     "objects.npy": (lambda path: np.save(path, np.array([_Evil()]), allow_pickle=True), "cannot be read"),
     "text.npy": (lambda path: np.save(path, np.array([["a"]])), "cannot be read"),

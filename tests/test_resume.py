@@ -11,7 +11,7 @@ from helpers import GOLDEN
 
 import losses
 import models
-from basics.console import UserError
+from basics.console import UserError, shell
 from command_line import value_of
 from configs.base import from_dict, to_dict
 from lmd import reconstruction, training
@@ -199,6 +199,13 @@ def test_a_checkpoint_without_a_config():
         config_of(GOLDEN / "train_small_checkpoint.pth")
 
 
+def test_what_a_checkpoint_without_a_config_suggests_can_be_copied(tmp_path):
+    path = shutil.copy(GOLDEN / "train_small_checkpoint.pth", tmp_path / "it's mine.pth")
+    with pytest.raises(UserError) as error:
+        config_of(path)
+    assert f"`{shell('python', 'scripts/inspect_checkpoint.py', path)}`" in str(error.value)
+
+
 CLAIMS = {
     "wide": ("nf", 2**40, "no network can be built"),
     "a bit wide": ("nf", 64, "does not fit the config"),
@@ -206,6 +213,8 @@ CLAIMS = {
     "no level": ("ch_mult", [], "no network can be built"),
     "another network": ("name", "unet", "no network can be built"),
     "no width": ("nf", 0, "no network can be built"),
+    "scales by the gigabyte": ("num_scales", 10**10, r"no network .*num_scales is 10000000000; .*; give --config"),
+    "many levels": ("ch_mult", [1] * 64, "more blocks than the file has weights|does not fit|no network can be built"),
 }
 
 

@@ -116,18 +116,52 @@ def test_arrays_come_back_with_what_they_were_made_from(tmp_path):
         read_arrays(path, {"seed": 1, "config": {"sizes": [3]}})
 
 
-def test_arrays_that_cannot_be_used(tmp_path):
-    """Of a program that notes no settings; damaged; with settings that are none; pickled, which is not unpickled."""
-    np.savez(tmp_path / "foreign.npz", bpd=np.zeros(3))
-    with pytest.raises(UserError, match=r"foreign\.npz was made from something else \(config: null there"):
-        read_arrays(tmp_path / "foreign.npz", MADE_FROM)
-    write_arrays(tmp_path / "half.npz", MADE_FROM, x=np.arange(100))
-    (tmp_path / "half.npz").write_bytes((tmp_path / "half.npz").read_bytes()[:-60])
-    write_arrays(tmp_path / "list.npz", [1, 2])
-    np.savez(tmp_path / "pickled.npz", settings="{}", x=np.array([{}], dtype=object))
-    for name in ("half", "list", "pickled"):
-        with pytest.raises(UserError, match=rf"{name}\.npz is damaged or truncated; delete it"):
-            read_arrays(tmp_path / f"{name}.npz", MADE_FROM)
+def resaved(path, **changes):
+    """Writes an .npz file again with other arrays, or without those that are None."""
+    with np.load(path) as file:
+        content = {**{name: file[name] for name in file.files}, **changes}
+    np.savez(path, **{name: value for name, value in content.items() if value is not None})
+
+
+ARRAYS = {  # what is done to a file of `x` and `y`, and what is said of it
+    "half": (lambda path: path.write_bytes(path.read_bytes()[:-60]), "is damaged or truncated; delete it"),
+    "pickled": (lambda path: resaved(path, x=np.array([{}], dtype=object)), "is damaged or truncated; delete it"),
+    "settings of no table": (
+        lambda path: write_arrays(path, [1, 2], x=np.arange(3)),
+        "is damaged or truncated; delete",
+    ),
+    "foreign": (lambda path: np.savez(path, x=np.zeros(3)), "was made by an earlier version; delete it, then run"),
+    "no digest": (lambda path: resaved(path, digest=None), "was made by an earlier version; delete it, then run"),
+    "another digest": (lambda path: resaved(path, digest=np.arange(3)), "was changed after it was made; delete it"),
+    "another number": (lambda path: resaved(path, y=np.array(0.6)), "was changed after it was made; delete it"),
+    "another type": (lambda path: resaved(path, x=np.arange(3).view(np.uint64)), "was changed after it was made"),
+    "another shape": (lambda path: resaved(path, x=np.arange(3)[None]), "was changed after it was made; delete it"),
+    "another name": (lambda path: resaved(path, x=None, z=np.arange(3)), "was changed after it was made; delete it"),
+    "an array less": (lambda path: resaved(path, x=None), "was changed after it was made; delete it"),
+    "an array more": (lambda path: resaved(path, z=np.arange(3)), "was changed after it was made; delete it"),
+    "other settings": (lambda path: resaved(path, settings=json.dumps({**MADE_FROM, "seed": 2})), "was changed after"),
+    "other arrays": (
+        lambda path: write_arrays(path, MADE_FROM, x=np.arange(3)),
+        r"does not hold x \(3,\) and y \(\) al",
+    ),
+    "other shapes": (
+        lambda path: write_arrays(path, MADE_FROM, x=np.arange(4), y=0.5),
+        r"does not hold x \(3,\) and y",
+    ),
+    "text": (lambda path: write_arrays(path, MADE_FROM, x=np.array(["a"] * 3), y=0.5), r"does not hold x \(3,\) and y"),
+}
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_arrays_that_cannot_be_used(name, tmp_path):
+    spoil, message = ARRAYS[name]
+    path, shapes = tmp_path / "a.npz", {"x": (3,), "y": ()}
+    write_arrays(path, MADE_FROM, x=np.arange(3), y=np.array(0.5))
+    assert read_arrays(path, MADE_FROM, shapes).keys() == shapes.keys()
+    spoil(path)
+    with pytest.raises(UserError, match=rf"a\.npz {message}") as error:
+        read_arrays(path, MADE_FROM, shapes)
+    assert "\n" not in str(error.value)
 
 
 # -------------------------------------------------------------------------------------------- published checkpoint
@@ -528,6 +562,21 @@ FAULTS = {
     "masked is none": (lambda folder: rewrite(folder.batch_path("pos", 0), masked=3), "is no batch of reconstructions"),
     "sparse": (
         lambda folder: rewrite(folder.batch_path("pos", 0), orig=torch.zeros(2, 3, 4, 4).to_sparse()), "is no batch",
+    ),
+    "a gradient is wanted": (
+        lambda folder: rewrite(folder.batch_path("pos", 0), recon=[torch.zeros(2, 3, 4, 4, requires_grad=True)] * 2),
+        "is no batch",
+    ),
+    "conjugates": (
+        lambda folder: rewrite(folder.batch_path("pos", 0), orig=torch.zeros(2, 3, 4, 4, dtype=torch.cfloat).conj()),
+        "is no batch",
+    ),
+    "one number a trillion times": (
+        lambda folder: rewrite(folder.batch_path("pos", 0), orig=torch.zeros(1).expand(10**4, 10**4, 100, 100)),
+        "is no batch",
+    ),
+    "without numbers": (
+        lambda folder: rewrite(folder.batch_path("pos", 0), orig=torch.empty(2, 3, 4, 4, device="meta")), "is no batch",
     ),
     "another number": (
         lambda folder: shutil.copy(folder.batch_path("pos", 1), folder.batch_path("pos", 0)),
