@@ -71,6 +71,22 @@ def define_flags():
         upper_bound=10_000,
     )
     flags.DEFINE_integer("batch_size", 100, "Images per batch file.", lower_bound=1, upper_bound=BATCH_SIZE.high)
+    flags.DEFINE_integer("seed", None, "Key of the noise and the random masks; by default the config's.")
+    flags.DEFINE_string("device", None, "auto, cpu, cuda or cuda:i; by default the config's.")
+    flags.DEFINE_float(
+        "memory_gb",
+        None,
+        "Memory for the network's activations, which limits how many images it sees at once; by default 0.5 on a CPU "
+        "and 80 % of what is free on a GPU, where few images show first what one needs. The results are the same.",
+        lower_bound=0.0,
+    )
+    _define_image_flags()
+    _define_mask_flags()
+    _define_sampler_flags()
+    flags.mark_flags_as_required(["workdir", "ckpt_path", "in_domain"])
+
+
+def _define_image_flags():
     flags.DEFINE_string("in_domain", None, f"The in-domain images: {_SOURCE}.")
     flags.DEFINE_string(
         "out_of_domain", None, f"The images in question: {_SOURCE}. Without it the in-domain side is made."
@@ -97,18 +113,6 @@ def define_flags():
         lower_bound=1,
         upper_bound=MOST_WORKERS,
     )
-    flags.DEFINE_integer("seed", None, "Key of the noise and the random masks; by default the config's.")
-    flags.DEFINE_string("device", None, "auto, cpu, cuda or cuda:i; by default the config's.")
-    flags.DEFINE_float(
-        "memory_gb",
-        None,
-        "Memory for the network's activations, which limits how many images it sees at once; by default 0.5 on a CPU "
-        "and 80 % of what is free on a GPU, where few images show first what one needs. The results are the same.",
-        lower_bound=0.0,
-    )
-    _define_mask_flags()
-    _define_sampler_flags()
-    flags.mark_flags_as_required(["workdir", "ckpt_path", "in_domain"])
 
 
 def _define_mask_flags():
