@@ -14,7 +14,8 @@ from absl import app, flags
 from ml_collections import ConfigDict, FrozenConfigDict
 from ml_collections.config_flags import config_flags
 
-from basics.console import EXIT_INTERRUPTED, UserError, fail, guard, on_interrupt, place
+from basics import distributed
+from basics.console import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError, fail, guard, on_interrupt
 
 flags.disclaim_key_flags()  # those defined through the functions below are the caller's, so its --help lists them
 
@@ -209,6 +210,8 @@ def run(main, argv=None):
     def command(args):
         try:
             app.run(lambda rest: sys.exit(main(rest)), argv=args, flags_parser=parse)
+        except distributed.FailedElsewhere:  # at once: threads of the process group can abort an orderly end
+            os._exit(EXIT_USER_ERROR)
         except SystemExit as end:
             return end.code
 
@@ -218,8 +221,6 @@ def run(main, argv=None):
     finally:
         if signal.getsignal(signal.SIGINT) is on_interrupt:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # from here on there is nothing to end in order
-    if code == EXIT_INTERRUPTED or (code and place()[2] > 1):
-        # At once: what is written is whole, and whoever interrupts again is not to wait; of several processes, the
-        # threads of the process group may abort an orderly end.
+    if code == EXIT_INTERRUPTED:  # at once: what is written is whole, and whoever interrupts again is not to wait
         os._exit(code)
     sys.exit(code)

@@ -54,12 +54,11 @@ def detect(
     _check_options(metric_names, reps, bootstrap, grid_images)
     folder = open_folder(result_path)
     read_results(folder.path)  # a damaged file is noticed before the work
-    if folder.manifest() is None:
-        warn(f"{folder.path} has no manifest.json: whether its batches are complete and belong together is not known")
     device = choose_device(device)
     options = {"SIMCLR": {"resize_type": resize_type, "path": simclr_path}}
     tools = [metrics.create(name, device, **options.get(name, {})) for name in metric_names]
     tables = measure(folder, tools, reps, device)
+    _tell_what_is_not_known(folder)
     _tell_repetitions(folder, reps)
     names = _side_names(folder)
     results = [judge(tool, names, tables[tool.name], bootstrap) for tool in tools]
@@ -101,6 +100,11 @@ def open_folder(result_path):
     if not os.access(folder.path, os.W_OK):
         raise UserError(f"{folder.path} may not be written to, and the scores go there; copy it or change permissions")
     return folder
+
+
+def _tell_what_is_not_known(folder):
+    if folder.manifest() is None:
+        warn(f"{folder.path} has no manifest.json: whether its batches are complete and belong together is not known")
 
 
 def _tell_repetitions(folder, reps):

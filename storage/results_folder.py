@@ -208,11 +208,11 @@ class ResultsFolder:
         known = [side for side in made if side in sides and side in old["sides"]]
         then, now = ({side: _identifying(entries[side]) for side in known} for entries in (old["sides"], sides))
         differing = differences(old["settings"], settings) + differences(then, now)
-        changed = [SIDES[side] for side in known if then[side]["fingerprint"] != now[side]["fingerprint"]]
+        changed = _changed_images(known, then, now)
         if changed and not differences(old["settings"], settings):
             raise UserError(
-                f"{self.path} was made of other images: the {' and the '.join(changed)} ones, or their order, have "
-                "changed since; choose another --workdir, or delete that folder"
+                f"{self.path} was made of other images: {changed}, or in another order; choose another --workdir, or "
+                "delete that folder"
             )
         if differing:
             raise UserError(
@@ -257,6 +257,15 @@ class ResultsFolder:
                 with contextlib.suppress(UserError, OSError):
                     if path.resolve() != workdir.resolve() and folder.manifest():
                         yield from ((folder, other) for other in SIDES if folder.identity(other, 0) == mine)
+
+
+def _changed_images(sides, then, now):
+    """Which sides have other images, where nothing else about them differs, as text; empty or None else."""
+    others = {name for side in sides for name in then[side]} - {"fingerprint", "images", "batches"}
+    if any(then[side].get(name) != now[side].get(name) for side in sides for name in others):
+        return None
+    changed = [side for side in sides if then[side]["fingerprint"] != now[side]["fingerprint"]]
+    return ", ".join(f"{SIDES[side]} {then[side]['images']} there, {now[side]['images']} here" for side in changed)
 
 
 def made_from(settings, entry):

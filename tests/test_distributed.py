@@ -355,7 +355,7 @@ OTHERS = """
 import os, sys
 
 if os.environ["RANK"] == "1":
-    sys.argv = [word.replace("squares.npz", "others.npz") for word in sys.argv]
+    sys.argv = [word.replace("squares.npz", "inverted.npz") for word in sys.argv]
 import command_line, main
 main.define_flags()
 command_line.run(main.main)
@@ -364,7 +364,7 @@ command_line.run(main.main)
 
 def test_processes_that_train_on_different_images(data, tmp_path):
     """As many, but others."""
-    np.savez(data / "others.npz", images=255 - np.load(data / "squares.npz")["images"])
+    np.savez(data / "inverted.npz", images=255 - np.load(data / "squares.npz")["images"])
     child = tmp_path / "child.py"
     child.write_text(OTHERS)
     code, _, err = torchrun(2, child, *train_command(data, tmp_path / "run")[1:])

@@ -488,14 +488,14 @@ def test_the_next_command_is_quoted_for_the_shell(checkpoint, sources, tmp_path,
 OTHER = {
     "seed": ({"seed": 1}, "seed: 0 there, 1 here"),
     "batch size": ({"batch_size": 3}, r"neg\.batch_size: 4 there, 3 here"),
-    "images": ({"max_images": 2}, r"neg\.images: 5 there, 2 here"),
+    "images": ({"max_images": 2}, "other images: in-domain 7 there, 2 here, out-of-domain 5 there, 2 here"),
     "steps": ({"tree": {"model__num_scales": 4}}, r"config\.model\.num_scales: 3 there, 4 here"),
     "sampler": ({"tree": {"sampling__noise_removal": False}}, "noise_removal: true there, false here"),
     "mask": ({"mask": {"num_blocks": 4, "ratio": 0.4}}, r"mask\.ratio: 0\.5 there, 0\.4 here"),
     "checkpoint": ({"checkpoint": 5}, r"checkpoint: .* there, .* here"),
     "in-domain": (
         {"pos": "noise.npz"},
-        "was made of other images: the in-domain ones, or their order, have changed since",
+        "other images: in-domain 7 there, 5 here, or in another order",
     ),
 }
 
@@ -511,7 +511,7 @@ def test_a_folder_of_other_settings_is_refused(name, results, shared, sources, t
         sources = {**sources, "pos": shared / changes["pos"]}
     tree, mask = tiny.config(**changes.get("tree", {})), MaskOptions("checkerboard_alt", **changes.get("mask", {}))
     before = tiny.snapshot(results)
-    with pytest.raises(UserError, match=rf"was made with other settings \(.*{message}.*choose another --workdir"):
+    with pytest.raises(UserError, match=rf"was made (with other settings \(.*|of ){message}.*choose another --workdir"):
         reconstruct(results.parent, checkpoint, sources, tree, mask, **options)
     assert tiny.snapshot(results) == before
     assert counted == []
