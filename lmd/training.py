@@ -29,6 +29,7 @@ from basics import files, noise
 from basics.console import UserError, choose, log, printable, progress, remedy, say, warn
 from basics.distributed import ALONE
 from basics.pixels import to_data_range
+from basics.tensor_files import WrongFile
 from configs.base import to_dict
 from lmd.batches import TrainingBatches
 from models import inference
@@ -203,7 +204,15 @@ class Trainer:
         """Continues from the work folder's meta checkpoint if there is one; returns whether."""
         path = self.workdir / META_CHECKPOINT
         if path.is_file():
-            self.trained_on = restore_state(path, self.state, to_dict(self.config), self.config.seed)
+            try:
+                self.trained_on = restore_state(path, self.state, to_dict(self.config), self.config.seed)
+            except UserError as error:
+                if not isinstance(error.__cause__, WrongFile):
+                    raise
+                raise UserError(
+                    f"{path} {error.__cause__}; copy a checkpoint from {self.workdir / 'checkpoints'} over it to go on "
+                    "from there, or delete it to start anew"
+                ) from error
         return path.is_file()
 
     def check_images(self, images):

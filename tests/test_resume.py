@@ -325,3 +325,17 @@ def test_a_checkpoint_of_a_wrapped_network(name, done, data, tmp_path):
     assert tiny.same(*(dict(network.net.named_parameters()) for network in nets))
     state = losses.create_state(tree, models.create_model(tree))
     restore_state(tmp_path / "x.pth", state, to_dict(tree), tree.seed)
+
+
+def test_a_damaged_checkpoint_of_a_training_says_how_to_go_on(done, data, tmp_path):
+    """And so it does."""
+    workdir = shutil.copytree(done, tmp_path / "run")
+    (workdir / META).write_bytes((workdir / META).read_bytes()[:5000])
+    with pytest.raises(
+        UserError, match=r"is damaged or truncated; copy a checkpoint from .*checkpoints over it to go on"
+    ):
+        tiny.train(short(data), workdir)
+    last = sorted((workdir / "checkpoints").glob("*.pth"))[-1]
+    shutil.copy(last, workdir / META)
+    tiny.train(short(data), workdir)
+    assert tiny.same(*(torch.load(top / META, weights_only=True)["model"] for top in (workdir, done)))
