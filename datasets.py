@@ -28,18 +28,14 @@ from basics.machine import download_timeout
 from basics.pixels import crop, crop_all, cut_centre, resize_bilinear, to_grey
 
 IN_MEMORY_BYTES = 2 << 30  # up to here a set of decoded images is held as one uint8 tensor, on the device in training
-
-
 _NAMED_FAILURES = 20  # unusable files named in warnings; ImageSet.skipped has them all
-
-
 _SAMPLED_FILES = 1000  # of a large training set, whose content is in its fingerprint
-
-
 _FAILURES_IN_A_ROW = 100  # files after which training takes the disk to be the trouble, not the files
 
 
 # ----------------------------------------------------------------------------------------------- the image set
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageSet:
     """Images of one size, in the order of their source.
@@ -49,7 +45,7 @@ class ImageSet:
         count: the number of images N, those that can be used.
         skipped: (path, reason) of the files that cannot be used; grows while a set that was not checked is read.
         shape: (C, H, W).
-        store: holds the pixels, see `_Memory` and `_OnDemand`.
+        store: holds the pixels, see `InMemory` and `_OnDemand`.
         native: the smallest height or width of any of the images before they got their size (but after a named
             set's own cut); None where the files were not checked.
         through: pixels an edge that all images were reduced to before they got their size, or None.
@@ -92,14 +88,14 @@ class ImageSet:
         number and the sizes of its files, and of the content of up to 1000 of them, evenly spread.
         """
         digest = hashlib.blake2b(repr(self.shape).encode(), digest_size=8)
-        if not isinstance(self.store, _Memory):
+        if not isinstance(self.store, InMemory):
             digest.update(repr((self.through, sorted(self.treatment.items()))).encode())
         self.store.hash_into(digest)
         return f"{len(self)}:{digest.hexdigest()}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Memory:
+class InMemory:
     """Pixels in one tensor (N, C, H, W) uint8, or (N, 1, H, W) where all channels are equal."""
 
     pixels: torch.Tensor
@@ -162,6 +158,8 @@ class _Part:
 
 
 # --------------------------------------------------------------------------------------------------- the loader
+
+
 def load(
     source,
     *,
@@ -244,8 +242,8 @@ def part(images, indices):
     Returns:
         ImageSet.
     """
-    in_memory = isinstance(images.store, _Memory)
-    store = _Memory(images.store.take(indices)) if in_memory else _Part(images.store, indices)
+    in_memory = isinstance(images.store, InMemory)
+    store = InMemory(images.store.take(indices)) if in_memory else _Part(images.store, indices)
     labels = images.labels and [images.labels[index] for index in indices.tolist()]
     return dataclasses.replace(images, count=len(indices), labels=labels, store=store)
 
@@ -300,7 +298,7 @@ def _warn_of(images):
     if len(images.skipped) > _NAMED_FAILURES:
         more = len(images.skipped) - _NAMED_FAILURES
         warn(f"'{images.name}': {more} more images are left out; {len(images)} are used")
-    if isinstance(images.store, _Memory) and images.store.pixels.max() == 1:
+    if isinstance(images.store, InMemory) and images.store.pixels.max() == 1:
         warn(f"'{images.name}': no pixel is above 1 of 255, so all images are nearly black; multiply the values by 255")
 
 
@@ -347,7 +345,6 @@ class _Form:
 
     def pixels(self, picture):
         """A PIL image as (C, H, W) uint8."""
-
         size = self.through or self.image_size
         if self.center_crop:
             picture = crop(picture, size)
@@ -370,6 +367,8 @@ def _processors():
 
 
 # -------------------------------------------------------------------------------------------------- named sets
+
+
 @dataclasses.dataclass(frozen=True)
 class _Torchvision:
     """A data set of torchvision's: what to fetch by hand, and where below the data root that goes."""
@@ -463,7 +462,7 @@ def _small_images(name, pixels, form):
         return to_grey(pixels) if pixels.shape[1] > form.num_channels else pixels
 
     if form.fits_in_memory(len(pixels)):
-        store = _Memory(finish(pixels))
+        store = InMemory(finish(pixels))
     else:
         contents = functools.partial(iter, [pixels.contiguous().numpy()])
         store = _OnDemand(lambda row: finish(pixels[row : row + 1])[0], contents, form.pool())
@@ -471,6 +470,8 @@ def _small_images(name, pixels, form):
 
 
 # ------------------------------------------------------------------------------------------------------- files
+
+
 def _find(name, split, data_root):
     """Labels and paths of the images of a set of files, from the first of these places below the data root.
 
@@ -497,8 +498,6 @@ def _find(name, split, data_root):
 
 
 _SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val")}
-
-
 _CELEBA_PARTITION = "list_eval_partition.txt"
 
 
@@ -543,7 +542,7 @@ def _load_files(name, labels, paths, form):
         _warn_of_dark(name, [seen.deepest for seen in found.values() if seen.deepest is not None])
     rows, native = list(found), min(seen.edge for seen in found.values())
     if pixels is not None:
-        store = _Memory(pixels)
+        store = InMemory(pixels)
     else:
         store = _files_on_demand([paths[row] for row in rows], [seen.digest for seen in found.values()], form)
     details = {"labels": [labels[row] for row in rows], "treatment": form.treatment}
@@ -700,6 +699,8 @@ def _standing_in(name, labels, paths, form, skipped):
 
 
 # ------------------------------------------------------------------------------------------------------ arrays
+
+
 _ARRAY_SOURCE = re.compile(r"(?P<path>.+\.np[yz])(:(?P<name>[^/:]+))?", re.IGNORECASE)
 
 
@@ -716,7 +717,7 @@ def _load_array(path, array_name, form):
         return _small_images(name, _planes(torch.from_numpy(_as_bytes(used).copy())), form)
     store = _array_on_demand(values, rows, path, form)
     if fits:
-        store = _Memory(_gather(store, len(rows), form))
+        store = InMemory(_gather(store, len(rows), form))
     native = min(values.shape[1:3])
     return ImageSet(name, len(rows), [], form.shape, store, native, form.through, treatment=form.treatment)
 
@@ -760,7 +761,6 @@ def _choose_array(path, names):
 
 _ARRAYS_WANTED = "images are uint8 or bool of shape (N, H, W[, 1 or 3 or 4]) or (N, 1 or 3, H, W)"
 
-
 _CASTS = {
     "f": ": write (255 * array).round().astype('uint8') if its values are in 0..1",
     "u": ": write (array // 257).astype('uint8') if its values are in 0..65535",
@@ -796,13 +796,11 @@ def _channels_first(path, shape, dtype):
 
 def _as_bytes(values):
     """uint8 or bool as uint8, False and True as 0 and 255."""
-
     return np.where(values, np.uint8(255), np.uint8(0)) if values.dtype == bool else np.asarray(values)
 
 
 def _array_on_demand(values, rows, path, form):
     """The store of some rows of an array; once the fingerprint was made, a row that has changed is refused."""
-
     digests = {}  # index -> digest, of what is in the fingerprint
 
     def read(index):

@@ -209,7 +209,6 @@ def load_mask_file(path, size):
 
 def _read_array(path, size):
     """The only array of an .npy or .npz file."""
-
     names = array_names(path)
     if len(names) != 1:
         raise UserError(f"mask file {path} holds {len(names)} arrays; it must hold one")
@@ -236,7 +235,6 @@ def _read_torch(path, size):
 
 def _read_picture(path, size):
     """Which pixels of a picture are known, (S, S) bool, or its values where they are floats, which are then checked."""
-
     with open_picture(read_file(path), path.suffix) as picture:
         if picture.size != (size, size):  # before it is decoded, as it may be huge
             shape = "x".join(map(str, picture.size))
@@ -259,7 +257,6 @@ def _known(grey, picture, path, scale):
     Raises:
         UserError: none is, but some are not black: they are numbers of another range, such as 0 and 1.
     """
-
     values = torch.from_numpy(np.array(upright(grey, picture)))
     least, most = values.aminmax()
     if least < most < _WHITE * scale:

@@ -22,7 +22,6 @@ _SOURCE = "a data set's name, a folder of images, a .txt list of image paths, or
 
 # Flags that are fields of config.sampling, besides --sampler itself.
 SAMPLER_FLAGS = "steps", "time_grid", "t_start", "t_end", "eta", "constraint", "returns", "lift"
-
 FLAGS = flags.FLAGS
 
 _TEXT_FLAGS = (

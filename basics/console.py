@@ -17,11 +17,7 @@ import threading
 import unicodedata
 
 EXIT_USER_ERROR = 2
-
-
 EXIT_INTERRUPTED = 130
-
-
 EXIT_NO_READER = 141  # 128 + SIGPIPE: what a shell reports of a program whose output nobody reads any more
 
 
@@ -53,6 +49,8 @@ def speaks():
 
 
 # ------------------------------------------------------------------------------------------------- what is printed
+
+
 def printable(text, stream=None):
     """`text` as one line without anything that a terminal would obey or a stream could not encode.
 
@@ -77,8 +75,6 @@ def _shown(character):
 
 
 _HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control, format, surrogate, line and paragraph separators
-
-
 _JOINERS = "\u200c\u200d"  # of letters and emoji: format characters that belong to many names
 
 
@@ -152,8 +148,6 @@ def guard(main, args):
 
 
 _INTERRUPTED = "interrupted; the same command continues where this run stopped"
-
-
 _interrupts = []  # the signals of this process's `run`
 
 

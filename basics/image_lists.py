@@ -136,19 +136,10 @@ def _tell_left_out(folder, written, others):
 
 
 _SYSTEM_NAMES = {"__MACOSX", "@eaDir", "$RECYCLE.BIN"}
-
-
 _META = "checkpoints-meta"
-
-
 _ITERATION = re.compile(r"iter_\d+")
-
-
 _SAMPLES = {"sample.png", "sample.np"}  # in samples/iter_{step}/
-
-
 _EVENTS = re.compile(r"events\.out\.tfevents\..+")
-
 
 _OF_TRAINING = {  # the folders in a work folder: what training writes there
     "samples": _ITERATION,
@@ -156,7 +147,6 @@ _OF_TRAINING = {  # the folders in a work folder: what training writes there
     _META: re.compile(r"checkpoint\.pth"),
     "tensorboard": _EVENTS,
 }
-
 
 _EVALUATION = re.compile(r"(ckpt_\d+_loss|report_\d+|(train|test)_ckpt_\d+_bpd_\d+)\.npz")
 

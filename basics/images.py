@@ -19,7 +19,6 @@ from PIL import Image
 
 MOST_BYTES = 2 << 30  # a larger file is no picture
 
-
 _UNREAD_FORMATS = {
     "EPS",
     "WMF",
@@ -29,17 +28,14 @@ _UNREAD_FORMATS = {
     "MPEG",
 }  # Pillow names them, but draws them with other programs
 
-
 _WEAK_FORMATS = {"TGA", "IM", "IMT", "IPTC", "SPIDER", "MSP", "FLI", "PCX", "GBR"}  # other files can look like these
-
-
 _HEIC_BRANDS = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"}
-
-
 _ORIENTATION = 0x0112  # the EXIF tag
 
 
 # ---------------------------------------------------------------------------------------------------- the bytes
+
+
 def read_file(path):
     """A file's bytes.
 
@@ -75,6 +71,8 @@ def first_line(error):
 
 
 # ------------------------------------------------------------------------------------------------------ pictures
+
+
 @dataclasses.dataclass(frozen=True)
 class Decoded:
     """A picture out of a file.
@@ -145,7 +143,6 @@ def _unidentified(data):
 @functools.cache
 def _pillow():
     """Pillow, with the reader of HEIC where that is installed, and without the warning below its limit of pixels."""
-
     try:
         from pillow_heif import register_heif_opener
     except ImportError:
@@ -158,7 +155,6 @@ def _pillow():
 
 def _from_16_bits(image, own):
     """A grey picture of 16 or 32 bits as (one of 8 bits, its largest value)."""
-
     values = np.array(image).astype(np.int64)  # (H, W)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError("32-bit pixels have no known range")
@@ -198,6 +194,8 @@ def on_white(picture):
 
 
 # -------------------------------------------------------------------------------------------------------- arrays
+
+
 def array_headers(path):
     """What an .npy or .npz file says it holds: {name: (shape, dtype)}; the name of the only array of an .npy is ''.
 
@@ -239,7 +237,6 @@ def read_array(path, name="", most=None):
     Raises:
         ValueError: it has more, and as `array_headers`.
     """
-
     if not _is_zip(path):
         with Path(path).open("rb") as file:
             shape, dtype = _header(file, Path(path).stat().st_size)
@@ -267,7 +264,6 @@ def _is_zip(path):
 
 def _header(file, size):
     """(shape, dtype) of an array's file of `size` bytes, from its beginning."""
-
     version = npy.read_magic(file)
     read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
     shape, _, dtype = read(file)

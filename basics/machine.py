@@ -5,7 +5,6 @@ import contextlib
 from basics.console import UserError
 
 
-# ------------------------------------------------------------------------------------------------------ the machine
 def choose_device(name):
     """The torch.device for 'auto', 'cpu', 'cuda' or 'cuda:i'.
 
@@ -59,6 +58,4 @@ def keep_freed_memory():
 
 # glibc's <malloc.h>
 _M_TRIM_THRESHOLD = -1
-
-
 _M_MMAP_MAX = -4

@@ -8,7 +8,6 @@ from PIL import Image
 
 def crop_all(pixels, size):
     """`crop` of each of (N, 1 | 3, H, H) uint8: (N, 1 | 3, size, size) uint8."""
-
     if pixels.shape[-1] == size:
         return pixels
     made = torch.empty(*pixels.shape[:2], size, size, dtype=torch.uint8)
@@ -75,7 +74,6 @@ def cut_centre(picture, edge):
     return picture.crop((left, top, left + edge, top + edge))
 
 
-# ------------------------------------------------------------------------------------------------------ ranges
 def to_model_range(images, centered):
     """(B, C, H, W) uint8 or float in [0, 1] to float32: [-1, 1] when `centered`, else [0, 1]."""
     images = images.float().div_(255) if images.dtype == torch.uint8 else images.float()

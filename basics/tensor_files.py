@@ -142,7 +142,6 @@ def read_safetensors(path, lazily=False):
         WrongFile: it is damaged, or holds other than floating-point numbers.
         OSError: it cannot be read.
     """
-
     size = Path(path).stat().st_size
     with Path(path).open("rb") as file:
         header = int.from_bytes(file.read(8), "little")

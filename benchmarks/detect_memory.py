@@ -94,7 +94,6 @@ def measure(command, threads):
 
 def run_plain(folder, reps):
     """Holds everything: per repetition, reads all files and keeps their originals and reconstructions."""
-
     tools = [metrics.create(name, torch.device("cpu")) for name in METRICS]
     held = {side: [read_all(folder, side, rep) for rep in range(reps)] for side in SIDES}
     for tool in tools:

@@ -308,21 +308,18 @@ def keep(folder, pair, metric_names):
 
 def evaluations(name):
     """Evaluations of the network for one repetition of an image."""
-
     config = with_values(load_config("configs/subvp/fashion_mnist_small.py"), SETTINGS[name])
     return sampling.create_process(config, sde_lib.create_sde(config)).evaluations
 
 
 def auc(scores):
     """ROC-AUC of {'pos': (N,), 'neg': (M,)}, larger = further from the domain."""
-
     labels = np.repeat([0, 1], [len(scores["pos"]), len(scores["neg"])])
     return float(roc_auc_score(labels, np.concatenate([scores["pos"], scores["neg"]])))
 
 
 def against(scores, base):
     """The comparison with the reference's scores, on the images that both have (the first ones of either side)."""
-
     count = {side: min(len(scores[side]), len(base[side])) for side in scores}
     a, b = ({side: s[side][: count[side]] for side in s} for s in (scores, base))
     difference = auc(a) - auc(b)
@@ -405,7 +402,6 @@ def print_table(rows):
 
 def plot(rows, reference):
     """ROC-AUC over evaluations an image, a panel for each pair (the first metric), as PNG bytes."""
-
     metric = rows[0]["metric"]
     rows = [row for row in rows if row["metric"] == metric]
     pairs = list(dict.fromkeys(row["pair"] for row in rows))

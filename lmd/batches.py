@@ -7,12 +7,11 @@ import torch
 from basics import noise
 from basics.console import UserError
 from basics.pixels import dequantize, to_model_range
-from datasets import IN_MEMORY_BYTES, _Memory
+from datasets import IN_MEMORY_BYTES, InMemory
 
 _PREFETCHED_STEPS = 3  # training batches that threads decode ahead of the step that asks for them
 
 
-# ------------------------------------------------------------------------------------------------------- feeds
 class TrainingBatches:
     """Shuffled batches for training: `batch(step)` is a pure function of (seed, step), so a run resumes at any step.
 
@@ -51,7 +50,7 @@ class TrainingBatches:
         self._ahead = {}  # step -> futures of its images
         weakref.finalize(self, _cancel, self._ahead)  # or the interpreter would decode them before it exits
         self._pixels = None
-        if isinstance(images.store, _Memory):
+        if isinstance(images.store, InMemory):
             pixels = images.store.pixels
             self._pixels = pixels.to(self.device) if pixels.nbytes <= IN_MEMORY_BYTES else pixels
 

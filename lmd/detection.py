@@ -49,7 +49,6 @@ def detect(
         UserError: a wrong argument, or a folder that is incomplete, damaged or inconsistent; nothing is written then.
             A picture that cannot be made is a warning alone: the scores are there by then.
     """
-
     metric_names = list(dict.fromkeys(metrics.canonical(name.strip()) for name in metric_names))
     _check_options(metric_names, reps, bootstrap, grid_images)
     folder = open_folder(result_path)
@@ -83,7 +82,6 @@ def open_folder(result_path):
     Raises:
         UserError: it is not a results folder, lacks a side, or may not be written to.
     """
-
     folder = ResultsFolder(Path(result_path))
     if not folder.path.is_dir():
         raise UserError(f"there is no results folder at {folder.path}; give --result_path the folder recon.py made")
@@ -119,7 +117,6 @@ def _tell_repetitions(folder, reps):
 
 def _side_names(folder):
     """What each side is called: with its data set, where the manifest tells."""
-
     datasets = {side: entry.get("dataset", "") for side, entry in folder.side_entries().items()}
     return {side: f"{name} {Path(datasets.get(side, '')).name}".strip() for side, name in SIDES.items()}
 
@@ -133,7 +130,6 @@ def write(folder, results, reps, bootstrap):
         reps: repetitions used.
         bootstrap: resamples drawn.
     """
-
     entries = {}
     for result in results:
         entry = {"roc_auc": result.roc_auc, "interval_95": result.interval, "bootstrap": bootstrap}
@@ -169,7 +165,6 @@ def _summary(entry):
 
 def _with_files(folder, result, pictures):
     """The result with the names of its files, once its pictures, `{file name: function}`, are drawn and written."""
-
     written = [_table_name(result)]
     for name, make in pictures.items():
         try:

@@ -17,7 +17,6 @@ from storage.arrays import read_tensors
 COLOURS = {"pos": "tab:blue", "neg": "tab:orange"}
 
 
-# ------------------------------------------------------------------------------------------------------ pictures
 def plan(folder, results, grid_images):
     """What there is to draw: `{metric: {file name: function that gives the figure}}`.
 
@@ -97,7 +96,6 @@ def _text(name):
 
 def _roc(result):
     """The ROC curve, in-domain as the positive class."""
-
     fpr, tpr, _ = roc_curve(*labelled(result.tables))
     figure = _figure(5, 5)
     axes = figure.add_subplot()

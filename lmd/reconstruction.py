@@ -94,7 +94,6 @@ class Reconstructor:
         Raises:
             UserError: the reconstructions are not finite.
         """
-
         batch, size, on_gpu = len(images), images.shape[-1], self.device.type == "cuda"
         masks = self.mask_options.stack(size, self.reps, self.seed, "mask", index)  # (R, 1, H, W)
         contents = noise.content_keys(images)  # (B,)
@@ -133,7 +132,6 @@ class Reconstructor:
         Raises:
             UserError: not one fits.
         """
-
         if self.device.type != "cuda":
             return
         data = self.config.data
@@ -173,7 +171,6 @@ class Reconstructor:
         Returns:
             (n, C, H, W) in data range.
         """
-
         batch, device = len(data), self.device
         image, rep = (rows % batch).to(device), (rows // batch).to(device)
         source = noise.KeyedNoise(keys[rows], data.shape[1:], device)
@@ -183,7 +180,6 @@ class Reconstructor:
 
     def process(self, group=None):
         """The `sampling.Process` of the config; `group` is the number of images in the batch."""
-
         return sampling.create_process(self.config, self.model.sde, group)
 
 
@@ -195,7 +191,6 @@ def load_model(config, ckpt_path, device, precision="auto", compiled=False):
     Raises:
         UserError: see `checkpoints.load_ema_weights`, `models.diffusers_weights.load` and `models.inference.prepare`.
     """
-
     if Path(ckpt_path).is_dir():
         net, step = diffusers_weights.load(ckpt_path, config), 0
     else:
@@ -219,7 +214,6 @@ def rows_within(memory_gb, config, device):
     Raises:
         UserError: the budget does not hold one image, or is no number of gigabytes.
     """
-
     memory.check_budget(memory_gb)
     if memory_gb is None:
         memory_gb = 0.5
@@ -251,7 +245,6 @@ def claim_missing(folder, settings, entries, versions):
 
 def _missing_of(folder, side, entry):
     """The batches of a side to make; says what need not be made, and what is made again and why."""
-
     lacking, name = folder.lacking(side), SIDES[side]
     taken = folder.adopt(side, lacking)
     if taken:
@@ -292,7 +285,6 @@ def reconstruct_side(folder, side, images, reconstruct, batch_size, missing, not
         missing: the numbers of the batches to make.
         note: what to add to the label of the progress bar.
     """
-
     spans = {i: (i * batch_size, min((i + 1) * batch_size, len(images))) for i in missing}
     trajectories = sum(stop - start for start, stop in spans.values()) * reconstruct.reps
     total = trajectories * reconstruct.process().steps
@@ -404,7 +396,6 @@ def save_masks(directory, mask_options, config, reps, seed, entries):
         reps, seed: as in `Reconstructor`.
         entries: the manifest's entries of the sides, which have the numbers of batches.
     """
-
     if mask_options.mask_type == "random":
         stacks = {
             f"{side}_batch{i}_": (seed, "mask", i) for side, entry in entries.items() for i in range(entry["batches"])
@@ -453,7 +444,6 @@ def run(
     Raises:
         UserError: for bad input, or while another run writes there; what was written before stays.
     """
-
     mask_options = mask_options.loaded(config.data.image_size)
     precision = _check_settings(config, mask_options, seed, precision, compiled, device)
     ckpt_path = find_checkpoint(ckpt_path)
@@ -483,7 +473,6 @@ def run(
 @contextlib.contextmanager
 def _owned(path, ranks):
     """Within it rank 0 owns the results folder for all ranks, which leave it together, see `reconstruct_missing`."""
-
     with contextlib.ExitStack() as owner:
         ranks.on_main(lambda: owner.enter_context(files.owned(path)))
         yield
@@ -506,7 +495,6 @@ def get_ready(reconstruct, batches, sides, batch_size, memory_gb=None, compiled=
         batch_size: images per batch file.
         memory_gb, compiled: as in `run`.
     """
-
     if not batches:
         return
     reconstruct.learn_rows(batch_size, memory_gb)
@@ -520,7 +508,6 @@ def get_ready(reconstruct, batches, sides, batch_size, memory_gb=None, compiled=
 
 def _check_settings(config, mask_options, seed, precision, compiled, device):
     """Tells what cannot be before anything long is done or written; returns what the precision comes to."""
-
     choose(compiled, inference.CHOICES, "choice (--compile)")
     mask_options.stack(config.data.image_size, 1, seed)
     sampling.create_process(config, sde_lib.create_sde(config))
@@ -547,7 +534,6 @@ def load_sides(config, sources, match_resolution, **options):
     Raises:
         UserError: there is one side alone to match, or as `datasets.load`.
     """
-
     if match_resolution and len(sources) < 2:
         raise UserError("--match_resolution needs two sides; add --out_of_domain or leave it out")
     sides = {side: _load_images(config, *source, **options) for side, source in sources.items()}

@@ -45,6 +45,8 @@ class Result:
 
 
 # ---------------------------------------------------------------------------------------------------- distances
+
+
 def measure(folder, tools, reps, device):
     """Every metric's distances for every image and repetition, reading each batch file once.
 
@@ -81,7 +83,6 @@ def measure(folder, tools, reps, device):
 
 def _measure_batch(folder, side, index, tools, reps, device, shape):
     """The distances (M, R, B) of one batch file, and the shape (C, H, W) that all must have."""
-
     orig, recons = folder.read_batch(side, index, reps)  # (B, C, H, W), R of them
     path = folder.batch_path(side, index)
     shape = shape or tuple(orig.shape[1:])
@@ -114,7 +115,6 @@ def compare(tools, orig, recons, device):
     Returns:
         np.ndarray: (M, R, B) float32.
     """
-
     remedy = "to compare these images; use --device cpu, or one --metric at a time"
     with memory.told(device, remedy), inference.arithmetic("fp32"):
         return _compare(tools, orig, recons, device)
@@ -171,9 +171,10 @@ def _size(shape):
 
 
 # -------------------------------------------------------------------------------------------------------- scores
+
+
 def judge(tool, names, tables, bootstrap):
     """The `Result` of a metric: ROC-AUC with in-domain as the positive class, and its bootstrap interval."""
-
     labels, closeness = labelled(tables)
     interval = bootstrap_interval(tables["pos"]["score"], tables["neg"]["score"], bootstrap) if bootstrap else None
     label = f"1 - {tool.name}" if tool.similarity else tool.name
@@ -202,7 +203,6 @@ def bootstrap_interval(pos, neg, resamples, level=0.95):
     Returns:
         tuple: (low, high), the same for the same numbers of images, scores and resamples.
     """
-
     rng = np.random.default_rng(noise.key("bootstrap") & (2**63 - 1))
     neg = np.sort(neg)
     left, right = np.searchsorted(neg, pos, "left"), np.searchsorted(neg, pos, "right")  # (n,)

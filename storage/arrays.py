@@ -13,8 +13,9 @@ from basics.console import UserError
 from basics.files import write_bytes
 from basics.tensor_files import WrongFile
 
-
 # ------------------------------------------------------------------------------------------- tensors and arrays
+
+
 def write_tensors(path, value):
     """`torch.save` of tensors, numbers, text, lists and dicts, atomically."""
     buffer = io.BytesIO()
@@ -106,6 +107,8 @@ def _fit(arrays, shapes):
 
 
 # -------------------------------------------------------------------------------------------------- reading
+
+
 def read_tensors(path, what, lazily=False):
     """Loads a `torch.save` file to the CPU, weights-only.
 

@@ -170,7 +170,6 @@ def write_ema_weights(path, checkpoint_path, net, config, notes):
         config: the config as nested dicts of JSON types, stored in the file's metadata.
         notes: a dict of further text metadata (command, data, loss).
     """
-
     step = load_ema_weights(checkpoint_path, net, config)
     buffers = dict(net.named_buffers())
     weights = {name: value.contiguous() for name, value in net.state_dict().items() if name not in buffers}
@@ -227,6 +226,8 @@ def _trainable(net):
 
 
 # ------------------------------------------------------------------------------------ the config of a checkpoint
+
+
 def find_checkpoint(path, announce=True):
     """The checkpoint that a path names: the file or diffusers folder itself, or the newest in a work folder.
 
@@ -238,7 +239,6 @@ def find_checkpoint(path, announce=True):
     Raises:
         UserError: the folder holds no checkpoint that can be used.
     """
-
     path = Path(path)
     if not path.is_dir() or diffusers_weights.is_folder(path):
         return path
@@ -275,7 +275,6 @@ def config_of(path):
     Raises:
         UserError: there is none, the file is damaged, or its weights are of another network than its config says.
     """
-
     path = find_checkpoint(path, announce=False)
     if path.is_dir():
         return schema.complete(to_dict(diffusers_weights.read_config(path)))
@@ -296,7 +295,6 @@ def config_of(path):
 
 def _check_network(path, config, shapes):
     """Refuses a config from a file whose network does not have the file's weights; nothing of its size is made."""
-
     model = config["model"]
     try:
         if len(model["ch_mult"]) * model["num_res_blocks"] > len(shapes):
@@ -421,6 +419,8 @@ def what_weights_depend_on(config):
 
 
 # ---------------------------------------------------------------------------------- the weights and the network
+
+
 def _check_weights(path, found, net, compare_buffers):
     """Names every weight that is missing, unknown or of another shape, for `found` name -> shape."""
     buffers = set() if compare_buffers else {name for name, _ in net.named_buffers()}

@@ -77,9 +77,7 @@ SCHEDULE_FIXED = {
     "rescale_betas_zero_snr": (False, [False]),
 }
 SCHEDULE_FREE = {"beta_start": 1e-4, "beta_end": 2e-2, "num_train_timesteps": 1000}
-
 _LARGEST_JSON = 1 << 20  # bytes
-
 ATTENDED = {"DownBlock2D": False, "AttnDownBlock2D": True}
 UP = {"DownBlock2D": "UpBlock2D", "AttnDownBlock2D": "AttnUpBlock2D"}
 

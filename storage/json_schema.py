@@ -6,7 +6,6 @@ import math
 from storage.arrays import shortened
 
 
-# ---------------------------------------------------------------------------------------- what a JSON file may hold
 def is_count(value):
     return type(value) is int and 0 <= value <= _LARGEST
 
@@ -16,26 +15,12 @@ def is_number(value):
 
 
 _LARGEST = 2**53  # whole numbers up to here are the same in every reader of JSON
-
-
 _DEEPEST = 32  # tables and lists in each other
-
-
 COUNT = ("a whole number, 0 or more", is_count)
-
-
 POSITIVE = ("a whole number, 1 or more", lambda value: is_count(value) and value > 0)
-
-
 SHARE = ("a number from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1)
-
-
 FLAG = ("true or false", lambda value: type(value) is bool)
-
-
 TEXT = ("text", lambda value: isinstance(value, str))
-
-
 TABLE = ("a table", lambda value: isinstance(value, dict))
 
 

@@ -28,21 +28,12 @@ from storage.json_schema import (
 )
 
 MANIFEST = "manifest.json"
-
-
 FORMAT = 2  # of the manifest, and of batches that know what they were made from
-
-
 MISSING = "is missing"
-
-
 _INFORMATION = ("dataset", "skipped", "labels")  # of a side's entry: told, but not compared
-
-
 SIDES = {"pos": "in-domain", "neg": "out-of-domain"}
 
 
-# ------------------------------------------------------------------------------------------- the results folder
 @dataclasses.dataclass(frozen=True)
 class ResultsFolder:
     """`{workdir}/{mask}_reps{R}` with `pos/batch_{i}.pth` and `neg/batch_{i}.pth`, as published, and `manifest.json`.
@@ -339,7 +330,6 @@ def _take(source, target):
 
 # What the fields must be where they are there, and those that must be; others may be anything.
 _MANIFEST = {"format": POSITIVE, "settings": TABLE, "sides": table_of(TABLE), "versions": TABLE}
-
 
 _SIDE = {
     "dataset": TEXT,

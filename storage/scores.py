@@ -22,11 +22,9 @@ _RESULTS = {
     "sides": table_of(TABLE),
 }
 
-
 _METRIC = {"roc_auc": SHARE, "interval_95": or_null(list_of(SHARE, 2)), "bootstrap": COUNT}
 
 
-# ------------------------------------------------------------------------------------------------------- scores
 def write_csv(path, header, rows):
     """Writes a table: `header` a list of names, `rows` an iterable of lists.
 

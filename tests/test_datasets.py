@@ -1392,7 +1392,7 @@ def numbered(count, shape=(3, 4, 4)):
     """A set whose image i is filled with i, its left half with i + 100."""
     pixels = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1).repeat(1, *shape)
     pixels[..., : shape[-1] // 2] += 100
-    return datasets.ImageSet("numbered", count, [], shape, datasets._Memory(pixels))
+    return datasets.ImageSet("numbered", count, [], shape, datasets.InMemory(pixels))
 
 
 def feed(images, batch_size=4, **options):
