@@ -24,11 +24,6 @@ _SOURCE = "a data set's name, a folder of images, a .txt list of image paths, or
 SAMPLER_FLAGS = "steps", "time_grid", "t_start", "t_end", "eta", "constraint", "returns", "lift"
 FLAGS = flags.FLAGS
 
-_TEXT_FLAGS = (
-    "workdir", "ckpt_path", "in_domain", "out_of_domain", "data_root",
-    "mask_file_path", "mask_save_dir", "mask_identifier",
-)  # fmt: skip
-
 _SAME_AS_CONFIG = {
     **{name: f"sampling.{name}" for name in ("sampler", *SAMPLER_FLAGS)},
     "seed": "seed",
@@ -211,11 +206,8 @@ def check_flags(options):
         options: `FLAGS`.
 
     Raises:
-        UserError: a flag without a value, two that say the same, or one that goes with another that is not there.
+        UserError: two flags that say the same, or one that goes with another that is not there.
     """
-    for name in _TEXT_FLAGS:
-        if options[name].value is not None and not options[name].value.strip():
-            raise UserError(f"--{name} is empty; give it a value or leave it out")
     overridden = typed(options["config"])
     for name, field in _SAME_AS_CONFIG.items():
         if options[name].present and field in overridden:

@@ -343,10 +343,6 @@ MISTAKES = {  # noticed before anything is loaded
 }
 LIFT = ["--sampler=ddim", "--lift=noise", "--t_start=0.5"]
 INEFFECTIVE = {  # flags of recon.py, and what is said of them
-    "empty out-of-domain": (["--out_of_domain="], "--out_of_domain is empty; give it a value or leave it out"),
-    "blank folder": (["--workdir= "], "--workdir is empty"),
-    "empty mask file": (["--mask_file_path="], "--mask_file_path is empty"),
-    "empty tag": (["--mask_identifier="], "--mask_identifier is empty"),
     "mask folder alone": (["--mask_save_dir=m"], "--mask_save_dir goes with --save_mask; add it or leave both out"),
     "crop of no side": (["--noood_center_crop"], "--ood_center_crop goes with --out_of_domain; add it or leave"),
     "a ratio of squares": (
