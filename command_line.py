@@ -16,6 +16,7 @@ from ml_collections.config_flags import config_flags
 
 from basics import distributed
 from basics.console import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError, fail, guard, on_interrupt
+from basics.files import expand_home
 
 flags.disclaim_key_flags()  # those defined through the functions below are the caller's, so its --help lists them
 
@@ -27,7 +28,7 @@ class _Path(flags.ArgumentParser):
     """A flag's path; a leading ~ is the home folder."""
 
     def parse(self, argument):
-        return expand(argument)
+        return expand_home(argument)
 
     def flag_type(self):
         return "path"
@@ -41,11 +42,6 @@ class _ConfigFile(flags.ArgumentParser):
 
     def flag_type(self):
         return "config file"
-
-
-def expand(path):
-    """The text of a path with a leading ~ or ~name as that user's home folder; as it is where there is none."""
-    return os.path.expanduser(path)  # noqa: PTH111 (`Path` raises for unknown users, and drops "./" and a last "/")
 
 
 def define_path(name, default, help_text, **options):
@@ -87,7 +83,7 @@ def value_of(name):
 
 
 def _carried(checkpoint):
-    config = guard(_read, expand(checkpoint))
+    config = guard(_read, expand_home(checkpoint))
     if config == EXIT_INTERRUPTED:
         sys.exit(config)
     return config
@@ -110,7 +106,7 @@ def read_config(path):
     Raises:
         UserError: there is no such file, it fails, or what it returns is no config tree; names the line.
     """
-    path, argument, source = _config_source(expand(path))
+    path, argument, source = _config_source(expand_home(path))
     names = {"__name__": "config", "__file__": path}
     try:
         exec(compile(source, path, "exec"), names)

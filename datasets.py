@@ -22,7 +22,8 @@ import torch
 from PIL import Image
 
 from basics.console import UserError, progress, warn
-from basics.image_lists import NOT_IMAGES, expand_home, folder_files, lines_of, listed_files, say_once
+from basics.files import expand_home
+from basics.image_lists import NOT_IMAGES, folder_files, lines_of, listed_files, say_once
 from basics.images import array_headers, array_names, decode, first_line, on_white, read_array, read_file, reason
 from basics.machine import download_timeout
 from basics.pixels import crop, crop_all, cut_centre, resize_bilinear, to_grey

@@ -5,7 +5,6 @@ Checkerboard and centre masks are those of LMD (arXiv 2302.10326); random ones t
 """
 
 import math
-import os
 import zipfile
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from PIL import Image
 
 from basics import tensor_files
 from basics.console import UserError, choose
+from basics.files import expand_home
 from basics.images import array_names, first_line, open_picture, read_array, read_file, upright
 
 _WHITE = 128  # a picture's grey value of 0..255 from which on a pixel counts as known
@@ -192,7 +192,7 @@ def load_mask_file(path, size):
     Raises:
         UserError: missing or unreadable file, another size, other values, or nothing known or nothing to fill.
     """
-    path = Path(os.path.expanduser(path))  # noqa: PTH111 (it never raises)
+    path = Path(expand_home(path))
     if not path.is_file():
         raise UserError(f"there is no mask file {path}; check --mask_file_path")
     read = _READERS.get(path.suffix.lower(), _read_picture)

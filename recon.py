@@ -13,7 +13,7 @@ On several GPUs: torchrun --nproc_per_node=8 recon.py ...
 from absl import flags
 
 from basics import distributed, machine
-from basics.console import UserError
+from basics.console import UserError, choose
 from command_line import define_config, define_path, run, value_of
 from configs.base import check, typed
 from configs.fields import BATCH_SIZE, FIELDS, MOST_WORKERS, SEED, check_value
@@ -178,13 +178,12 @@ def choose_sampler(options):
         UserError: a value is out of range, or there is no such sampler.
     """
     import sampling
-    from basics.console import choose
 
     settings, reps = options.config.sampling, options.reps_per_image
     if options.sampler in sampling.PRESETS:
         values, preset_reps = sampling.preset(options.sampler, options.config)
-        typed = options["config"].override_values
-        settings.update({name: value for name, value in values.items() if f"sampling.{name}" not in typed})
+        overridden = typed(options["config"])
+        settings.update({name: value for name, value in values.items() if f"sampling.{name}" not in overridden})
         if not options["reps_per_image"].present:
             reps = preset_reps
     elif options.sampler is not None:
@@ -226,16 +225,16 @@ def choose_mask_type(options):
     Raises:
         UserError: a flag of masks was typed that has no effect with the others.
     """
-    kind, typed = options.mask_type, [name for name in ("mask_type", *_MASK_FLAGS) if options[name].present]
+    kind, given = options.mask_type, [name for name in ("mask_type", *_MASK_FLAGS) if options[name].present]
     if (options.lift or options.config.sampling.lift) == "noise":  # then nothing is known
-        if typed and [typed, kind] != [["mask_type"], "none"]:
-            raise UserError(f"--{typed[0]} has no effect with --lift noise (no pixel is known); leave one out")
+        if given and [given, kind] != [["mask_type"], "none"]:
+            raise UserError(f"--{given[0]} has no effect with --lift noise (no pixel is known); leave one out")
         return "none"
     if options.mask_file_path and kind != "file":
-        if "mask_type" in typed:
+        if "mask_type" in given:
             raise UserError(f"--mask_file_path goes with --mask_type file, not {kind}; leave one out")
         kind = "file"
-    for name in typed:
+    for name in given:
         if kind not in _MASK_FLAGS.get(name, [kind]):
             kinds = " or ".join(_MASK_FLAGS[name])
             raise UserError(f"--{name} has no effect with --mask_type {kind}; leave it out, or choose {kinds}")

@@ -210,6 +210,14 @@ def is_owned(folder):
         return False
 
 
+# -------------------------------------------------------------------------------------------------------- names
+
+
+def expand_home(path):
+    """The text of a path with a leading ~ or ~name as that user's home folder; as it is where there is none."""
+    return os.path.expanduser(path)  # noqa: PTH111 (`Path` raises for unknown users, and drops "./" and a last "/")
+
+
 # ------------------------------------------------------------------------------------------------------ content
 
 

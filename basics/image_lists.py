@@ -14,11 +14,6 @@ from basics.console import UserError, say
 from basics.images import first_line
 
 
-def expand_home(path):
-    """A path with the home folder in the place of `~`."""
-    return os.path.expanduser(path)  # noqa: PTH111 (it never raises)
-
-
 @functools.cache
 def say_once(line):
     """Tells what holds for a source, however often it is loaded: as test and training set, or at another size."""
@@ -182,7 +177,7 @@ def listed_files(path):
 def _listed_file(line, folder):
     """What of a line is the path, and that path in full: beside the list, else from here, as far as it exists."""
     for label in _readings(line):
-        expanded = expand_home(label)
+        expanded = files.expand_home(label)
         for full in (os.path.join(folder, expanded), expanded):  # noqa: PTH118
             if os.path.exists(full):  # noqa: PTH110 (never raises)
                 return label, Path(full)

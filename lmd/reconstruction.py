@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import hashlib
 import platform
-import shlex
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ import models
 import sampling
 import sde_lib
 from basics import distributed, files, noise
-from basics.console import UserError, choose, progress, say, warn
+from basics.console import UserError, choose, progress, say, shell, warn
 from basics.pixels import to_data_range, to_model_range
 from configs.base import to_dict
 from models import inference, memory
@@ -189,7 +188,7 @@ def load_model(config, ckpt_path, device, precision="auto", compiled=False):
     Precision and `compiled` as in `models.inference.prepare`.
 
     Raises:
-        UserError: see `checkpoints.load_ema_weights`, `models.diffusers_weights.load` and `models.inference.prepare`.
+        UserError: see `checkpoints.load_ema_weights`, `diffusers_weights.load` and `models.inference.prepare`.
     """
     if Path(ckpt_path).is_dir():
         net, step = diffusers_weights.load(ckpt_path, config), 0
@@ -481,8 +480,8 @@ def _owned(path, ranks):
 def _tell_what_next(path, sides, reps):
     say(f"reconstructions: {path}")
     if "neg" in sides:
-        command = ["python", "detect.py", "--result_path", str(path), "--reps", str(reps), "--metric", "MSE"]
-        say(f"next: {shlex.join(command)}")
+        command = shell("python", "detect.py", "--result_path", path, "--reps", reps, "--metric", "MSE")
+        say(f"next: {command}")
 
 
 def get_ready(reconstruct, batches, sides, batch_size, memory_gb=None, compiled="auto"):

@@ -29,8 +29,9 @@ from basics.console import (
     shell,
     warn,
 )
+from basics.files import expand_home
 from basics.machine import choose_device
-from command_line import _Path, expand, read_config
+from command_line import _Path, read_config
 
 
 def failure(capsys, function):
@@ -268,7 +269,7 @@ def test_paths_start_at_home_where_they_say_so(monkeypatch):
     assert flag_values("--path", "~").path == "/home/me"
     assert flag_values("--path=a/~").path == "a/~"
     assert flag_values("--path=~nobody-of-that-name/x").path == "~nobody-of-that-name/x"
-    assert expand("~/x") == "/home/me/x"
+    assert expand_home("~/x") == "/home/me/x"
 
 
 def test_a_config(tmp_path, monkeypatch):
