@@ -43,6 +43,10 @@ _MASK_FLAGS = {  # the mask types for which each does something
 }
 
 
+# Flags that are fields of a `reconstruction.Job` as they are.
+_JOB_FLAGS = "batch_size", "max_images", "data_root", "workers", "match_resolution", "memory_gb", "precision"
+
+
 def define_flags():
     """The command line; inside a function so that importing this module defines nothing."""
     define_config(
@@ -244,6 +248,7 @@ def choose_mask_type(options):
 def main(_):
     import sampling
     from lmd import reconstruction
+    from lmd.reconstructor import MaskOptions
 
     check(FLAGS.config)
     check_flags(FLAGS)
@@ -251,7 +256,7 @@ def main(_):
     config, reps = FLAGS.config, choose_sampler(FLAGS)
     flags_given = {f"sampling.{name}" for name in SAMPLER_FLAGS if FLAGS[name].present}
     sampling.check_typed(config, typed(FLAGS["config"]) | flags_given)
-    mask_options = reconstruction.MaskOptions(
+    mask_options = MaskOptions(
         mask_type,
         FLAGS.mask_num_blocks,
         FLAGS.mask_patch_size,
@@ -264,29 +269,22 @@ def main(_):
     sources = {"pos": (FLAGS.in_domain, FLAGS.id_center_crop)}
     if FLAGS.out_of_domain:
         sources["neg"] = (FLAGS.out_of_domain, FLAGS.ood_center_crop)
+    job = reconstruction.Job(
+        config,
+        FLAGS.ckpt_path,
+        FLAGS.workdir,
+        sources,
+        mask_options,
+        reps=reps,
+        seed=seed,
+        compiled=FLAGS.compile,
+        mask_directory=(FLAGS.mask_save_dir or "") if FLAGS.save_mask else None,
+        **{name: FLAGS[name].value for name in _JOB_FLAGS},
+    )
     with distributed.start(FLAGS.device or config.device) as (ranks, device):
         if device.type == "cpu":
             machine.keep_freed_memory()
-        reconstruction.run(
-            config,
-            ckpt_path=FLAGS.ckpt_path,
-            workdir=FLAGS.workdir,
-            sources=sources,
-            mask_options=mask_options,
-            reps=reps,
-            batch_size=FLAGS.batch_size,
-            seed=seed,
-            device=device,
-            max_images=FLAGS.max_images,
-            data_root=FLAGS.data_root,
-            workers=FLAGS.workers,
-            match_resolution=FLAGS.match_resolution,
-            memory_gb=FLAGS.memory_gb,
-            precision=FLAGS.precision,
-            compiled=FLAGS.compile,
-            mask_directory=(FLAGS.mask_save_dir or "") if FLAGS.save_mask else None,
-            ranks=ranks,
-        )
+        reconstruction.run(job, device, ranks)
 
 
 if __name__ == "__main__":

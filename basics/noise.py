@@ -90,18 +90,34 @@ def content_keys(images):
 
 
 def image_keys(seed, contents, reps):
-    """The keys of B images in some repetitions.
+    """The keys of B images in some repetitions, as `repetition_keys` of their `seed_keys`."""
+    return repetition_keys(seed_keys(seed, contents), reps)
+
+
+def seed_keys(seed, contents):
+    """The keys of B images under a seed.
 
     Args:
         seed: int, or another word of `key`.
         contents: (B,) int64, what tells the images apart: their `content_keys`, or the numbers of samples.
+
+    Returns:
+        (B,) int64.
+    """
+    return mix64(contents.to(torch.int64) + key(seed, "images"))
+
+
+def repetition_keys(keys, reps):
+    """Each repetition's keys.
+
+    Args:
+        keys: (B,) int64, of the images.
         reps: the repetitions' numbers.
 
     Returns:
         (len(reps) * B,) int64: all images of the first repetition, then all of the next.
     """
-    images = mix64(contents.to(torch.int64) + key(seed, "images"))  # (B,)
-    return torch.cat([mix64(images + _signed((rep + 1) * GOLDEN)) for rep in reps])
+    return torch.cat([mix64(keys + _signed((rep + 1) * GOLDEN)) for rep in reps])
 
 
 class KeyedNoise:

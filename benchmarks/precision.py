@@ -17,8 +17,8 @@ import metrics
 from basics.console import guard
 from basics.machine import choose_device, keep_freed_memory
 from benchmarks import machine
-from benchmarks.quality_vs_cost import BATCH, SETTINGS, Setting, auc, measure_batch
-from lmd import reconstruction
+from benchmarks.quality_vs_cost import BATCH, MASK, SETTINGS, Setting, auc, measure_batch
+from lmd import reconstruction, trained_model
 from models import inference
 from sampling import PRESETS, preset
 from storage.results_folder import SIDES
@@ -64,9 +64,10 @@ def scores_of(options, names, device, precision):
         setting = Setting(reps, values)
     else:
         setting = SETTINGS[options.setting]
-    model, _ = reconstruction.load_model(config, options.ckpt_path, device, precision, options.compile)
+    model, _ = trained_model.load_model(config, options.ckpt_path, device, precision, options.compile)
     sources = {"pos": (options.in_domain, True), "neg": (options.out_of_domain, True)}
-    sides = reconstruction.load_sides(config, sources, False, max_images=options.images, data_root="./data")
+    job = reconstruction.Job(config, options.ckpt_path, "", sources, MASK, max_images=options.images)
+    sides = reconstruction.load_sides(job)
     tools = [metrics.create(name, device) for name in names]
     scores = {name: {} for name in names}
     for side, images in sides.items():

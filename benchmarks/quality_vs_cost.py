@@ -36,12 +36,15 @@ from sklearn.metrics import roc_auc_score
 import metrics
 import sampling
 import sde_lib
-from basics import files
+from basics import files, noise
 from basics.console import UserError, choose, guard, say
 from basics.machine import choose_device, keep_freed_memory
+from basics.pixels import to_model_range
 from benchmarks import machine
 from benchmarks.machine import load_config
-from lmd import reconstruction, scoring
+from lmd import reconstruction, trained_model
+from lmd.distances import compare
+from lmd.reconstructor import MaskOptions, Reconstructor
 from models.inference import PRECISIONS, resolve
 from storage.arrays import read_arrays, write_arrays
 from storage.results_folder import SIDES
@@ -50,7 +53,7 @@ BATCH = 32  # images
 ROWS = 64  # trajectories at once
 RESAMPLES = 2000
 REFERENCE = "published_1000"
-MASK = reconstruction.MaskOptions("checkerboard_alt", num_blocks=8)
+MASK = MaskOptions("checkerboard_alt", num_blocks=8)
 KEPT = Path(__file__).parent / "scores"  # {pair}.npz: distances that came with the repository, for reports
 
 
@@ -152,9 +155,12 @@ def measure(options):
         keep_freed_memory()
     config = load_config(options.config)
     options.precision = resolve(options.precision, device)  # what was computed is kept with it
-    model, _ = reconstruction.load_model(config, options.ckpt_path, device, options.precision, options.compile)
+    model, _ = trained_model.load_model(config, options.ckpt_path, device, options.precision, options.compile)
     sources = {"pos": (options.in_domain, True), "neg": (options.out_of_domain, True)}
-    sides = reconstruction.load_sides(config, sources, False, max_images=options.images, data_root=options.data_root)
+    job = reconstruction.Job(
+        config, options.ckpt_path, "", sources, MASK, max_images=options.images, data_root=options.data_root
+    )
+    sides = reconstruction.load_sides(job)
     tools = [metrics.create(name, device) for name in options.metric.split(",")]
     size = config.data.image_size
     with torch.no_grad():  # what is compiled is compiled before anything is timed
@@ -182,17 +188,18 @@ def measure(options):
 def measure_batch(config, model, setting, tools, seed, device, images, batch):
     """Distances (metrics, R, B), and the processor seconds of the reconstructions."""
     config = with_values(config, setting)
-    reconstruct = reconstruction.Reconstructor(config, model, MASK, setting.reps, seed, device, ROWS)
-    start, stop = batch * BATCH, min((batch + 1) * BATCH, len(images))
+    reconstruct = Reconstructor(config, model, device, ROWS)
+    pixels = images.read(batch * BATCH, min((batch + 1) * BATCH, len(images)))
+    masks = MASK.stack(config.data.image_size, setting.reps)
     began = time.process_time()
-    orig, _, recons = reconstruct(images.read(start, stop), batch)
+    recons = reconstruct(pixels, noise.seed_keys(seed, noise.content_keys(pixels)), masks)
     seconds = time.process_time() - began
-    return arrays_of(tools, orig, recons, device, seconds)
+    return arrays_of(tools, to_model_range(pixels, centered=False), recons, device, seconds)
 
 
 def arrays_of(tools, orig, recons, device, seconds):
     """What is kept of a batch: orig (B, C, H, W), recons (R, B, C, H, W)."""
-    distances = scoring.compare(tools, orig, list(recons), device)
+    distances = compare(tools, orig, list(recons), device)
     return {**{tool.name: distances[i] for i, tool in enumerate(tools)}, "seconds": np.array(seconds)}
 
 
@@ -204,14 +211,11 @@ def with_values(config, setting):
 
 
 def _origin(config, setting, options, images, batch):
-    settings = reconstruction.describe_settings(
-        with_values(config, setting),
-        files.file_hash(reconstruction.weights_path(options.ckpt_path)),
-        MASK,
-        setting.reps,
-        options.seed,
-        options.precision,
+    job = reconstruction.Job(
+        with_values(config, setting), options.ckpt_path, "", {}, MASK, reps=setting.reps, seed=options.seed
     )
+    checkpoint = files.file_hash(trained_model.weights_path(options.ckpt_path))
+    settings = reconstruction.describe_settings(job, checkpoint, options.precision)
     start = batch * BATCH
     pixels = images.read(start, min(start + BATCH, len(images)))
     return {**settings, "images": images.name, "pixels": machine.digest(pixels), "metric": options.metric}

@@ -23,11 +23,11 @@ from basics.machine import keep_freed_memory
 from benchmarks import machine, plain
 from benchmarks.machine import device, load_config, median
 from benchmarks.network_speed import images
-from lmd import reconstruction
+from lmd.reconstructor import MaskOptions, Reconstructor
 from models import create_model, inference
 from models.score import ScoreModel
 
-MASK = reconstruction.MaskOptions("checkerboard_alt", num_blocks=8)
+MASK = MaskOptions("checkerboard_alt", num_blocks=8)
 PUBLISHED_STEPS = 1000
 # version -> arguments of models.inference.prepare
 VERSIONS = {
@@ -123,8 +123,9 @@ def fast(config, model, x, reps=None, **changes):
     config.sampling.update({**values, **changes})
     pixels = ((x.cpu() + 1) * 127.5).to(torch.uint8)
     reps = preset_reps if reps is None else reps
-    reconstruct = reconstruction.Reconstructor(config, model, MASK, reps, 0, x.device, rows=256)
-    return reconstruct(pixels, 0)
+    reconstruct = Reconstructor(config, model, x.device, rows=256)
+    masks = MASK.stack(config.data.image_size, reps)
+    return reconstruct(pixels, noise.seed_keys(0, noise.content_keys(pixels)), masks)
 
 
 # ---------------------------------------------------------------------------------------------------------- growth

@@ -10,7 +10,7 @@ from basics import files
 from basics.console import UserError, warn
 from basics.machine import choose_device
 from lmd.pictures import plan, to_png
-from lmd.scoring import judge, measure
+from lmd.scoring import measure, summarise
 from storage.results_folder import SIDES, ResultsFolder
 from storage.scores import read_results, write_results, write_scores
 
@@ -55,12 +55,12 @@ def detect(
     read_results(folder.path)  # a damaged file is noticed before the work
     device = choose_device(device)
     options = {"SIMCLR": {"resize_type": resize_type, "path": simclr_path}}
-    tools = [metrics.create(name, device, **options.get(name, {})) for name in metric_names]
-    tables = measure(folder, tools, reps, device)
+    created = [metrics.create(name, device, **options.get(name, {})) for name in metric_names]
+    tables = measure(folder, created, reps, device)
     _tell_what_is_not_known(folder)
     _tell_repetitions(folder, reps)
     names = _side_names(folder)
-    results = [judge(tool, names, tables[tool.name], bootstrap) for tool in tools]
+    results = [summarise(metric, names, tables[metric.name], bootstrap) for metric in created]
     pictures = plan(folder, results, grid_images) if plots else {}
     write(folder, results, reps, bootstrap)
     return [_with_files(folder, result, pictures.get(result.metric, {})) for result in results]

@@ -1,9 +1,7 @@
-"""Distances between images and their reconstructions, the scores that they give, and the ROC-AUC.
+"""Distances and scores of a results folder, and its ROC-AUC.
 
-The score of an image is the median over its repetitions of the distance between the image and its reconstruction (Liu
-et al., "Unsupervised Out-of-Distribution Detection with Diffusion Inpainting", ICML 2023).  The ROC-AUC takes the
-in-domain images as positives and closeness as their score.  Batch files are read one at a time; only distances are
-kept.
+The ROC-AUC takes the in-domain images as positives and closeness as their score.  Batch files are read one at a time;
+only distances are kept.
 """
 
 import dataclasses
@@ -14,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 
 from basics import noise
 from basics.console import UserError, progress
-from models import inference, memory
+from lmd.distances import compare, median_score
 from storage.results_folder import SIDES
 
 
@@ -47,12 +45,12 @@ class Result:
 # ---------------------------------------------------------------------------------------------------- distances
 
 
-def measure(folder, tools, reps, device):
+def measure(folder, metrics, reps, device):
     """Every metric's distances for every image and repetition, reading each batch file once.
 
     Args:
         folder: a `results_folder.ResultsFolder`.
-        tools: metric objects.
+        metrics: list of `metrics.Metric`.
         reps: repetitions used, R.
         device: torch.device.
 
@@ -68,20 +66,20 @@ def measure(folder, tools, reps, device):
     with progress(total=sum(counts.values()), unit="batch", desc="scoring") as bar:
         for side, count in counts.items():
             for index in range(count):
-                part, shape = _measure_batch(folder, side, index, tools, reps, device, shape)
+                part, shape = _measure_batch(folder, side, index, metrics, reps, device, shape)
                 parts[side].append(part)
                 bar.update()
     positions = {side: _positions(folder, side, parts[side]) for side in parts}
     names = {side: folder.side_entries().get(side, {}).get("labels") for side in parts}
     return {
-        tool.name: {
+        metric.name: {
             side: _table([part[number] for part in parts[side]], positions[side], names[side]) for side in parts
         }
-        for number, tool in enumerate(tools)
+        for number, metric in enumerate(metrics)
     }
 
 
-def _measure_batch(folder, side, index, tools, reps, device, shape):
+def _measure_batch(folder, side, index, metrics, reps, device, shape):
     """The distances (M, R, B) of one batch file, and the shape (C, H, W) that all must have."""
     orig, recons = folder.read_batch(side, index, reps)  # (B, C, H, W), R of them
     path = folder.batch_path(side, index)
@@ -94,45 +92,13 @@ def _measure_batch(folder, side, index, tools, reps, device, shape):
     if not all(images.is_floating_point() for images in (orig, *recons)):
         raise UserError(f"{path} holds images of {orig.dtype}; numbers in [0, 1] are expected")
     finite = all(images.sum(dtype=torch.float32).isfinite() for images in (orig, *recons))  # one NaN makes the sum NaN
-    distances = compare(tools, orig, recons, device) if finite else np.array(np.nan)
+    distances = compare(metrics, orig, recons, device) if finite else np.array(np.nan)
     if not np.isfinite(distances).all():
         raise UserError(
             f"{path} holds images that are not finite: the model's weights are broken or its training diverged; "
             "choose another --ckpt_path and run recon.py again"
         )
     return distances, shape
-
-
-def compare(tools, orig, recons, device):
-    """Distances between one batch and its reconstructions.
-
-    Args:
-        tools: M metric objects.
-        orig: images (B, C, H, W).
-        recons: list of R tensors of that shape.
-        device: torch.device; images go there some at a time.
-
-    Returns:
-        np.ndarray: (M, R, B) float32.
-    """
-    remedy = "to compare these images; use --device cpu, or one --metric at a time"
-    with memory.told(device, remedy), inference.arithmetic("fp32"):
-        return _compare(tools, orig, recons, device)
-
-
-def _compare(tools, orig, recons, device):
-
-    distances = torch.empty(len(tools), len(recons), len(orig), device=device)
-    step = max(1, min(tool.pixels_at_once for tool in tools) // (orig.shape[2] * orig.shape[3]))
-    for start in range(0, len(orig), step):
-        rows = slice(start, start + step)
-        images = orig[rows].to(device)
-        known = [tool.prepare(images) for tool in tools]
-        for rep, recon in enumerate(recons):
-            images = recon[rows].to(device)
-            for number, tool in enumerate(tools):
-                distances[number, rep, rows] = tool.compare(known[number], tool.prepare(images))
-    return distances.cpu().numpy()
 
 
 def _positions(folder, side, parts):
@@ -145,13 +111,13 @@ def _positions(folder, side, parts):
     if not count:
         raise UserError(f"{folder.path / side} holds batches without images; run recon.py on more images")
     entry = folder.side_entries().get(side, {})
-    told = entry.get("positions")
-    if entry.get("images", count) != count or len(told or range(count)) != count:
+    listed = entry.get("positions")
+    if entry.get("images", count) != count or len(listed or range(count)) != count:
         raise UserError(
             f"{folder.path / side} holds {count} images, but its manifest.json tells of "
-            f"{entry.get('images', len(told or []))}; make all anew with recon.py in another --workdir"
+            f"{entry.get('images', len(listed or []))}; make all anew with recon.py in another --workdir"
         )
-    return np.arange(count) if told is None else np.array(told)
+    return np.arange(count) if listed is None else np.array(listed)
 
 
 def _table(parts, positions, names):
@@ -160,7 +126,7 @@ def _table(parts, positions, names):
     return {
         "position": positions,
         "batch": np.repeat(np.arange(len(parts)), [part.shape[1] for part in parts]),
-        "score": np.median(distances, axis=0),  # of an even number: the mean of the middle two
+        "score": median_score(distances, axis=0),
         "distances": distances,
         **({"file": names} if names else {}),
     }
@@ -173,12 +139,12 @@ def _size(shape):
 # -------------------------------------------------------------------------------------------------------- scores
 
 
-def judge(tool, names, tables, bootstrap):
+def summarise(metric, names, tables, bootstrap):
     """The `Result` of a metric: ROC-AUC with in-domain as the positive class, and its bootstrap interval."""
     labels, closeness = labelled(tables)
     interval = bootstrap_interval(tables["pos"]["score"], tables["neg"]["score"], bootstrap) if bootstrap else None
-    label = f"1 - {tool.name}" if tool.similarity else tool.name
-    return Result(tool.name, label, names, tables, float(roc_auc_score(labels, closeness)), interval, tool.options, [])
+    auc = float(roc_auc_score(labels, closeness))
+    return Result(metric.name, metric.label, names, tables, auc, interval, metric.options, [])
 
 
 def labelled(tables):

@@ -8,7 +8,7 @@ all its repetitions.
 import abc
 import importlib
 
-from basics.console import choose
+from basics.console import UserError, choose
 
 METRICS = {  # name: module and class, imported when asked for
     "MSE": ("metrics.mse", "MSE"),
@@ -40,6 +40,19 @@ class Metric(abc.ABC):
     def __call__(self, orig, recon):
         """The distance of every pair: two tensors (B, C, H, W) to (B,) float32, larger = further apart."""
         return self.compare(self.prepare(orig), self.prepare(recon))
+
+    @property
+    def label(self):
+        """What the distance is called in pictures, such as '1 - SSIM'."""
+        return f"1 - {self.name}" if self.similarity else self.name
+
+    def map(self, orig, recon):
+        """How far apart two tensors (B, C, H, W) are at each pixel: (B, H, W) float32.
+
+        Raises:
+            UserError: the metric compares images as a whole.
+        """
+        raise UserError(f"{self.name} compares images as a whole and has no map; choose MSE, SSIM or a LPIPS")
 
     @abc.abstractmethod
     def prepare(self, images):

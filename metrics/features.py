@@ -3,6 +3,7 @@
 import abc
 
 import torch
+import torch.nn.functional as F
 
 from basics.console import UserError
 from metrics import Metric
@@ -54,3 +55,10 @@ class FeatureDistance(Metric):
         """Two results of `prepare` to (B,); Zhang et al., equation 1."""
         layers = zip(self.heads, orig, recon, strict=True)
         return sum(head((x - y).square_()).mean(dim=(1, 2, 3)) for head, x, y in layers)
+
+    @torch.no_grad()
+    def map(self, orig, recon):
+        """Each layer's distances, enlarged bilinearly to the images' size and summed: (B, H, W)."""
+        layers = zip(self.heads, self.prepare(orig), self.prepare(recon), strict=True)
+        enlarge = {"size": orig.shape[2:], "mode": "bilinear", "align_corners": False}
+        return sum(F.interpolate(head((x - y).square_()), **enlarge) for head, x, y in layers).squeeze(1)

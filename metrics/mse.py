@@ -18,3 +18,7 @@ class MSE(Metric):
     def compare(self, orig, recon):
         """Two tensors (B, C, H, W) to (B,)."""
         return (orig - recon).square_().mean(dim=(1, 2, 3))
+
+    def map(self, orig, recon):
+        """The squared difference, averaged over channels: (B, H, W)."""
+        return (self.prepare(orig) - self.prepare(recon)).square_().mean(dim=1)

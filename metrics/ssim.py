@@ -4,6 +4,8 @@ A 7x7 uniform window, sample covariance (divided by 48, not 49), data range 1, K
 K2 = 0.03; averaged over the windows that lie inside the image, then over the channels.
 """
 
+import torch.nn.functional as F
+
 from basics.console import UserError
 from metrics import Metric
 
@@ -48,13 +50,23 @@ class SSIM(Metric):
         return centred, centred_mean, centred_mean + level, variance
 
     def compare(self, orig, recon):
-        """Two results of `prepare` to 1 - SSIM (B,); Wang et al., equation 13."""
-        x, x_centred_mean, x_mean, x_variance = orig
-        y, y_centred_mean, y_mean, y_variance = recon
-        covariance = _box(x * y) - x_centred_mean * y_centred_mean  # (B, C, h, w)
-        luminance = (2 * x_mean * y_mean + _C1) / (x_mean.square() + y_mean.square() + _C1)
-        structure = (2 * _SAMPLE * covariance + _C2) / (_SAMPLE * (x_variance + y_variance) + _C2)
-        return 1 - (luminance * structure).mean(dim=(1, 2, 3))
+        """Two results of `prepare` to 1 - SSIM (B,)."""
+        return 1 - _similarity(orig, recon).mean(dim=(1, 2, 3))
+
+    def map(self, orig, recon):
+        """1 - SSIM of the window around each pixel (B, H, W); at the border, of the nearest window that fits."""
+        similarity = _similarity(self.prepare(orig), self.prepare(recon)).mean(dim=1, keepdim=True)
+        return 1 - F.pad(similarity, 4 * [WINDOW // 2], mode="replicate").squeeze(1)
+
+
+def _similarity(orig, recon):
+    """Two results of `SSIM.prepare` to each window's SSIM (B, C, h, w); Wang et al., equation 13."""
+    x, x_centred_mean, x_mean, x_variance = orig
+    y, y_centred_mean, y_mean, y_variance = recon
+    covariance = _box(x * y) - x_centred_mean * y_centred_mean  # (B, C, h, w)
+    luminance = (2 * x_mean * y_mean + _C1) / (x_mean.square() + y_mean.square() + _C1)
+    structure = (2 * _SAMPLE * covariance + _C2) / (_SAMPLE * (x_variance + y_variance) + _C2)
+    return luminance * structure
 
 
 def _box(images):

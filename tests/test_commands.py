@@ -163,8 +163,9 @@ from configs import base
 from lmd import reconstruction
 changed = lambda config: {n: v for n, v in config.sampling.items() if v != base.TREE["sampling"][n]}
 recon.define_flags()
-reconstruction.run = lambda config, **options: print(json.dumps(
-    {"width": config.model.nf, "sampling": changed(config), **options}, default=vars
+described = lambda config: {"width": config.model.nf, "sampling": changed(config)}
+reconstruction.run = lambda job, device, ranks: print(json.dumps(
+    {**described(vars(job).pop("config")), **vars(job), "device": device, "ranks": ranks}, default=vars
 ))
 machine.choose_device = lambda name: types.SimpleNamespace(type=name)
 command_line.run(recon.main)

@@ -20,7 +20,7 @@ from sklearn.metrics import roc_auc_score
 import metrics
 from basics import files
 from basics.console import EXIT_USER_ERROR, UserError
-from lmd import detection, pictures, scoring
+from lmd import detection, distances, pictures, scoring
 from lmd.pictures import _groups, _read_pictures, _text
 from metrics import perceptual
 from storage import results_folder
@@ -124,10 +124,10 @@ def test_images_are_compared_in_chunks(monkeypatch):
     orig = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     recons = [orig.roll(shift, 3) for shift in (1, 2)]
     tools = [metrics.create(name, CPU) for name in ("MSE", "SSIM")]
-    whole = scoring.compare(tools, orig, recons, CPU)
+    whole = distances.compare(tools, orig, recons, CPU)
     monkeypatch.setattr(metrics.Metric, "pixels_at_once", 1)
     assert whole.shape == (2, 2, 5)
-    np.testing.assert_allclose(scoring.compare(tools, orig, recons, CPU), whole, rtol=1e-6)
+    np.testing.assert_allclose(distances.compare(tools, orig, recons, CPU), whole, rtol=1e-6)
 
 
 def test_memory_holds_one_batch_at_a_time(made, monkeypatch):

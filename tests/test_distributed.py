@@ -21,7 +21,7 @@ import losses
 from basics import distributed, noise
 from basics.console import EXIT_USER_ERROR, UserError, place, progress, say, warn
 from basics.distributed import ALONE, Ranks
-from lmd import reconstruction, training
+from lmd import training
 from lmd.batches import TrainingBatches
 from storage.checkpoints import read_checkpoint
 
@@ -415,8 +415,7 @@ command_line.run(recon.main)
 def test_reconstruction_is_killed_and_goes_on_with_another_number(data, tmp_path):
     """Then everything is there, to the bit as of one process, and what was there has not been made again."""
     sources = {"pos": data / "squares.npz", "neg": data / "others.npz"}
-    mask = reconstruction.MaskOptions("checkerboard_alt")
-    whole = tiny.reconstruct(tmp_path / "single", data / "checkpoint.pth", sources, mask=mask, batch_size=2)
+    whole = tiny.reconstruct(tmp_path / "single", data / "checkpoint.pth", sources, batch_size=2)
     flags = [
         *tiny.config_flags(), *RECON, f"--workdir={tmp_path / 'several' / 'run'}",
         f"--ckpt_path={data / 'checkpoint.pth'}", f"--in_domain={sources['pos']}", f"--out_of_domain={sources['neg']}",

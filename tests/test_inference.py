@@ -14,8 +14,10 @@ import metrics.mse
 import models
 import sampling
 import sde_lib
+from basics.background import Background
 from basics.console import UserError
-from lmd import evaluation, reconstruction, scoring
+from lmd import distances, evaluation
+from lmd.reconstructor import Reconstructor
 from models import inference, layers, memory
 from models.score import ScoreModel
 from storage.results_folder import ResultsFolder
@@ -107,7 +109,7 @@ def test_distances_losses_and_training_say_what_they_compute_in(monkeypatch, tmp
 
     seen = []
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    scoring.compare([Tool(CPU)], images(), [images()], CPU)
+    distances.compare([Tool(CPU)], images(), [images()], CPU)
     monkeypatch.setattr(inference, "training_precision", lambda device: "tf32")
     step = training.Trainer.train_step
     monkeypatch.setattr(training.Trainer, "train_step", lambda self, x: [step(self, x), switched()][0])
@@ -251,7 +253,7 @@ def test_background_work_is_done_one_at_a_time_and_waited_for():
         release.wait(10)
         done.append("slow")
 
-    with reconstruction.Background() as background:
+    with Background() as background:
         background.submit(slow)
         release.set()
         assert background.submit(lambda: "result").result() == "result"
@@ -266,7 +268,7 @@ def test_a_failure_in_the_background_ends_the_work():
         raise UserError("the disk is full")
 
     def work(*then):
-        with reconstruction.Background() as background:
+        with Background() as background:
             background.submit(fail)
             for each in then:
                 background.submit(done.append, each)
@@ -316,8 +318,7 @@ def reconstructor(limit, corrector="none"):
         return net(x, labels)
 
     model = ScoreModel(limited, sde_lib.create_sde(config))
-    mask = reconstruction.MaskOptions("checkerboard_alt")
-    return reconstruction.Reconstructor(config, model, mask, 2, 0, CPU, rows=8), tried
+    return Reconstructor(config, model, CPU, rows=8), tried
 
 
 @torch.no_grad()
@@ -325,16 +326,13 @@ def test_out_of_memory_halves_the_trajectories_and_changes_nothing():
     pixels = torch.from_numpy(tiny.pictures(5))[:, None]
     enough, _ = reconstructor(limit=100)
     scarce, tried = reconstructor(limit=3)
-    expected = enough(pixels, 0)
-    found = scarce(pixels, 0)
-    for mine, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
+    expected = tiny.inpainted(enough, pixels)
+    torch.testing.assert_close(tiny.inpainted(scarce, pixels), expected, rtol=0, atol=1e-4)
     assert tried[:2] == [8, 4]
     assert set(tried[2:]) == {2}
     bold, tried = reconstructor(limit=3)
     bold.rows = 10**6  # 10 of which there are
-    for mine, theirs in zip(bold(pixels, 0), expected, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
+    torch.testing.assert_close(tiny.inpainted(bold, pixels), expected, rtol=0, atol=1e-4)
     assert tried[:2] == [10, 5]
     assert set(tried[2:]) == {2}
 
@@ -371,7 +369,7 @@ def test_nothing_of_a_failed_attempt_lives_when_it_is_tried_again(name):
 
     reconstruct, _ = reconstructor(limit)
     reconstruct.model = ScoreModel(network, reconstruct.model.sde)
-    reconstruct(torch.from_numpy(tiny.pictures(5))[:, None], 0)
+    tiny.inpainted(reconstruct, torch.from_numpy(tiny.pictures(5))[:, None])
     assert len(kept) == 2  # 8 and 4 rows
     assert not any(any(each) for each in alive)
 
@@ -402,7 +400,7 @@ def test_running_out_of_memory_elsewhere_is_one_line(name, monkeypatch):
             raise failure(name)
 
     with pytest.raises(UserError, match="cpu has too little memory to compare these images; use --device cpu, or one"):
-        scoring.compare([Tool(CPU)], images(), [images()], CPU)
+        distances.compare([Tool(CPU)], images(), [images()], CPU)
 
 
 def test_a_training_without_enough_memory_is_one_line(tmp_path):
@@ -477,10 +475,10 @@ def test_what_is_measured_is_what_is_done(monkeypatch):
     reconstruct, tried = reconstructor(limit=100, corrector="langevin")
     works = []
     monkeypatch.setattr(memory, "rows_that_fit", lambda work, device, most, gb: works.append((work, most, gb)) or 6)
-    reconstruct.learn_rows(5)
+    reconstruct.learn_rows(10)
     assert reconstruct.rows == 8  # the CPU's stay
     monkeypatch.setattr(reconstruct, "device", GPU)
-    reconstruct.learn_rows(5, 2.0)
+    reconstruct.learn_rows(10, 2.0)
     assert reconstruct.rows == 6
     [(work, most, gb)] = works
     assert (most, gb) == (10, 2.0)
@@ -494,7 +492,7 @@ def test_too_little_memory_for_anything_is_told():
     for limit, corrector in ((0, "none"), (4, "langevin")):  # Langevin keeps the 5 images together
         tight, _ = reconstructor(limit, corrector)
         with pytest.raises(UserError, match="too little memory for this batch; lower --batch_size"):
-            tight(pixels, 0)
+            tiny.inpainted(tight, pixels)
 
 
 # -------------------------------------------------------------------------------------------------------- presets

@@ -17,7 +17,7 @@ from skimage.metrics import structural_similarity
 
 import metrics
 from basics.console import UserError
-from metrics import perceptual
+from metrics import perceptual, simclr
 
 GOLDEN = Path(__file__).parent / "golden"
 CPU = torch.device("cpu")
@@ -106,6 +106,27 @@ def test_ssim_against_scikit_image(shape):
     expected = [structural_similarity(x, y, data_range=1.0, channel_axis=0) for x, y in pairs]
     ours = 1 - metrics.create("SSIM", CPU)(orig, recon).double().numpy()
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_maps_of_mse_and_ssim(channels):
+    """Their means are the distances, of SSIM over the windows that fit; SSIM's as scikit-image has it."""
+    x, y = torch.rand(2, 2, channels, 12, 15, generator=torch.Generator().manual_seed(2)).unbind()
+    mse, ssim = (metrics.create(name, torch.device("cpu")) for name in ("MSE", "SSIM"))
+    torch.testing.assert_close(mse.map(x, y).mean(dim=(1, 2)), mse(x, y))
+    found, inside = ssim.map(x, y), (slice(None), slice(3, -3), slice(3, -3))
+    assert found.shape == (2, 12, 15)
+    torch.testing.assert_close(found[inside].mean(dim=(1, 2)), ssim(x, y))
+    for row in range(2):
+        pair = x[row].double().numpy(), y[row].double().numpy()
+        expected = 1 - structural_similarity(*pair, channel_axis=0, data_range=1.0, full=True)[1].mean(axis=0)
+        np.testing.assert_allclose(found[inside][row], expected[3:-3, 3:-3], atol=1e-5)
+    assert torch.equal(found[:, 0, 5], found[:, 3, 5])  # of the nearest window
+
+
+def test_a_metric_of_whole_images_has_no_map():
+    with pytest.raises(UserError, match="SIMCLR compares images as a whole and has no map"):
+        simclr.SimCLR.map(object.__new__(simclr.SimCLR), None, None)
 
 
 def test_ssim_needs_seven_pixels():
@@ -213,6 +234,11 @@ def test_lpips_is_the_packages(hub, name):
             expected = theirs(orig, recon, normalize=True).flatten()
         assert expected.min() > 0.01
         torch.testing.assert_close(ours(orig, recon), expected, rtol=1e-5, atol=1e-7)
+        theirs.spatial = True
+        with torch.no_grad():
+            expected = theirs(orig, recon, normalize=True).squeeze(1)
+        theirs.spatial = False
+        torch.testing.assert_close(ours.map(orig, recon), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", TRUNKS)

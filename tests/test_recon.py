@@ -23,7 +23,8 @@ from basics import files, noise
 from basics.console import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError, guard
 from basics.pixels import to_model_range
 from lmd import detection, reconstruction
-from lmd.reconstruction import MaskOptions
+from lmd.reconstructor import MaskOptions, Reconstructor, rows_within
+from lmd.trained_model import load_model
 from storage.checkpoints import read_checkpoint
 from storage.results_folder import FORMAT, ResultsFolder
 from storage.scores import read_results
@@ -81,19 +82,18 @@ def tensors(folder):
 @pytest.fixture
 def counted(monkeypatch):
     """The positions of the images that are reconstructed, batch by batch."""
-    calls, sets, call, side_of = [], [], reconstruction.Reconstructor.__call__, reconstruction.reconstruct_side
+    calls, side_of = [], reconstruction.reconstruct_side
 
-    def counting(self, images, index, on_step=None):
-        name, batch_size = sets[-1]
-        calls.append((name, list(range(index * batch_size, index * batch_size + len(images)))))
-        return call(self, images, index, on_step)
+    def counting(job, images, reconstruct, missing, *rest):
+        def counted(*batch):
+            start = missing[len(calls) - before] * job.batch_size
+            calls.append((images.name, list(range(start, start + len(batch[0])))))
+            return reconstruct(*batch)
 
-    def naming(folder, side, images, reconstruct, batch_size, *rest):
-        sets.append((images.name, batch_size))
-        return side_of(folder, side, images, reconstruct, batch_size, *rest)
+        before, counted.process = len(calls), reconstruct.process
+        return side_of(job, images, counted, missing, *rest)
 
-    monkeypatch.setattr(reconstruction.Reconstructor, "__call__", counting)
-    monkeypatch.setattr(reconstruction, "reconstruct_side", naming)
+    monkeypatch.setattr(reconstruction, "reconstruct_side", counting)
     return calls
 
 
@@ -132,7 +132,7 @@ def test_originals_masks_and_known_pixels(made, sources):
 def test_reconstruction_is_inpainting_with_the_images_own_noise(made, checkpoint, sources):
     """One image and repetition by hand: its score model, its key, its mask."""
     config = tiny.config()
-    model, _ = reconstruction.load_model(config, checkpoint, CPU)
+    model, _ = load_model(config, checkpoint, CPU)
     images = datasets.load(sources["neg"], split="test", image_size=SIZE, num_channels=1)
     keys = noise.image_keys(0, noise.content_keys(images.read(4, 5)), [1])
     predictor, corrector = sampling.create_solvers(config, model.sde)
@@ -186,7 +186,7 @@ def test_folder_names(shared, checkpoint, sources, tmp_path):
 
 def memory(rows):
     """The GB that hold so many images in the network at once."""
-    return (rows + 0.5) / reconstruction.rows_within(1.0, tiny.config(), CPU)
+    return (rows + 0.5) / rows_within(1.0, tiny.config(), CPU)
 
 
 @pytest.mark.parametrize(("option", "value"), [("batch_size", 1), ("batch_size", 100), ("memory_gb", memory(3))])
@@ -199,7 +199,7 @@ def test_batching_changes_nothing(option, value, made, checkpoint, sources, tmp_
 
 
 def test_the_budget_is_kept(monkeypatch, checkpoint, sources, tmp_path):
-    assert reconstruction.rows_within(memory(3), tiny.config(), CPU) == 3
+    assert rows_within(memory(3), tiny.config(), CPU) == 3
     seen, inpaint = [], sampling.inpaint
 
     def watched(model, sde, data, *args, **options):
@@ -231,10 +231,9 @@ def test_langevin_is_that_of_a_batch_of_images(checkpoint, sources, tmp_path):
     """The same as each repetition by itself."""
     folder = reconstruct(tmp_path / "run", checkpoint, {"pos": sources["pos"]}, langevin(), batch_size=7)
     config = langevin()
-    model, _ = reconstruction.load_model(config, checkpoint, CPU)
+    model, _ = load_model(config, checkpoint, CPU)
     images = datasets.load(sources["pos"], split="test", image_size=SIZE, num_channels=1)
-    single = reconstruction.Reconstructor(config, model, MaskOptions("checkerboard_alt"), 1, 0, CPU, 100)
-    _, _, expected = single(images.read(0, 7), 0)  # repetition 0 alone
+    expected = tiny.inpainted(Reconstructor(config, model, CPU, 100), images.read(0, 7), reps=1)
     scale = expected.abs().max().item()
     torch.testing.assert_close(load(folder)[2][0], expected[0], rtol=0, atol=1e-4 * scale)
 

@@ -14,7 +14,8 @@ import models
 from basics.console import UserError, shell
 from command_line import value_of
 from configs.base import from_dict, to_dict
-from lmd import reconstruction, training
+from lmd import training
+from lmd.trained_model import load_model
 from storage.checkpoints import config_of, find_checkpoint, read_checkpoint, restore_state, write_ema_weights
 
 META = training.META_CHECKPOINT
@@ -306,7 +307,7 @@ def test_a_state_dict_alone(name, data, tmp_path, capsys):
     net = models.create_model(config)
     tiny.randomise(net)
     torch.save(WRAPPED[name](net.state_dict()), tmp_path / "weights.pth")
-    model, step = reconstruction.load_model(config, tmp_path / "weights.pth", tiny.CPU)
+    model, step = load_model(config, tmp_path / "weights.pth", tiny.CPU)
     assert step == 0
     assert tiny.same(dict(model.net.net.named_parameters()), dict(net.named_parameters()))
     assert "holds plain weights, without moving averages" in capsys.readouterr().out
@@ -321,7 +322,7 @@ def test_a_checkpoint_of_a_wrapped_network(name, done, data, tmp_path):
     bare = {key.removeprefix("module."): value for key, value in content["model"].items()}
     torch.save({**content, "model": WRAPPED[name](bare)}, tmp_path / "x.pth")
     tree = short(data)
-    nets = [reconstruction.load_model(tree, path, tiny.CPU)[0].net for path in (done / META, tmp_path / "x.pth")]
+    nets = [load_model(tree, path, tiny.CPU)[0].net for path in (done / META, tmp_path / "x.pth")]
     assert tiny.same(*(dict(network.net.named_parameters()) for network in nets))
     state = losses.create_state(tree, models.create_model(tree))
     restore_state(tmp_path / "x.pth", state, to_dict(tree), tree.seed)

@@ -10,8 +10,10 @@ import torch
 from helpers import ROOT, load_config
 
 import models
+from basics import noise
 from configs.base import to_dict
 from lmd import reconstruction, training
+from lmd.reconstructor import MaskOptions
 from losses import create_state
 from storage import checkpoints
 
@@ -92,13 +94,22 @@ def train(tree, workdir):
 
 
 def reconstruct(workdir, checkpoint, sources, tree=None, mask=None, **options):
-    """`recon.run` on the CPU; sources are side -> path, or (path, whether to crop)."""
+    """`reconstruction.run` on the CPU, of a `job`."""
+    return reconstruction.run(job(workdir, checkpoint, sources, tree, mask, **options), CPU)
+
+
+def job(workdir, checkpoint, sources, tree=None, mask=None, **options):
+    """A `reconstruction.Job`; sources are side -> path, or (path, whether to crop)."""
     sources = {side: source if isinstance(source, tuple) else (str(source), True) for side, source in sources.items()}
-    settings = {"reps": 2, "batch_size": 4, "seed": 0, "device": CPU, **options}
-    mask = mask or reconstruction.MaskOptions("checkerboard_alt")
-    return reconstruction.run(
-        tree or config(), ckpt_path=checkpoint, workdir=workdir, sources=sources, mask_options=mask, **settings
-    )
+    options = {"reps": 2, "batch_size": 4, **options}
+    mask = mask or MaskOptions("checkerboard_alt")
+    return reconstruction.Job(tree or config(), checkpoint, workdir, sources, mask, **options)
+
+
+def inpainted(reconstruct, pixels, reps=2):
+    """What a `Reconstructor` makes of images (B, C, H, W) uint8 under seed 0 and alternating checkerboards."""
+    masks = MaskOptions("checkerboard_alt").stack(pixels.shape[-1], reps)
+    return reconstruct(pixels, noise.seed_keys(0, noise.content_keys(pixels)), masks)
 
 
 def snapshot(folder):

@@ -1,0 +1,19 @@
+"""Detectors on one trained model, one a file behind the contract in `base`."""
+
+import importlib
+
+from basics.console import choose
+
+METHODS = {  # name: module and class, imported when asked for
+    "lmd": ("lmd.methods.lmd", "LMD"),
+}
+
+
+def create(name, **settings):
+    """The `base.Method` called `name`; `settings` are its class's.
+
+    Raises:
+        UserError: there is no such method; the message lists them.
+    """
+    module, attribute = choose(name, METHODS, "method")
+    return getattr(importlib.import_module(module), attribute)(**settings)

@@ -1,0 +1,117 @@
+"""The contract of a detector: what every method measures of an image, fits to in-domain images, and says of others.
+
+A method sees the network in `statistics` alone.  What follows, fitting and scoring, takes these numbers, so they can be
+kept in a file and used again with other settings, and no data set need be in memory.
+"""
+
+import abc
+import dataclasses
+
+import numpy as np
+import torch
+
+from models.score import ScoreModel
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # so that each is itself alone, and can be looked up
+class TrainedModel:
+    """A model ready for use.
+
+    Attributes:
+        config: the config tree that it was trained with.
+        score: its `models.score.ScoreModel`, on the device.
+        device: torch.device.
+        rows: images in the network at once; the results do not depend on it.
+    """
+
+    config: object
+    score: ScoreModel
+    device: torch.device
+    rows: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Examined:
+    """What a method found out about a batch of B images.
+
+    Attributes:
+        statistics: (B, F) float64.
+        reconstructions: (B, C, H, W) float32 in [0, 1], one of each image, or None where the method makes none.
+        distances: (B, H, W) float32, how far each pixel is from where it was mapped, or None.
+    """
+
+    statistics: np.ndarray
+    reconstructions: torch.Tensor | None = None
+    distances: torch.Tensor | None = None
+
+
+class Method(abc.ABC):
+    """One detector on one trained model.
+
+    Attributes:
+        name: its key in `methods.METHODS`.
+        parts: the names of the K parts of a score, which see different things.
+        settings: what its statistics and scores depend on besides model and images: keyword arguments of its class,
+            JSON types.
+    """
+
+    name = None
+    parts = ()
+    settings = {}
+
+    @abc.abstractmethod
+    def evaluations(self, model):
+        """Evaluations of the network of a `TrainedModel` for an image."""
+
+    @abc.abstractmethod
+    def statistics(self, model, images, keys):
+        """What is measured of a batch.
+
+        Args:
+            model: a `TrainedModel`.
+            images: (B, C, H, W) uint8.
+            keys: (B,) int64, of the images' noise (`noise.seed_keys`).
+
+        Returns:
+            (B, F) float64; a row depends on its image and key alone, up to rounding.
+        """
+
+    def examine(self, model, images, keys):
+        """`Examined`: the statistics with what shows where they come from.  Arguments as `statistics`."""
+        return Examined(self.statistics(model, images, keys))
+
+    def fit_statistics(self, statistics):
+        """Learns what in-domain images are like from statistics (N, F) of images that the model was not trained on.
+
+        Returns:
+            itself; a method that learns nothing, as here, is left as it was.
+
+        Raises:
+            UserError: there are too few of them.
+        """
+        return self
+
+    @abc.abstractmethod
+    def score_statistics(self, statistics):
+        """Statistics (N, F) to scores (N, K), a column for each of `parts`; larger = further out of the domain."""
+
+    def fit(self, model, images, keys):
+        """`fit_statistics` of a batch.  Arguments as `statistics`."""
+        return self.fit_statistics(self.statistics(model, images, keys))
+
+    def score(self, model, images, keys):
+        """Scores (B, K) of a batch, larger = further out of the domain.  Arguments as `statistics`."""
+        return self.score_statistics(self.statistics(model, images, keys))
+
+    def fitted(self):
+        """What `fit_statistics` learned: arrays by name, empty where it learns nothing."""
+        return {}
+
+    def restore(self, arrays):
+        """Takes what `fitted` gave.
+
+        Raises:
+            ValueError: the arrays are not those of this method: one is missing, has another shape or is not finite.
+        """
+        if arrays:
+            raise ValueError(f"the method {self.name} keeps no arrays")

@@ -1,0 +1,88 @@
+"""Lift, Map, Detect as a method: the distances between an image and its reconstructions by inpainting.
+
+Liu, Zhou, Wang and Weinberger, "Unsupervised Out-of-Distribution Detection with Diffusion Inpainting", ICML 2023
+(arXiv 2302.10326), algorithm 1.  As published: alternating checkerboards of 8 x 8 blocks, 10 repetitions of 1,000
+steps, the median of LPIPS.  Ours by default: the same masks, 4 repetitions of 5 steps (`sampling.PRESETS`, 'fast'), MSE
+and SSIM, which need no other network.
+"""
+
+import functools
+
+import numpy as np
+
+import metrics
+import sampling
+from basics.pixels import to_model_range
+from lmd.distances import compare, median_score
+from lmd.methods.base import Examined, Method
+from lmd.reconstructor import MaskOptions, Reconstructor
+
+
+class LMD(Method):
+    """The median distance by each metric; a part a metric.
+
+    Args:
+        metrics: names in `metrics.METRICS`.
+        sampler: a key of `sampling.PRESETS`, or 'published' for the sampling of the model's config.
+        reps: repetitions of each image; by default the sampler's, 10 for the published one.
+        mask_type: as --mask_type, but 'file'; random masks are the same for every image.
+        num_blocks: blocks an edge of checkerboards; where it does not divide the image, the next lower that does.
+    """
+
+    name = "lmd"
+
+    def __init__(self, metrics=("MSE", "SSIM"), sampler="fast", reps=None, mask_type="checkerboard_alt", num_blocks=8):
+        self.parts = tuple(f"lmd_{name.lower()}" for name in metrics)
+        self.settings = {
+            "metrics": list(metrics),
+            "sampler": sampler,
+            "reps": reps,
+            "mask_type": mask_type,
+            "num_blocks": num_blocks,
+        }
+        self._prepared = functools.lru_cache(maxsize=1)(self._prepare)  # for the model last used
+
+    def evaluations(self, model):
+        reconstruct, masks, _ = self._prepared(model)
+        return len(masks) * reconstruct.process().evaluations
+
+    def statistics(self, model, images, keys):
+        """The distances (B, M R): by each of M metrics from each of R reconstructions."""
+        orig, recons, _ = self._reconstruct(model, images, keys)
+        return self._distances(model, orig, recons)
+
+    def examine(self, model, images, keys):
+        """Each pixel's reconstruction and squared distance are means over the repetitions in which it was masked."""
+        orig, recons, masks = self._reconstruct(model, images, keys)
+        filled = 1 - masks[:, None]  # (R, 1, 1, H, W)
+        times = filled.sum(dim=0).clamp_min(1)  # (1, 1, H, W)
+        always_known = filled.sum(dim=0) == 0
+        mean = (recons * filled).sum(dim=0) / times + orig * always_known  # (B, C, H, W)
+        distance = ((recons - orig).square() * filled).sum(dim=0) / times
+        return Examined(self._distances(model, orig, recons), mean.clamp(0, 1), distance.mean(dim=1))
+
+    def score_statistics(self, statistics):
+        distances = statistics.reshape(len(statistics), len(self.parts), -1)  # (N, M, R)
+        return median_score(distances, axis=2)
+
+    def _reconstruct(self, model, images, keys):
+        """orig (B, C, H, W) in [0, 1], recons (R, B, C, H, W), masks (R, 1, H, W), on the CPU."""
+        reconstruct, masks, _ = self._prepared(model)
+        return to_model_range(images, centered=False), reconstruct(images, keys, masks), masks
+
+    def _distances(self, model, orig, recons):
+        distances = compare(self._prepared(model)[2], orig, list(recons), model.device)  # (M, R, B)
+        return distances.reshape(-1, len(orig)).T.astype(np.float64)
+
+    def _prepare(self, model):
+        """The `Reconstructor`, the masks (R, 1, H, W) and the metrics for a model."""
+        config, reps, size = model.config.copy_and_resolve_references(), 10, model.config.data.image_size
+        if self.settings["sampler"] != sampling.PUBLISHED:
+            values, reps = sampling.preset(self.settings["sampler"], config)
+            config.sampling.update(values)
+        blocks = next(n for n in range(self.settings["num_blocks"], 0, -1) if size % n == 0)
+        masks = MaskOptions(self.settings["mask_type"], num_blocks=blocks).stack(
+            size, self.settings["reps"] or reps, "lmd", "mask"
+        )
+        compared = [metrics.create(name, model.device) for name in self.settings["metrics"]]
+        return Reconstructor(config, model.score, model.device, model.rows), masks, compared

@@ -1,0 +1,110 @@
+"""The methods' contract, held by every method in the table; LMD is the three commands' score."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+import metrics
+from basics import noise
+from basics.console import UserError
+from lmd import methods, scoring
+from lmd.methods.base import TrainedModel
+from lmd.trained_model import load_model
+from storage.results_folder import ResultsFolder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("model") / "checkpoint.pth")
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return TrainedModel(tiny.config(), load_model(tiny.config(), checkpoint, tiny.CPU)[0], tiny.CPU, rows=5)
+
+
+def images(count, seed=0):
+    return torch.from_numpy(tiny.pictures(count, seed))[:, None]
+
+
+def keys_of(pixels):
+    return noise.seed_keys(0, noise.content_keys(pixels))
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_contract(name, model):
+    """Fit, score, keep, restore; a row depends on its own image and key alone."""
+    method, held_back, new = methods.create(name), images(12, seed=1), images(5)
+    method.fit(model, held_back, keys_of(held_back))
+    scores = method.score(model, new, keys_of(new))
+    assert scores.shape == (5, len(method.parts))
+    assert np.isfinite(scores).all()
+    assert method.evaluations(model) >= 0
+    turned = torch.tensor([4, 2, 0])
+    again = method.score(model, new[turned], keys_of(new)[turned])
+    np.testing.assert_allclose(again, scores[turned.numpy()], rtol=1e-3, atol=1e-5)
+    other = methods.create(name, **method.settings)
+    other.restore({key: np.array(value) for key, value in method.fitted().items()})
+    np.testing.assert_array_equal(
+        other.score_statistics(method.statistics(model, new, keys_of(new))), method.score(model, new, keys_of(new))
+    )
+    examined = method.examine(model, new, keys_of(new))
+    np.testing.assert_allclose(examined.statistics, method.statistics(model, new, keys_of(new)), rtol=1e-6)
+
+
+def test_unknown_method():
+    with pytest.raises(UserError, match=r"unknown method 'lmx'; choose one of: .*lmd"):
+        methods.create("lmx")
+
+
+def test_evaluations_are_counted(model):
+    """LMD's number is that of the images which the network sees."""
+    seen, net = [], model.score.net
+
+    def counting(x, labels):
+        seen.append(len(x))
+        return net(x, labels)
+
+    score = type(model.score)(counting, model.score.sde, model.score.continuous)
+    for name in methods.METHODS:
+        method, pixels = methods.create(name), images(3)
+        method.statistics(dataclasses.replace(model, score=score), pixels, keys_of(pixels))
+        assert sum(seen) == 3 * method.evaluations(model)
+        seen.clear()
+
+
+def test_lmd_is_what_recon_and_detect_say(model, checkpoint, tmp_path):
+    """The published sampler with the masks and repetitions of a results folder: equal distances, equal scores."""
+    source = tiny.write_pictures(tmp_path / "pictures.npz", 7)
+    path = tiny.reconstruct(tmp_path / "run", checkpoint, {"pos": source, "neg": source})
+    compared = [metrics.create(name, tiny.CPU) for name in ("MSE", "SSIM")]
+    tables = scoring.measure(ResultsFolder(path), compared, 2, tiny.CPU)
+    method, pixels = methods.create("lmd", sampler="published", reps=2, num_blocks=4), images(7)
+    statistics = method.statistics(model, pixels, keys_of(pixels)).reshape(7, 2, 2)
+    for number, name in enumerate(("MSE", "SSIM")):
+        table = tables[name]["pos"]
+        np.testing.assert_allclose(statistics[:, number].T, table["distances"], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(method.score(model, pixels, keys_of(pixels))[:, number], table["score"], rtol=1e-4)
+
+
+def test_lmd_shows_where_an_image_differs(model):
+    """Each pixel is compared in the repetitions that masked it: of a mean picture of these the distance is zero."""
+    method, pixels = methods.create("lmd", sampler="published", reps=2, num_blocks=4), images(3)
+    examined = method.examine(model, pixels, keys_of(pixels))
+    orig = pixels / 255
+    assert examined.distances.shape == (3, tiny.SIZE, tiny.SIZE)
+    inside = (examined.reconstructions > 0) & (examined.reconstructions < 1)  # not clipped
+    squares = (examined.reconstructions - orig).square()  # each pixel is masked in one of two repetitions
+    torch.testing.assert_close(examined.distances[:, None][inside], squares[inside], rtol=1e-3, atol=1e-6)
+
+
+def test_blocks_fit_any_size():
+    """28 pixels have no 8 blocks: they get 7."""
+    tree = tiny.config(data__image_size=28)
+    method = methods.create("lmd")
+    _, masks, _ = method._prepare(TrainedModel(tree, None, tiny.CPU, 1))
+    assert masks.shape == (4, 1, 28, 28)
+    assert masks[0, 0, :8, :8].tolist() == [[(i < 4) == (j < 4) for j in range(8)] for i in range(8)]
