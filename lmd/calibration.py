@@ -33,7 +33,7 @@ def p_values(calibration, scores):
     Raises:
         UserError: there are no calibration scores, one of them is not finite, or a score is NaN.
     """
-    calibration, scores = _ascending(calibration), _numbers(scores)
+    calibration, scores = _ascending(calibration), as_scores(scores)
     at_least = len(calibration) - np.searchsorted(calibration, scores, "left")  # (N,)
     return (1 + at_least) / (len(calibration) + 1)
 
@@ -163,7 +163,7 @@ def folder_test(calibration, scores):
     """
     from scipy import stats  # takes most of a second, which deciding anew need not wait for
 
-    calibration, scores = _ascending(calibration), _numbers(scores)
+    calibration, scores = _ascending(calibration), as_scores(scores)
     if not len(scores):
         raise UserError("a folder without images cannot be compared; name one with images")
     values = np.concatenate([scores, calibration])
@@ -213,7 +213,7 @@ def two_sided(calibration, scores, lower=0.2):
     """
     if not 0 < lower < 1:
         raise ValueError(f"the weight of the lower tail lies between 0 and 1, not at {lower}")
-    calibration, scores = _ascending(calibration), _numbers(scores)
+    calibration, scores = _ascending(calibration), as_scores(scores)
     upper, below = p_values(calibration, scores), p_values(-calibration, -scores)
     return np.minimum(1, np.minimum(upper / (1 - lower), below / lower))
 
@@ -223,7 +223,7 @@ def two_sided(calibration, scores, lower=0.2):
 
 def _ascending(calibration):
     """Calibration scores, sorted, float64."""
-    calibration = _numbers(calibration)
+    calibration = as_scores(calibration)
     if not len(calibration):
         raise UserError("there are no calibration scores; calibrate with in-domain images that were held back")
     if infinite := int(np.isinf(calibration).sum()):
@@ -231,7 +231,7 @@ def _ascending(calibration):
     return np.sort(calibration)
 
 
-def _numbers(scores):
+def as_scores(scores):
     """Scores (N,) as float64 without NaN."""
     scores = np.asarray(scores, dtype=np.float64)
     if scores.ndim != 1:
