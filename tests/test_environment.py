@@ -162,7 +162,7 @@ DISTRIBUTION = {
 }  # fmt: skip
 OPTIONAL = {"torch-fidelity", "pillow-heif"}  # asked for where it is used
 BEHIND = {"torch.utils.tensorboard": "tensorboard"}  # modules that need a package besides their own
-RUN_BY_NAME = {"diffusers", "pytest-timeout", "pytest-xdist", "ruff"}  # tools that nothing imports
+RUN_BY_NAME = {"diffusers", "pytest-timeout", "pytest-xdist", "pytorch-ood", "ruff"}  # no statement imports them
 PIN = re.compile(r"([\w-]+)==([\w.]+)(?:; python_version (>=|<) \"3\.11\")?(?:\s+# \S.*)?")
 
 
