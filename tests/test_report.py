@@ -28,7 +28,7 @@ from lmd.report import BlindSpot, Picture, Report
 HOSTILE = [
     "</script><script>document.title='owned'</script>.png",
     "<img src=x onerror=\"document.title='owned'\">.png",
-    "<!--<script>.png",
+    "<!--<script></script x",
     "a\u202egnp.exe",
     "line\nbreak\udce9.png",
     "{{ 7 * 7 }}&amp;'\".png",
@@ -101,6 +101,7 @@ def decoded(text):
 def test_hostile_text_stays_text():
     page = page_of(example(title="<script>x</script>", sentences=["<script>y</script>", "z<b>"]))
     assert len(page.scripts) == 2
+    assert not set(page.scripts[0]) & set("<>&")
     tags = {tag for tag, _ in page.elements}
     assert not tags & {"img", "u", "s", "iframe", "object", "embed"}
     assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
@@ -176,6 +177,8 @@ def test_stops_decide_as_the_p_values(n, rate):
         (1000, 0.05, "3.7 % to 6.4 %"),
         (1000, 0.01, "0.48 % to 1.7 %"),
         (5000, 0.01, "0.74 % to 1.3 %"),
+        (19, 0.05, "0.13 % to 18 %"),  # Beta(1, 19): 1 - .975^(1/19) and 1 - .025^(1/19)
+        (1, 0.5, "2.5 % to 98 %"),  # Beta(1, 1) is uniform
         (1, 0, "0 %"),
     ],
 )
