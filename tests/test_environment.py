@@ -389,11 +389,16 @@ def test_conda_environment(repository, tmp_path):
 
 
 def test_test_script_and_ci(repository, tmp_path):
-    """Passing, selected and no tests, and bad style; continuous integration has no standard input at all."""
+    """Passing, selected and no tests, and bad style; continuous integration has no standard input at all.
+
+    It asks for a browser, and goes on where there is none to be had.
+    """
     environment = declare_complete(stand_in(tmp_path / "environment"), repository)
+    refuses = 'echo "$*" >&2; exit 1'
+    path = programs(tmp_path / "programs", id="echo 0", **{"apt-get": refuses})
 
     def run(*command):
-        code, out, err = bash(*command, cwd=tmp_path, LMD_VENV=environment, CI="true")
+        code, out, err = bash(*command, cwd=tmp_path, LMD_VENV=environment, CI="true", PATH=path)
         return code, (out.splitlines() or [""])[-1], out + err
 
     test, ci = repository / "scripts" / "test.sh", repository / ".ci" / "run"
@@ -405,6 +410,7 @@ def test_test_script_and_ci(repository, tmp_path):
     assert (code, last.split(" in ")[0]) == (0, "2 passed"), output
     code, last, output = run("-c", f"exec 0<&-; '{ci}'")
     assert (code, last.split(" in ")[0]) == (0, "2 passed"), output
+    assert "-qq update\nno browser could be installed" in output
     code, last, output = run(test, "tests/test_two.py", "-k", "one")
     assert (code, last.split(" in ")[0]) == (0, "1 passed"), output
     (repository / "tests" / "test_two.py").write_text("def test_one():  pass\n")
