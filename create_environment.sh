@@ -16,39 +16,32 @@ case "$*" in
   --test) files=(requirements.txt requirements-learned.txt requirements-test.txt) ;;
   *) fail "unknown arguments '$*'; the only options are --learned and --test" ;;
 esac
+installed=$LMD_VENV/lmd/installed   # a copy of the requirement files, one after the other as above
+unfinished=$LMD_VENV/lmd/unfinished # there while pip works, which unpacks in it, as /tmp is often a small disk in memory
 
 works() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
 
-# Whether the requirement files installed last, kept in the environment, are those of today.
+# Whether what was installed last was all of today's files, or these and more.
 complete() {
-  local file
-  for file in "${files[@]}"; do cmp -s "$file" "$LMD_VENV/lmd/$file" || return; done
-  works "$PYTHON"
-}
-
-make_interpreter() {
-  local python
-  [ -e "$LMD_VENV/pyvenv.cfg" ] || [ -z "$(ls -A "$LMD_VENV" 2>/dev/null)" ] ||
-    fail "$LMD_VENV has no Python >= 3.10; install one there (conda install 'python>=3.10'), or name another folder in LMD_VENV"
-  for python in python3 python3.13 python3.12 python3.11 python3.10 none; do works "$python" && break; done
-  [ "$python" != none ] || fail "no Python >= 3.10 found; install one, or activate a conda environment"
-  "$python" -m venv --clear "$LMD_VENV" || fail "$python could not make $LMD_VENV (its message is above)"
-}
-
-install() {
-  mkdir -p "$LMD_VENV/lmd/unfinished" # where pip unpacks, too, as /tmp is often a small disk in memory
-  TMPDIR=$LMD_VENV/lmd/unfinished "$PYTHON" -m pip install --disable-pip-version-check "${files[@]/#/--requirement=}" || {
-    rm -r -- "$LMD_VENV/lmd"
-    fail "pip could not install the packages (its message is above); then run again: bash create_environment.sh"
-  }
-  cp -- "${files[@]}" "$LMD_VENV/lmd/"
-  rm -r -- "$LMD_VENV/lmd/unfinished"
+  [[ ! -e $unfinished && $(cat "$installed" 2>/dev/null)$'\n' == "$(cat "${files[@]}")"$'\n'* ]] && works "$PYTHON"
 }
 
 exec 9<requirements.txt
 complete || flock 9 # until another run has finished
 if ! complete; then
-  if ! works "$PYTHON" || { [ -e "$LMD_VENV/pyvenv.cfg" ] && [ -e "$LMD_VENV/lmd/unfinished" ]; }; then make_interpreter; fi
-  install
+  if ! works "$PYTHON" || [[ -e $LMD_VENV/pyvenv.cfg && -e $unfinished ]]; then
+    [[ -e $LMD_VENV/pyvenv.cfg || -z $(ls -A "$LMD_VENV" 2>/dev/null) ]] ||
+      fail "$LMD_VENV has no Python >= 3.10; install one there (conda install 'python>=3.10'), or name another folder in LMD_VENV"
+    for python in python3 python3.13 python3.12 python3.11 python3.10 none; do works "$python" && break; done
+    [ "$python" != none ] || fail "no Python >= 3.10 found; install one, or activate a conda environment"
+    "$python" -m venv --clear "$LMD_VENV" || fail "$python could not make $LMD_VENV (its message is above)"
+  fi
+  mkdir -p -- "$unfinished"
+  TMPDIR=$unfinished "$PYTHON" -m pip install --disable-pip-version-check "${files[@]/#/--requirement=}" || {
+    rm -r -- "$LMD_VENV/lmd"
+    fail "pip could not install the packages (its message is above); then run again: bash create_environment.sh"
+  }
+  cat -- "${files[@]}" >"$installed"
+  rm -r -- "$unfinished"
 fi
 echo "environment ready: $PYTHON"

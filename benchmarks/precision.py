@@ -41,7 +41,7 @@ def main():
     names = options.metric.split(",")
     reduced = ("tf32", "bf16") if inference.training_precision(device) == "tf32" else ("bf16",)
     scores = {precision: scores_of(options, names, device, precision) for precision in ("fp32", *reduced)}
-    print(f"{options.setting}, {options.images} images a side; {machine.describe()}")
+    print(f"{options.setting}, {options.images} images a side; {machine.clock().describe()}")
     print(
         f"{'precision':9} {'metric':8} {'rank correlation':>16} {'median':>9} {'largest difference':>18} "
         f"{'AUC fp32':>9} {'AUC':>9}"

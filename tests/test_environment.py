@@ -240,17 +240,16 @@ def stand_in(folder):
 
 
 def declare_complete(folder, repository):
-    """Does what create_environment.sh does last: keeps the requirement files that it installed."""
+    """Does what create_environment.sh does last: keeps a copy of the requirement files that it installed."""
     (folder / "lmd").mkdir(parents=True)
-    for file in REQUIREMENTS:
-        shutil.copy(repository / file, folder / "lmd" / file)
+    (folder / "lmd" / "installed").write_text("".join((repository / file).read_text() for file in REQUIREMENTS))
     return folder
 
 
 def programs(folder, **scripts):
     """A folder for PATH with the few programs that create_environment.sh needs, no Python, and `scripts`."""
     folder.mkdir()
-    for name in ("bash", "cmp", "cp", "dirname", "flock", "ls", "mkdir", "rm", "sh"):
+    for name in ("bash", "cat", "dirname", "flock", "ls", "mkdir", "rm", "sh"):
         (folder / name).symlink_to(shutil.which(name))
     for name, text in scripts.items():
         (folder / name).write_text(f"#!/bin/sh\n{text}\n")
@@ -294,21 +293,22 @@ def test_environment_from_nothing_twice_and_mended(repository):
         assert code == 0, err
         assert out.splitlines()[-1] == f"environment ready: {python}"
         assert not (environment / "lmd" / "unfinished").exists()
-        return (environment / "lmd" / "requirements.txt").stat().st_mtime_ns
+        return (environment / "lmd" / "installed").stat().st_mtime_ns
 
-    made = create()
-    assert not (environment / "lmd" / "requirements-test.txt").exists()
-    assert create() == made, "a complete environment was worked on"
-    made = create("--test")
+    alone = create()
+    assert create() == alone, "a complete environment was worked on"
+    assert (made := create("--test")) != alone, "what the tests need was not installed"
     assert create("--test") == create("--learned") == create() == made
     (repository / "requirements.txt").write_text("# nothing more\n")
     assert create() != made
+    (repository / "requirements.txt").write_text("# nothing\n")
+    assert create() == create()
+    assert (environment / "lmd" / "installed").read_text() == "# nothing\n"
 
-    # A killed run left half a package.
+    # A killed run left half a package, after one that had finished.
     half = next(environment.glob("lib/python3*/site-packages")) / "half-1.0.dist-info"
     half.mkdir()
     (environment / "lmd" / "unfinished").mkdir()
-    (environment / "lmd" / "requirements.txt").unlink()
     create()
     assert not half.exists()
 
@@ -384,7 +384,7 @@ def test_conda_environment(repository, tmp_path):
     code, _, err = bash("create_environment.sh", cwd=repository, **variables)
     assert code == 0, err
     assert {path.name for path in conda.iterdir()} == {"bin", "conda-meta", "lmd"}
-    assert {path.name for path in (conda / "lmd").iterdir()} == {"requirements.txt"}
+    assert {path.name for path in (conda / "lmd").iterdir()} == {"installed"}
     assert not (repository / ".venv").exists()
 
 
