@@ -249,7 +249,7 @@ def reconstruct_fast(config, model, x, reps=None, **changes):
     rows = reps * len(x) if device.type == "cuda" else rows_within(None, config, device)
     reconstruct = Reconstructor(config, model, device, rows)
     pixels = ((x.cpu() + 1) * 127.5).to(torch.uint8)
-    keys, masks = noise.seed_keys(0, noise.content_keys(pixels)), MASK.stack(config.data.image_size, reps)
+    keys, masks = noise.seed_keys(0, noise.content_keys(pixels)), MASK.stack(pixels.shape[-1], reps)
     return lambda: reconstruct(pixels, keys, masks)
 
 
