@@ -278,7 +278,7 @@ def reconstruct_side(folder, side, images, reconstruct, batch_size, missing, not
     Args:
         folder: a `results_folder.ResultsFolder`.
         side: 'pos' or 'neg'.
-        images: a `datasets.ImageSet`.
+        images: an `ImageSet`.
         reconstruct: a `Reconstructor`.
         batch_size: images per batch file.
         missing: the numbers of the batches to make.
@@ -377,7 +377,7 @@ def describe_side(images, batch_size, center_crop):
         "treatment": images.treatment,
         "center_crop": center_crop,
         "images": len(images),
-        "match_resolution": images.through,
+        "match_resolution": images.reduced_to,
         "batch_size": batch_size,
         "batches": batches_of(images, batch_size),
         "skipped": [[str(path), reason] for path, reason in images.skipped],
@@ -490,7 +490,7 @@ def get_ready(reconstruct, batches, sides, batch_size, memory_gb=None, compiled=
     Args:
         reconstruct: a `Reconstructor`, whose network is a `models.inference.Network` that is not compiled yet.
         batches: what is to be made, a list of (side, index).
-        sides: side -> `datasets.ImageSet`.
+        sides: side -> `ImageSet`.
         batch_size: images per batch file.
         memory_gb, compiled: as in `run`.
     """
@@ -517,7 +517,7 @@ def load_sides(config, sources, match_resolution, **options):
     """The images of both sides.
 
     With `match_resolution` every image of either side is first reduced to R x R pixels and then enlarged to the model's
-    size in the same way, R being the smallest native height or width of any image of either side, if that is less than
+    size in the same way, R being the smallest source size (height or width) of either side, if that is less than
     the model's size.  So no image is enlarged on its way to R, and none is sharper than another for its source's
     resolution alone (arXiv 2405.11881, section 5.3).
 
@@ -528,7 +528,7 @@ def load_sides(config, sources, match_resolution, **options):
         options: further arguments of `datasets.load`.
 
     Returns:
-        dict: side -> `datasets.ImageSet`.
+        dict: side -> `ImageSet`.
 
     Raises:
         UserError: there is one side alone to match, or as `datasets.load`.
@@ -538,15 +538,15 @@ def load_sides(config, sources, match_resolution, **options):
     sides = {side: _load_images(config, *source, **options) for side, source in sources.items()}
     if not match_resolution:
         return sides
-    natives = {side: images.native for side, images in sides.items()}
-    through = min(natives.values())
-    smallest = ", ".join(f"{SIDES[side]} {native}" for side, native in natives.items())
-    if through >= config.data.image_size:
+    sizes = {side: images.source_size for side, images in sides.items()}
+    reduced_to = min(sizes.values())
+    smallest = ", ".join(f"{SIDES[side]} {size}" for side, size in sizes.items())
+    if reduced_to >= config.data.image_size:
         say(f"--match_resolution: no image is enlarged (smallest: {smallest} pixels), so nothing is reduced")
         return sides
-    say(f"--match_resolution: all images are reduced to {through} pixels first (smallest: {smallest})")
+    say(f"--match_resolution: all images are reduced to {reduced_to} pixels first (smallest: {smallest})")
     del sides  # their memory is needed for the same images once more
-    return {side: _load_images(config, *source, **options, through=through) for side, source in sources.items()}
+    return {side: _load_images(config, *source, **options, reduced_to=reduced_to) for side, source in sources.items()}
 
 
 def _load_images(config, source, center_crop, **options):

@@ -116,7 +116,7 @@ def compare(tools, orig, recons, device):
         np.ndarray: (M, R, B) float32.
     """
     remedy = "to compare these images; use --device cpu, or one --metric at a time"
-    with memory.told(device, remedy), inference.arithmetic("fp32"):
+    with memory.explained(device, remedy), inference.arithmetic("fp32"):
         return _compare(tools, orig, recons, device)
 
 

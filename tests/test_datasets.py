@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import datasets
-from basics import files
+from basics import files, image_arrays, image_files, image_sets
 from basics.console import UserError
 from basics.image_lists import say_once
 from basics.pixels import crop, dequantize, resize_bilinear, to_data_range, to_model_range
@@ -63,14 +63,14 @@ def nothing_was_said():
 @pytest.fixture
 def on_demand(monkeypatch):
     """No set of images is small enough to be kept."""
-    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(image_sets, "IN_MEMORY_BYTES", 0)
 
 
 @pytest.fixture
 def opened(monkeypatch):
     """The files that were read, in the order in which that began."""
-    names, read = [], datasets.read_file
-    monkeypatch.setattr(datasets, "read_file", lambda path: names.append(path.name) or read(path))
+    names, read = [], image_files.read_file
+    monkeypatch.setattr(image_files, "read_file", lambda path: names.append(path.name) or read(path))
     return names
 
 
@@ -172,7 +172,7 @@ UNUSABLE = {
 
 @pytest.mark.parametrize("limit", [0, 2 << 30])
 def test_unusable_files_are_named_and_change_nothing_for_the_others(limit, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", limit)
+    monkeypatch.setattr(image_sets, "IN_MEMORY_BYTES", limit)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
     names = []
     for index, (name, write) in enumerate(UNUSABLE.items()):
@@ -244,7 +244,7 @@ def test_a_list_resolves_paths_beside_itself_then_here(folder, tmp_path, monkeyp
 @pytest.mark.parametrize("limit", [0, 2 << 30])
 def test_max_images_takes_evenly_spread_usable_ones_and_no_more(limit, tmp_path, monkeypatch, opened, capsys):
     """Of class folders all are among them; a damaged one is stood in for, and the order stays that of the source."""
-    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", limit)
+    monkeypatch.setattr(image_sets, "IN_MEMORY_BYTES", limit)
     for index in range(40):
         (tmp_path / "p" / f"class{index // 10}").mkdir(parents=True, exist_ok=True)
         noise_picture(index).save(tmp_path / "p" / f"class{index // 10}" / f"{index:02}.png")
@@ -262,7 +262,7 @@ def test_max_images_takes_evenly_spread_usable_ones_and_no_more(limit, tmp_path,
 @pytest.mark.parametrize("limit", [1, 3, 7, 20])
 def test_every_file_is_tried_before_there_are_too_few(usable, limit):
     found, failed, tried = {}, {}, []
-    for piece in datasets._turns(20, limit, 4, found, failed):
+    for piece in image_files._rows_to_try(20, limit, 4, found, failed):
         assert 0 < len(piece) <= 4
         tried += piece
         found.update((row, None) for row in piece if row in usable)
@@ -273,7 +273,7 @@ def test_every_file_is_tried_before_there_are_too_few(usable, limit):
 
 def test_decoded_on_demand_is_the_same_as_kept(folder, monkeypatch):
     kept = load(folder)
-    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(image_sets, "IN_MEMORY_BYTES", 0)
     decoded = load(folder)
     assert type(kept.store) is not type(decoded.store)
     assert torch.equal(kept.read(2, 6), decoded.read(2, 6))
@@ -282,7 +282,7 @@ def test_decoded_on_demand_is_the_same_as_kept(folder, monkeypatch):
 
 @pytest.mark.parametrize("limit", [0, 2 << 30])
 def test_fingerprints_tell_contents_apart(limit, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", limit)
+    monkeypatch.setattr(image_sets, "IN_MEMORY_BYTES", limit)
     first = load(folder).fingerprint
     assert first == load(folder, workers=1).fingerprint
     assert first.startswith("7:")
@@ -319,7 +319,7 @@ def array_file(path, seed):
 @pytest.mark.parametrize("limit", [0, 2 << 30])
 @pytest.mark.parametrize(("make", "name"), [(frames, "pictures"), (array_file, "pictures.npy")])
 def test_equal_names_and_sizes_are_no_identity(make, name, limit, check, tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", limit)
+    monkeypatch.setattr(image_sets, "IN_MEMORY_BYTES", limit)
     first, second = (make(tmp_path / str(seed) / name, seed) for seed in (1, 2))
     same = make(tmp_path / "other" / f"x{name}", 1)
     marks = [load(source, check=check).fingerprint for source in (first, second, same)]
@@ -371,7 +371,7 @@ def test_an_array_edited_in_place_is_noticed(tmp_path, on_demand):
 
 
 def test_a_large_training_set_is_known_by_samples(folder, on_demand, monkeypatch, opened):
-    monkeypatch.setattr(datasets, "_SAMPLED_FILES", 3)
+    monkeypatch.setattr(image_files, "SAMPLED", 3)
     first = load(folder, check=False).fingerprint
     assert opened == ["y.png", "b.png", "d.bmp"]  # rows 0, 2 and 4 of 7
     (folder / "gone.png").symlink_to("nowhere")
@@ -390,7 +390,7 @@ def test_labels_and_treatment_tell_what_was_used_and_how(folder, tmp_path):
     assert images.treatment == {
         "orientation": "as the camera noted", "transparency": "on white", "cut": None, "shape": "crop",
     }  # fmt: skip
-    assert load(folder, center_crop=False, through=20).treatment["shape"] == "squeeze"
+    assert load(folder, center_crop=False, reduced_to=20).treatment["shape"] == "squeeze"
     (tmp_path / "CelebA").mkdir()
     noise_picture(0, (178, 218)).save(tmp_path / "CelebA" / "0.png")
     named = load("CelebA", data_root=tmp_path)
@@ -788,20 +788,20 @@ def write_cifar(root, name, monkeypatch):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("through", [None, 20])
-def test_named_sets_too_large_for_memory_are_enlarged_when_read(channels, through, tmp_path, monkeypatch):
+@pytest.mark.parametrize("reduced_to", [None, 20])
+def test_named_sets_too_large_for_memory_are_enlarged_when_read(channels, reduced_to, tmp_path, monkeypatch):
     """As CIFAR-10 is at 256x256; resizing one image or all at once may round apart by one level."""
     write_mnist(tmp_path, "MNIST")
     write_cifar(tmp_path, "CIFAR10", monkeypatch)
-    options = {"data_root": tmp_path, "image_size": 50, "num_channels": channels, "through": through}
+    options = {"data_root": tmp_path, "image_size": 50, "num_channels": channels, "reduced_to": reduced_to}
     for source in ("MNIST", "CIFAR10"):
-        monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 2 << 30)
+        monkeypatch.setattr(image_sets, "IN_MEMORY_BYTES", 2 << 30)
         kept = load(source, **options)
-        monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 0)
+        monkeypatch.setattr(image_sets, "IN_MEMORY_BYTES", 0)
         made = load(source, **options)
         assert made.store.decode(0).nbytes <= channels * 50 * 50  # one image at a time
         assert (read_all(made).int() - read_all(kept).int()).abs().max() <= 1
-        assert (made.native, made.through, made.shape) == (kept.native, kept.through, kept.shape)
+        assert (made.source_size, made.reduced_to, made.shape) == (kept.source_size, kept.reduced_to, kept.shape)
         assert made.fingerprint == load(source, **options).fingerprint
         assert made.fingerprint != load(source, **{**options, "split": "train", "max_images": len(made)}).fingerprint
 
@@ -1121,7 +1121,7 @@ def test_arrays_of_28x28_are_treated_as_mnist_is(shape, tmp_path):
 @pytest.mark.parametrize("shape", [(5, 32, 32, 3), (5, 45, 70, 3), (5, 30, 45), (5, 33, 40, 1), (5, 32, 32, 4)])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_arrays_go_through_the_crop(shape, suffix, limit, channels, tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", limit)
+    monkeypatch.setattr(image_sets, "IN_MEMORY_BYTES", limit)
     values = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     path = tmp_path / f"pack.{suffix}"
     np.save(path, values) if suffix == "npy" else np.savez(path, values)
@@ -1165,7 +1165,7 @@ ACCEPTED = {
 @pytest.mark.parametrize("suffix", ["npy", "npz"])
 @pytest.mark.parametrize("kind", ACCEPTED)
 def test_ways_to_write_images_as_an_array(kind, suffix, limit, tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", limit)
+    monkeypatch.setattr(image_sets, "IN_MEMORY_BYTES", limit)
     shape, as_usual = ACCEPTED[kind]
     values = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     usual = as_usual(values)
@@ -1177,7 +1177,7 @@ def test_ways_to_write_images_as_an_array(kind, suffix, limit, tmp_path, monkeyp
         np.save(path, content) if suffix == "npy" else np.savez(path, content)
     odd, plain = load(tmp_path / f"odd.{suffix}"), load(tmp_path / f"usual.{suffix}")
     assert torch.equal(read_all(odd), read_all(plain))
-    assert odd.native == plain.native == min(usual.shape[1:3])
+    assert odd.source_size == plain.source_size == min(usual.shape[1:3])
 
 
 AMBIGUOUS = [(40, 48, 3), (40, 48, 1), (40, 48, 4), (3, 40, 48), (5, 3, 40, 3), (5, 1, 40, 1)]
@@ -1208,7 +1208,7 @@ def test_an_array_that_can_be_images_is_suggested(tmp_path):
 
 def test_wrong_arrays_are_refused_before_they_are_unpacked(tmp_path, monkeypatch):
     np.savez_compressed(tmp_path / "x.npz", np.zeros((1000, 100)))
-    monkeypatch.setattr(datasets, "read_array", None)
+    monkeypatch.setattr(image_arrays, "read_array", None)
     with pytest.raises(UserError, match="holds float64 of shape 1000x100"):
         load(tmp_path / "x.npz")
 
@@ -1284,17 +1284,17 @@ def write_files(path, images):
 @pytest.mark.parametrize("limit", [0, 2 << 30])
 @pytest.mark.parametrize("write", [write_array, write_files])
 def test_matched_images_are_equally_sharp(write, limit, tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", limit)
+    monkeypatch.setattr(image_sets, "IN_MEMORY_BYTES", limit)
     scenes = smooth(40, 64)
     low = write(tmp_path / "low", mean_of_blocks(scenes, 16))
     high = write(tmp_path / "high", mean_of_blocks(scenes, 32))
-    assert (load(low).native, load(high).native) == (16, 32)
+    assert (load(low).source_size, load(high).source_size) == (16, 32)
     ratio = sharpness(read_all(load(low))) / sharpness(read_all(load(high)))
     assert ratio.max() < 0.5  # resizing one side alone tells every pair apart
-    matched = [load(source, through=16) for source in (low, high)]
+    matched = [load(source, reduced_to=16) for source in (low, high)]
     ratio = sharpness(read_all(matched[0])) / sharpness(read_all(matched[1]))
     assert abs(ratio - 1).max() < 0.02  # 0.005 seen: block means are not quite Pillow's filters
-    assert [images.through for images in matched] == [16, 16]
+    assert [images.reduced_to for images in matched] == [16, 16]
 
 
 def test_images_go_the_same_way_from_every_kind_of_source(tmp_path):
@@ -1302,24 +1302,24 @@ def test_images_go_the_same_way_from_every_kind_of_source(tmp_path):
     np.save(tmp_path / "array.npy", pictures)
     write_files(tmp_path / "files", pictures)
     (tmp_path / "list.txt").write_text("\n".join(f"files/{i:02}.png" for i in range(len(pictures))))
-    for through in (28, 20, 14):
-        expected = read_all(load("MNIST", data_root=tmp_path, through=through))
-        small = torch.stack([chw(crop(Image.fromarray(picture), through)) for picture in pictures])
+    for reduced_to in (28, 20, 14):
+        expected = read_all(load("MNIST", data_root=tmp_path, reduced_to=reduced_to))
+        small = torch.stack([chw(crop(Image.fromarray(picture), reduced_to)) for picture in pictures])
         assert torch.equal(expected, resize_bilinear(small, 32))
         for source in ("array.npy", "files", "list.txt"):
-            made = read_all(load(tmp_path / source, through=through))
+            made = read_all(load(tmp_path / source, reduced_to=reduced_to))
             assert (made.int() - expected.int()).abs().max() <= 1  # resizing one image or all at once may round apart
         assert torch.equal(
-            read_all(load("MNIST", data_root=tmp_path, through=through, num_channels=1)), expected[:, :1]
+            read_all(load("MNIST", data_root=tmp_path, reduced_to=reduced_to, num_channels=1)), expected[:, :1]
         )
 
 
 def test_colour_sets_are_matched_too(tmp_path, monkeypatch):
     pixels = write_cifar(tmp_path, "CIFAR10", monkeypatch)["test"]
-    images = load("CIFAR10", data_root=tmp_path, through=28)
+    images = load("CIFAR10", data_root=tmp_path, reduced_to=28)
     cropped = torch.stack([chw(crop(Image.fromarray(image.transpose(1, 2, 0)), 28)) for image in pixels])
     assert torch.equal(read_all(images), resize_bilinear(cropped, 32))
-    assert (images.native, images.through) == (32, 28)
+    assert (images.source_size, images.reduced_to) == (32, 28)
 
 
 def test_squeezed_images_are_matched_squeezed(tmp_path):
@@ -1327,27 +1327,27 @@ def test_squeezed_images_are_matched_squeezed(tmp_path):
     write_files(tmp_path / "p", [np.array(picture)])
     small = chw(picture.resize((20, 20), Image.Resampling.BICUBIC))
     expected = resize_bilinear(small[None], 32)
-    assert torch.equal(read_all(load(tmp_path / "p", center_crop=False, through=20)), expected)
+    assert torch.equal(read_all(load(tmp_path / "p", center_crop=False, reduced_to=20)), expected)
 
 
 @pytest.mark.parametrize("limit", [0, 2 << 30])
 def test_native_resolution_is_the_smallest_edge_of_a_used_image(limit, tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", limit)
+    monkeypatch.setattr(image_sets, "IN_MEMORY_BYTES", limit)
     for index, size in enumerate([(60, 90), (50, 41), (300, 45), (9, 9)]):
         noise_picture(index, size).save(tmp_path / f"{index}.png")
     Image.fromarray(RAMP[:4, :4].astype(np.float32)).save(tmp_path / "1a.tiff")  # unusable
-    assert load(tmp_path, max_images=3).native == 41
-    assert load(tmp_path).native == 9
+    assert load(tmp_path, max_images=3).source_size == 41
+    assert load(tmp_path).source_size == 9
     (tmp_path / "CelebA").mkdir()
     noise_picture(0, (178, 218)).save(tmp_path / "CelebA" / "0.png")
-    assert load("CelebA", data_root=tmp_path).native == 140  # its cut
-    assert load("CelebA", data_root=tmp_path, center_crop=False).native == 178
+    assert load("CelebA", data_root=tmp_path).source_size == 140  # its cut
+    assert load("CelebA", data_root=tmp_path, center_crop=False).source_size == 178
 
 
 @pytest.mark.parametrize("limit", [0, 2 << 30])
 def test_what_images_went_through_is_in_their_fingerprint(limit, folder, monkeypatch):
-    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", limit)
-    assert len({load(folder, through=through).fingerprint for through in (None, 20, 21)}) == 3
+    monkeypatch.setattr(image_sets, "IN_MEMORY_BYTES", limit)
+    assert len({load(folder, reduced_to=reduced_to).fingerprint for reduced_to in (None, 20, 21)}) == 3
 
 
 # ---------------------------------------------------------------------------------------------- resizing and ranges
@@ -1392,7 +1392,7 @@ def numbered(count, shape=(3, 4, 4)):
     """A set whose image i is filled with i, its left half with i + 100."""
     pixels = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1).repeat(1, *shape)
     pixels[..., : shape[-1] // 2] += 100
-    return datasets.ImageSet("numbered", count, [], shape, datasets.InMemory(pixels))
+    return image_sets.ImageSet("numbered", count, shape, image_sets.InMemory(pixels))
 
 
 def feed(images, batch_size=4, **options):
@@ -1464,7 +1464,7 @@ def test_grey_sets_feed_equal_channels(tmp_path):
 
 def test_decoding_ahead_gives_the_same_batches(folder, monkeypatch):
     kept = feed(load(folder), batch_size=3, random_flip=True)
-    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(image_sets, "IN_MEMORY_BYTES", 0)
     decoded = feed(load(folder), batch_size=3, random_flip=True)
     for step in [0, 1, 2, 9, 10, 4, 4, 0]:
         assert torch.equal(kept.batch(step), decoded.batch(step))

@@ -11,6 +11,7 @@ from helpers import load_config
 from PIL import Image
 
 import datasets
+from basics import image_sets
 from basics.console import UserError
 from basics.pixels import crop, resize_bilinear
 from lmd import evaluation, training
@@ -104,7 +105,7 @@ PUBLISHED = {
 
 @pytest.fixture(params=[0, 2 << 30], ids=["on demand", "in memory"])
 def memory(request, monkeypatch):
-    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", request.param)
+    monkeypatch.setattr(image_sets, "IN_MEMORY_BYTES", request.param)
     return request.param
 
 
