@@ -33,23 +33,52 @@ def read_all(images):
     return images.read(0, len(images))
 
 
-def noise_picture(seed, size=(40, 33), mode="RGB"):
-    """A picture of uniform noise, width x height."""
-    shape = (size[1], size[0]) + ((3,) if mode == "RGB" else ())
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
+def noise_picture(seed, size=(40, 33)):
+    """An RGB picture of uniform noise, width x height."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def save(path, seed=0, size=(40, 33)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise_picture(seed, size).save(path)
+
+
+def put(root, *names):
+    """Pictures and other files of these names, and folders where they end with a slash."""
+    for name in names:
+        if name.endswith("/"):
+            (root / name).mkdir(parents=True)
+        elif name.endswith((".png", ".jpg")):
+            save(root / name)
+        else:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text("{}")
+
+
+def noise_values(shape, seed=0, most=255):
+    return np.random.default_rng(seed).integers(0, most, shape, dtype=np.uint8, endpoint=True)
+
+
+def save_array(path, values):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, values) if path.suffix == ".npy" else np.savez(path, values)
+    return path
 
 
 def chw(picture):
     return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
 
 
+def cropped(*seeds):
+    """What becomes of pictures of noise, (N, 3, 32, 32)."""
+    return torch.stack([chw(crop(noise_picture(seed), 32)) for seed in seeds])
+
+
 @pytest.fixture
 def folder(tmp_path):
     """Seven pictures in a folder and folders below it."""
     for index, name in enumerate(["b.png", "a/x.png", "c.PNG", "a/b/y.png", "d.bmp", "e.png", "f.png"]):
-        path = tmp_path / "pictures" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        noise_picture(index).save(path)
+        save(tmp_path / "pictures" / name, index)
     (tmp_path / "pictures" / "notes.txt").write_text("no picture")
     return tmp_path / "pictures"
 
@@ -64,6 +93,12 @@ def nothing_was_said():
 def on_demand(monkeypatch):
     """No set of images is small enough to be kept."""
     monkeypatch.setattr(image_sets, "IN_MEMORY_BYTES", 0)
+
+
+@pytest.fixture(params=[0, 2 << 30], ids=["on demand", "in memory"])
+def memory(request, monkeypatch):
+    """Sets of images are made when they are asked for, or kept."""
+    monkeypatch.setattr(image_sets, "IN_MEMORY_BYTES", request.param)
 
 
 @pytest.fixture
@@ -90,10 +125,8 @@ def test_crop_is_the_published_one(name, tmp_path):
 
 
 def test_without_the_crop_pictures_are_resized(tmp_path):
-    picture = noise_picture(0, (70, 50))
-    (tmp_path / "p").mkdir()
-    picture.save(tmp_path / "p" / "x.png")
-    expected = chw(picture.resize((32, 32), Image.Resampling.BICUBIC))
+    save(tmp_path / "p" / "x.png", 0, (70, 50))
+    expected = chw(noise_picture(0, (70, 50)).resize((32, 32), Image.Resampling.BICUBIC))
     assert torch.equal(load(tmp_path / "p", center_crop=False).read(0, 1)[0], expected)
 
 
@@ -170,28 +203,25 @@ UNUSABLE = {
 }
 
 
-@pytest.mark.parametrize("limit", [0, 2 << 30])
-def test_unusable_files_are_named_and_change_nothing_for_the_others(limit, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(image_sets, "IN_MEMORY_BYTES", limit)
+def test_unusable_files_are_named_and_change_nothing_for_the_others(memory, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
     names = []
     for index, (name, write) in enumerate(UNUSABLE.items()):
         write(tmp_path / name)
-        noise_picture(index).save(tmp_path / f"good{index}.png")
+        save(tmp_path / f"good{index}.png", index)
         names += [name, f"good{index}.png"]
     (tmp_path / "list.txt").write_text("\n".join(names))
     images = load(tmp_path / "list.txt")
     assert [label for label, _ in images.skipped] == list(UNUSABLE)
     assert all(reason and "\n" not in reason for _, reason in images.skipped)
     assert images.labels == [f"good{index}.png" for index in range(len(UNUSABLE))]
-    expected = torch.stack([chw(crop(noise_picture(index), 32)) for index in range(len(UNUSABLE))])
-    assert torch.equal(read_all(images), expected)
+    assert torch.equal(read_all(images), cropped(*range(len(UNUSABLE))))
     warnings = capsys.readouterr().err
     assert all(f"{name} is left out" in warnings for name in UNUSABLE)
 
 
 def test_many_unusable_files_do_not_flood_the_screen(tmp_path, capsys):
-    noise_picture(0).save(tmp_path / "good.png")
+    save(tmp_path / "good.png")
     (tmp_path / "list.txt").write_text("".join(f"missing{index}.png\n" for index in range(50)) + "good.png\n")
     assert len(load(tmp_path / "list.txt").skipped) == 50
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
@@ -219,13 +249,11 @@ def test_a_folder_is_searched_below_and_sorted(folder):
     images = load(folder)
     assert images.name == "pictures"
     assert len(images) == 7
-    order = [3, 1, 0, 2, 4, 5, 6]  # a/b/y, a/x, b, c, d, e, f
-    assert torch.equal(read_all(images), torch.stack([chw(crop(noise_picture(i), 32)) for i in order]))
+    assert torch.equal(read_all(images), cropped(3, 1, 0, 2, 4, 5, 6))  # a/b/y, a/x, b, c, d, e, f
 
 
 def test_linked_folders_are_followed_once(folder, tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    noise_picture(9).save(tmp_path / "elsewhere" / "z.png")
+    save(tmp_path / "elsewhere" / "z.png", 9)
     (folder / "linked").symlink_to(tmp_path / "elsewhere")
     (folder / "loop").symlink_to(folder)
     assert len(load(folder)) == 8
@@ -238,21 +266,18 @@ def test_a_list_resolves_paths_beside_itself_then_here(folder, tmp_path, monkeyp
     images = load(folder / "chosen.txt")
     assert images.name == "chosen"
     assert len(images) == 4
-    assert torch.equal(read_all(images), torch.stack([chw(crop(noise_picture(i), 32)) for i in [0, 1, 5, 0]]))
+    assert torch.equal(read_all(images), cropped(0, 1, 5, 0))
 
 
-@pytest.mark.parametrize("limit", [0, 2 << 30])
-def test_max_images_takes_evenly_spread_usable_ones_and_no_more(limit, tmp_path, monkeypatch, opened, capsys):
+def test_max_images_takes_evenly_spread_usable_ones_and_no_more(memory, tmp_path, opened, capsys):
     """Of class folders all are among them; a damaged one is stood in for, and the order stays that of the source."""
-    monkeypatch.setattr(image_sets, "IN_MEMORY_BYTES", limit)
     for index in range(40):
-        (tmp_path / "p" / f"class{index // 10}").mkdir(parents=True, exist_ok=True)
-        noise_picture(index).save(tmp_path / "p" / f"class{index // 10}" / f"{index:02}.png")
+        save(tmp_path / "p" / f"class{index // 10}" / f"{index:02}.png", index)
     (tmp_path / "p" / "class1" / "10.png").write_bytes(b"damaged")
     images = load(tmp_path / "p", max_images=4)
     assert images.labels == ["class0/00.png", "class1/11.png", "class2/20.png", "class3/30.png"]
     assert len(opened) == 5  # the damaged one and no more than was needed
-    assert torch.equal(read_all(images), torch.stack([chw(crop(noise_picture(i), 32)) for i in (0, 11, 20, 30)]))
+    assert torch.equal(read_all(images), cropped(0, 11, 20, 30))
     assert "'p': 4 of 40 images are used, evenly spread (--max_images)" in capsys.readouterr().out
     assert len(load(tmp_path / "p", max_images=50)) == 39
     assert "evenly" not in capsys.readouterr().out
@@ -280,9 +305,7 @@ def test_decoded_on_demand_is_the_same_as_kept(folder, monkeypatch):
     assert len(kept) == len(decoded)
 
 
-@pytest.mark.parametrize("limit", [0, 2 << 30])
-def test_fingerprints_tell_contents_apart(limit, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(image_sets, "IN_MEMORY_BYTES", limit)
+def test_fingerprints_tell_contents_apart(memory, folder, tmp_path):
     first = load(folder).fingerprint
     assert first == load(folder, workers=1).fingerprint
     assert first.startswith("7:")
@@ -294,7 +317,7 @@ def test_fingerprints_tell_contents_apart(limit, folder, tmp_path, monkeypatch):
     assert first != load(folder, max_images=6).fingerprint
     assert first != load(folder, image_size=16).fingerprint
     assert first != load(folder, center_crop=False).fingerprint
-    noise_picture(50, (41, 33)).save(folder / "b.png")
+    save(folder / "b.png", 50, (41, 33))
     assert first != load(folder).fingerprint
 
 
@@ -303,23 +326,18 @@ def test_fingerprints_tell_contents_apart(limit, folder, tmp_path, monkeypatch):
 
 def frames(folder, seed):
     """BMP pictures of equal names and sizes."""
-    folder.mkdir(parents=True)
     for index in range(3):
-        noise_picture(10 * seed + index).save(folder / f"{index}.bmp")
+        save(folder / f"{index}.bmp", 10 * seed + index)
     return folder
 
 
 def array_file(path, seed):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.save(path, np.random.default_rng(seed).integers(0, 256, (3, 40, 33, 3), dtype=np.uint8))
-    return path
+    return save_array(path, noise_values((3, 40, 33, 3), seed))
 
 
 @pytest.mark.parametrize("check", [True, False])
-@pytest.mark.parametrize("limit", [0, 2 << 30])
 @pytest.mark.parametrize(("make", "name"), [(frames, "pictures"), (array_file, "pictures.npy")])
-def test_equal_names_and_sizes_are_no_identity(make, name, limit, check, tmp_path, monkeypatch):
-    monkeypatch.setattr(image_sets, "IN_MEMORY_BYTES", limit)
+def test_equal_names_and_sizes_are_no_identity(make, name, memory, check, tmp_path):
     first, second = (make(tmp_path / str(seed) / name, seed) for seed in (1, 2))
     same = make(tmp_path / "other" / f"x{name}", 1)
     marks = [load(source, check=check).fingerprint for source in (first, second, same)]
@@ -345,16 +363,10 @@ def test_equal_bytes_of_other_arrays_are_no_identity(kind, check, on_demand, tmp
     assert marks[0] != marks[1]
 
 
-def test_files_are_read_once_for_both_check_and_fingerprint(folder, on_demand, opened):
-    images = load(folder)
-    assert images.fingerprint.startswith("7:")
-    assert len(opened) == 7
-
-
 def test_a_file_edited_in_place_is_noticed(tmp_path, on_demand):
     images = load(frames(tmp_path / "p", 1))
-    noise_picture(50).save(tmp_path / "p" / "1.bmp")  # as many bytes
-    assert torch.equal(images.read(0, 1)[0], chw(crop(noise_picture(10), 32)))
+    save(tmp_path / "p" / "1.bmp", 50)  # as many bytes
+    assert torch.equal(images.read(0, 1), cropped(10))
     with pytest.raises(UserError, match=r"1\.bmp was changed while it was in use; run the same command again"):
         images.read(1, 2)
 
@@ -378,7 +390,7 @@ def test_a_large_training_set_is_known_by_samples(folder, on_demand, monkeypatch
     assert load(folder, check=False).fingerprint != first
     (folder / "gone.png").unlink()
     assert load(folder, check=False).fingerprint == first
-    noise_picture(50, (41, 33)).save(folder / "f.png")  # none of the samples, but of another size
+    save(folder / "f.png", 50, (41, 33))  # none of the samples, but of another size
     assert load(folder, check=False).fingerprint != first
 
 
@@ -391,8 +403,7 @@ def test_labels_and_treatment_tell_what_was_used_and_how(folder, tmp_path):
         "orientation": "as the camera noted", "transparency": "on white", "cut": None, "shape": "crop",
     }  # fmt: skip
     assert load(folder, center_crop=False, reduced_to=20).treatment["shape"] == "squeeze"
-    (tmp_path / "CelebA").mkdir()
-    noise_picture(0, (178, 218)).save(tmp_path / "CelebA" / "0.png")
+    save(tmp_path / "CelebA" / "0.png", 0, (178, 218))
     named = load("CelebA", data_root=tmp_path)
     assert (named.labels, named.treatment["cut"]) == (["0.png"], 140)
     assert (named.treatment["orientation"], named.treatment["transparency"]) == ("as stored", "dropped")
@@ -418,84 +429,47 @@ def test_a_users_own_pictures_are_seen_as_viewers_show_them(tmp_path):
 # -------------------------------------------------------------------------------------- what is no input of a folder
 
 
-def save(path, seed=0):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    noise_picture(seed).save(path)
+def own(folder):
+    """Leaves the mark of a run that wrote there."""
+    with files.owned(folder):
+        pass
 
 
-def _marked(root):
-    files.mark(root / "run")
-    save(root / "run" / "plot.png")
-    return "run"
+WRITTEN = {  # what is left out, how which folder is marked, and what lies there
+    "marked": ("run", (files.mark, "run"), ["run/plot.png"]),
+    "a run's": ("run", (own, "run"), ["run/manifest.json", "run/masks/mask.png"]),
+    "results": ("run", None, ["run/histogram.png", "run/pos/batch_0.pth", "run/manifest.json"]),
+    "scores": ("a/run", None, ["a/run/histogram.png", "a/run/results.json", "a/run/scores_MSE.csv"]),
+    "training": ("run/samples", None, ["run/samples/iter_5/sample.png", "run/checkpoints-meta/"]),
+    "samples": ("samples", None, ["samples/iter_5/sample.png"]),
+    "evaluation": ("eval", None, ["eval/report_3.npz", "eval/ckpt_3_loss.npz"]),
+    "work folder": ("checkpoints", (own, "."), ["checkpoints/checkpoint_1"]),
+}
 
 
-def _owned(root):
-    with files.owned(root / "run"):
-        (root / "run" / "manifest.json").write_text("{}")
-        save(root / "run" / "masks" / "mask.png")
-    return "run"
+def write(root, kind):
+    """Writes one of the above; returns what is left out."""
+    left_out, marked, names = WRITTEN[kind]
+    if marked:
+        mark, below = marked
+        mark(root / below)
+    put(root, *names)
+    return left_out
 
 
-def _results(root):
-    save(root / "run" / "histogram.png")
-    (root / "run" / "pos").mkdir()
-    (root / "run" / "pos" / "batch_0.pth").write_bytes(b"")
-    (root / "run" / "manifest.json").write_text("{}")
-    return "run"
-
-
-def _scores(root):
-    save(root / "a" / "run" / "histogram.png")
-    (root / "a" / "run" / "results.json").write_text("{}")
-    (root / "a" / "run" / "scores_MSE.csv").write_text("")
-    return "a/run"
-
-
-def _training(root):
-    save(root / "run" / "samples" / "iter_5" / "sample.png")
-    (root / "run" / "checkpoints-meta").mkdir()
-    return "run/samples"
-
-
-def _samples(root):
-    save(root / "samples" / "iter_5" / "sample.png")
-    return "samples"
-
-
-def _evaluation(root):
-    (root / "eval").mkdir()
-    np.savez(root / "eval" / "report_3.npz", a=1)
-    np.savez(root / "eval" / "ckpt_3_loss.npz", a=1)
-    return "eval"
-
-
-def _own_work_folder(root):
-    with files.owned(root):
-        (root / "checkpoints").mkdir()
-        (root / "checkpoints" / "checkpoint_1").write_bytes(b"")
-    return "checkpoints"
-
-
-WRITTEN = [_marked, _owned, _results, _scores, _training, _samples, _evaluation, _own_work_folder]
-
-
-@pytest.mark.parametrize("write", WRITTEN)
-def test_folders_that_this_program_wrote_are_left_out(write, tmp_path, capsys):
+@pytest.mark.parametrize("kind", WRITTEN)
+def test_folders_that_this_program_wrote_are_left_out(kind, tmp_path, capsys):
     root = tmp_path / "photos"
-    save(root / "a.png")
-    save(root / "sub" / "b.png")
-    name = write(root)
+    put(root, "a.png", "sub/b.png")
+    left_out = write(root, kind)
     images = load(root)
-    assert images.labels == ["a.png", "sub/b.png"]
-    assert images.skipped == []
-    assert f"'{root}': left out, as this program wrote it: {name}\n" in capsys.readouterr().out
+    assert (images.labels, images.skipped) == (["a.png", "sub/b.png"], [])
+    assert f"'{root}': left out, as this program wrote it: {left_out}\n" in capsys.readouterr().out
 
 
 def test_users_folders_that_look_alike_are_read(tmp_path, capsys):
-    for name in ("pos/a.png", "neg/b.png", "samples/c.png", "eval/d.png", "checkpoints/e.png", "iter_5/f.png"):
-        save(tmp_path / name)
-    (tmp_path / "manifest.json").write_text("{}")
-    (tmp_path / "results.json").write_text("{}")
+    put(tmp_path, "pos/a.png", "neg/b.png", "samples/c.png", "eval/d.png", "checkpoints/e.png", "iter_5/f.png")
+    put(tmp_path, "manifest.json", "results.json")
     assert len(load(tmp_path)) == 6
     assert "wrote" not in capsys.readouterr().out
 
@@ -506,13 +480,11 @@ OWN_NAMES = ("cats/a.png", "samples/b.png", "samples/iter_7/c.png", "checkpoints
 
 def train_in(root):
     """What training and an evaluation write in a folder."""
-    with files.owned(root), files.owned(root / "eval"):
-        files.mark(root / "samples")
-        save(root / "samples" / "iter_5" / "sample.png")
-        for name in ("samples/iter_5/sample.np", "checkpoints/checkpoint_1.pth", "checkpoints-meta/checkpoint.pth",
-                     "tensorboard/events.out.tfevents.17.host.1.0", "eval/report_1.npz", "stdout.txt"):  # fmt: skip
-            (root / name).parent.mkdir(exist_ok=True)
-            (root / name).write_bytes(b"")
+    own(root)
+    own(root / "eval")
+    files.mark(root / "samples")
+    put(root, "samples/iter_5/sample.png", "samples/iter_5/sample.np", "checkpoints/checkpoint_1.pth", "stdout.txt")
+    put(root, "checkpoints-meta/checkpoint.pth", "tensorboard/events.out.tfevents.17.host.1.0", "eval/report_1.npz")
 
 
 @pytest.mark.parametrize("workdir", [".", "cats"])
@@ -535,9 +507,9 @@ def test_training_in_the_folder_of_the_images_leaves_them_the_same(own, workdir,
     assert not during.skipped
 
 
-@pytest.mark.parametrize("write", [_marked, _results])
-def test_a_folder_of_results_is_no_input(write, tmp_path):
-    write(tmp_path)
+@pytest.mark.parametrize("kind", ["marked", "results"])
+def test_a_folder_of_results_is_no_input(kind, tmp_path):
+    write(tmp_path, kind)
     with pytest.raises(UserError, match="run is written by this program, so its images are no input; give a folder of"):
         load(tmp_path / "run")
     with pytest.raises(UserError, match=r"holds no images \(this program wrote run\); check the path"):
@@ -545,29 +517,23 @@ def test_a_folder_of_results_is_no_input(write, tmp_path):
 
 
 def test_what_systems_put_among_images_is_no_image(folder, capsys):
-    for name in (".hidden.png", "__MACOSX/._b.png", "@eaDir/b.png/SYNOPHOTO.jpg", ".ipynb_checkpoints/b.png",
-                 ".thumbnails/b.png", "a/.trash/b.png"):  # fmt: skip
-        save(folder / name)
+    put(folder, ".hidden.png", "__MACOSX/._b.png", "@eaDir/b.png/SYNOPHOTO.jpg", ".ipynb_checkpoints/b.png")
+    put(folder, ".thumbnails/b.png", "a/.trash/b.png")
     assert len(load(folder)) == 7
     assert "eaDir" not in "".join(capsys.readouterr())
 
 
 def test_other_files_are_counted_by_their_endings(folder, capsys):
-    for name in ("b.CSV", "clip.mp4", "more.txt", "figure.eps"):
-        (folder / name).write_text("none")
-    for name in ("README", "damaged.xyz"):
-        (folder / name).write_text("none")
+    put(folder, "b.CSV", "clip.mp4", "more.txt", "figure.eps", "README", "damaged.xyz")
     os.mkfifo(folder / "pipe.png")
-    images = load(folder)
-    assert images.skipped == [
+    assert load(folder).skipped == [
         ("README", "not an image, or damaged"),
         ("damaged.xyz", "not an image, or damaged"),
         ("pipe.png", "not a regular file"),
     ]
-    told = f"'{folder}': 5 files are left out by their endings: 1 .csv, 1 .eps, 1 .mp4, 2 .txt\n"
-    assert told in capsys.readouterr().out
-    (folder / "only").mkdir()
-    (folder / "only" / "x.csv").write_text("none")
+    line = f"'{folder}': 5 files are left out by their endings: 1 .csv, 1 .eps, 1 .mp4, 2 .txt\n"
+    assert line in capsys.readouterr().out
+    put(folder, "only/x.csv")
     with pytest.raises(UserError, match=r"holds no images \(1 \.csv\); check the path"):
         load(folder / "only")
 
@@ -596,21 +562,20 @@ def test_dark_16_bit_images_are_warned_of(most, factor, tmp_path, capsys):
         values = np.random.default_rng(index).integers(0, most, (32, 32), dtype=np.uint16)
         values[0, 0] = most
         Image.fromarray(values).save(tmp_path / f"{index}.png")
-    noise_picture(0).save(tmp_path / "plain.png")
+    save(tmp_path / "plain.png")
     load(tmp_path)
-    told = capsys.readouterr().err
-    assert f"the 3 images of 16 bits reach only {most} of 65535" in told
-    assert f"multiply the values by {factor}\n" in told
+    warnings = capsys.readouterr().err
+    assert f"the 3 images of 16 bits reach only {most} of 65535" in warnings
+    assert f"multiply the values by {factor}\n" in warnings
     Image.fromarray(np.full((32, 32), 4096, np.uint16)).save(tmp_path / "bright.png")
     load(tmp_path)
     assert "16 bits" not in capsys.readouterr().err
 
 
 def test_images_of_zeros_and_ones_are_warned_of(tmp_path, capsys):
-    values = np.random.default_rng(0).integers(0, 2, (5, 32, 32), dtype=np.uint8)
+    values = noise_values((5, 32, 32), most=1)
     for name, content in {"ones": values, "levels": 255 * values, "truths": values > 0, "black": 0 * values}.items():
-        np.save(tmp_path / f"{name}.npy", content)
-        load(tmp_path / f"{name}.npy")
+        load(save_array(tmp_path / f"{name}.npy", content))
         assert ("multiply the values by 255" in capsys.readouterr().err) == (name == "ones")
 
 
@@ -624,10 +589,9 @@ def test_a_path_wins_over_a_name_and_says_so(tmp_path, monkeypatch, capsys):
     save(tmp_path / "mnist" / "own.png")
     images = load("mnist", data_root=tmp_path / "data")
     assert images.labels == ["own.png"]
-    told = f"'mnist' is taken for {tmp_path}/mnist; rename that to have the data set of this name"
-    assert told in capsys.readouterr().out
-    save(tmp_path / "data" / "FFHQ" / "test" / "1.png")
-    save(tmp_path / "data" / "FFHQ" / "train" / "2.png")
+    line = f"'mnist' is taken for {tmp_path}/mnist; rename that to have the data set of this name"
+    assert line in capsys.readouterr().out
+    put(tmp_path, "data/FFHQ/test/1.png", "data/FFHQ/train/2.png")
     monkeypatch.chdir(tmp_path / "data")  # where the named sets lie: their folders are not the user's own
     assert load("FFHQ", data_root=".").labels == ["1.png"]
     assert len(load("MNIST", data_root=tmp_path / "data")) == 19
@@ -646,7 +610,7 @@ def test_the_home_folder(folder, tmp_path, monkeypatch):
 def test_one_picture_is_a_set(folder):
     images = load(folder / "b.png")
     assert (images.name, len(images), images.labels) == ("b", 1, [str(folder / "b.png")])
-    assert torch.equal(read_all(images)[0], chw(crop(noise_picture(0), 32)))
+    assert torch.equal(read_all(images), cropped(0))
     (folder / "x.csv").write_text("b.png")
     with pytest.raises(UserError, match="unknown data set"):
         load(folder / "x.csv")
@@ -671,7 +635,7 @@ def test_lines_of_a_list(line, tmp_path):
     (tmp_path / "list.txt").write_text(f"{line}\n")
     images = load(tmp_path / "list.txt")
     assert images.labels[0].strip() in ("a b/x.png", r"a b\x.png")
-    assert torch.equal(read_all(images)[0], chw(crop(noise_picture(3), 32)))
+    assert torch.equal(read_all(images), cropped(3))
 
 
 def test_lines_that_name_no_file_are_told_as_they_are(tmp_path):
@@ -883,40 +847,37 @@ def test_the_files_fetched_by_hand_are_found_where_the_message_says(tmp_path, no
 # ------------------------------------------------------------------------------------------- named sets of files
 
 FILE_SETS = {"CELEBA": "CelebA", "celebahq": "CelebAHQ", "FFHQ": "FFHQ", "ImageNet": "ImageNet", "LSUN": "LSUN_tower"}
+SIZE = (180, 220)
 
 
-def save_noise(folder, seeds, size=(180, 220), suffix="png"):
-    """Pictures `{seed}.png` of noise; returns their names."""
-    folder.mkdir(parents=True, exist_ok=True)
+def save_noise(folder, *seeds, size=SIZE):
+    """Pictures `{seed}.png` of noise."""
     for seed in seeds:
-        noise_picture(seed, size).save(folder / f"{seed}.{suffix}")
-    return [f"{seed}.{suffix}" for seed in seeds]
+        save(folder / f"{seed}.png", seed, size)
 
 
-def as_used(seed, name, size=(180, 220)):
-    """What a named set makes of a picture of noise."""
-    picture = noise_picture(seed, size)
-    if name == "CelebA":  # its central 140x140 pixels
-        left, top = (size[0] - 140) // 2, (size[1] - 140) // 2
-        picture = picture.crop((left, top, left + 140, top + 140))
-    return chw(crop(picture, 32))
+def as_used(name, *seeds):
+    """What a named set makes of pictures of noise, (N, 3, 32, 32)."""
+    pictures = [noise_picture(seed, SIZE) for seed in seeds]
+    if name == "CelebA":  # the central 140x140 pixels
+        pictures = [picture.crop((20, 40, 160, 180)) for picture in pictures]
+    return torch.stack([chw(crop(picture, 32)) for picture in pictures])
 
 
 def lists(root, name):
     for split, seeds in {"train": [3, 1], "test": [2]}.items():
-        names = save_noise(root / name / "all", seeds)
-        (root / f"{name}_{split}.txt").write_text("\n".join(f"{name}/all/{each}" for each in names))
+        save_noise(root / name / "all", *seeds)
+        (root / f"{name}_{split}.txt").write_text("\n".join(f"{name}/all/{seed}.png" for seed in seeds))
 
 
-def folders(root, name):
-    save_noise(root / name / "train" / "below", [1])
-    save_noise(root / name / "train", [3])
-    save_noise(root / name / "test", [2])
+def folders(root, name, test="test"):
+    save_noise(root / name / "train" / "below", 1)
+    save_noise(root / name / "train", 3)
+    save_noise(root / name / test, 2)
 
 
 def torchvision_folders(root, name):
-    folders(root, name)
-    (root / name / "test").rename(root / name / "val")
+    folders(root, name, "val")
 
 
 @pytest.mark.parametrize("layout", [lists, folders, torchvision_folders])
@@ -927,17 +888,16 @@ def test_named_sets_of_files(source, layout, tmp_path):
     for split, seeds in {"train": [3, 1], "test": [2]}.items():
         images = load(source, split=split, data_root=tmp_path, category="tower")
         assert (images.name, len(images)) == (name, len(seeds))
-        assert torch.equal(read_all(images), torch.stack([as_used(seed, name) for seed in seeds]))
+        assert torch.equal(read_all(images), as_used(name, *seeds))
 
 
 @pytest.mark.parametrize("source", FILE_SETS)
 def test_a_set_without_splits_serves_both_and_says_so(source, tmp_path, capsys):
     name = FILE_SETS[source]
-    save_noise(tmp_path / name / "faces", [2])
+    save_noise(tmp_path / name / "faces", 2)
     for split in ("train", "test"):
-        assert torch.equal(
-            load(source, split=split, data_root=tmp_path, category="tower").read(0, 1)[0], as_used(2, name)
-        )
+        images = load(source, split=split, data_root=tmp_path, category="tower")
+        assert torch.equal(read_all(images), as_used(name, 2))
         assert f"{name} is not split: all images of {tmp_path / name} serve" in capsys.readouterr().err
 
 
@@ -954,7 +914,7 @@ def test_an_absent_set_says_what_to_put_where(source, tmp_path):
     places = [tmp_path / f"{name}_test.txt", tmp_path / name / "test", tmp_path / name]
     for place in places:
         assert f"{place}," in message or f"{place} " in message
-    save_noise(places[1], [2])  # as told
+    save_noise(places[1], 2)  # as the message says
     assert len(load(source, **options)) == 1
     with pytest.raises(UserError, match="the train split of"):
         load(source, split="train", **options)  # the test images must not be trained on
@@ -970,28 +930,26 @@ def test_training_images_are_never_taken_for_test_images(tmp_path):
 
 def test_a_set_known_by_name_differs_from_its_folder(tmp_path, on_demand):
     """By the cut that CelebA's name brings, also in its fingerprint; without the crop there is no cut either."""
-    save_noise(tmp_path / "CelebA", [2])
+    save_noise(tmp_path / "CelebA", 2)
     named, folder = load("CelebA", data_root=tmp_path), load(tmp_path / "CelebA")
     assert named.name == folder.name
     assert not torch.equal(read_all(named), read_all(folder))
     assert named.fingerprint != folder.fingerprint
-    whole, squeezed = (
-        load(tmp_path / "CelebA", center_crop=False),
-        load("celeba", data_root=tmp_path, center_crop=False),
-    )
-    assert torch.equal(read_all(whole), read_all(squeezed))
+    sources = (tmp_path / "CelebA", "celeba")
+    whole = [read_all(load(source, data_root=tmp_path, center_crop=False)) for source in sources]
+    assert torch.equal(*whole)
 
 
 def test_pictures_smaller_than_the_cut(tmp_path):
-    save_noise(tmp_path / "CelebA", [2], size=(64, 80))
-    expected = chw(crop(noise_picture(2, (64, 80)), 32))
-    assert torch.equal(load("CelebA", data_root=tmp_path).read(0, 1)[0], expected)
+    save_noise(tmp_path / "CelebA", 2, size=(64, 80))
+    assert torch.equal(read_all(load("CelebA", data_root=tmp_path))[0], chw(crop(noise_picture(2, (64, 80)), 32)))
 
 
 def write_celeba(root):
     """CelebA as published and as torchvision reads it: pictures 1 to 6, in the splits 0, 1, 2, 0, 1, 2."""
     folder = root / "celeba"
-    names = save_noise(folder / "img_align_celeba", range(1, 7), (178, 218))
+    names = [f"{seed}.png" for seed in range(1, 7)]
+    save_noise(folder / "img_align_celeba", *range(1, 7), size=(178, 218))
     (folder / "list_eval_partition.txt").write_text("".join(f"{n} {i % 3}\n" for i, n in enumerate(names)))
     for file in ("identity_CelebA.txt", "list_bbox_celeba.txt", "list_landmarks_align_celeba.txt"):
         header = "" if file.startswith("identity") else "6\nvalue\n"
@@ -1020,7 +978,7 @@ def test_a_damaged_partition_of_celeba(tmp_path):
 
 
 def test_categories_of_lsun(tmp_path):
-    save_noise(tmp_path / "LSUN_church_outdoor" / "test", [1, 2])
+    save_noise(tmp_path / "LSUN_church_outdoor" / "test", 1, 2)
     for source, category in [("LSUN", "church_outdoor"), ("lsun:church_outdoor", None), ("LSUN:church_outdoor", "x")]:
         images = load(source, category=category, data_root=tmp_path)
         assert (images.name, len(images)) == ("LSUN_church_outdoor", 2)
@@ -1047,9 +1005,10 @@ def test_workers_change_nothing(folder, on_demand):
             assert torch.equal(first.batch(step), second.batch(step))
 
 
-def test_reading_decodes_what_is_asked_for_alone(folder, on_demand, opened):
+def test_files_are_read_once_for_both_check_and_fingerprint_and_then_what_is_asked_for(folder, on_demand, opened):
     images = load(folder)
-    assert len(opened) == 7  # the check
+    assert images.fingerprint.startswith("7:")
+    assert len(opened) == 7
     opened.clear()
     images.read(2, 4)
     assert sorted(opened) == ["b.png", "c.PNG"]
@@ -1116,24 +1075,17 @@ def test_arrays_of_28x28_are_treated_as_mnist_is(shape, tmp_path):
         assert torch.equal(read_all(packed), read_all(load("MNIST", data_root=tmp_path, image_size=size)))
 
 
-@pytest.mark.parametrize("limit", [0, 2 << 30])
 @pytest.mark.parametrize("suffix", ["npy", "npz"])
 @pytest.mark.parametrize("shape", [(5, 32, 32, 3), (5, 45, 70, 3), (5, 30, 45), (5, 33, 40, 1), (5, 32, 32, 4)])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_arrays_go_through_the_crop(shape, suffix, limit, channels, tmp_path, monkeypatch):
-    monkeypatch.setattr(image_sets, "IN_MEMORY_BYTES", limit)
-    values = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    path = tmp_path / f"pack.{suffix}"
-    np.save(path, values) if suffix == "npy" else np.savez(path, values)
+def test_arrays_go_through_the_crop(shape, suffix, memory, channels, tmp_path):
+    values = noise_values(shape)
+    path = save_array(tmp_path / f"pack.{suffix}", values)
     pictures = [Image.fromarray(row.squeeze()) for row in values]
     if shape[-1] == 4:
         pictures = [Image.alpha_composite(Image.new("RGBA", each.size, "white"), each) for each in pictures]
-    cropped = [crop(picture, 32) for picture in pictures]
-    if channels == 1:
-        cropped = [picture.convert("L") for picture in cropped]
-    expected = torch.stack(
-        [torch.from_numpy(np.array(picture)).view(32, 32, -1).permute(2, 0, 1) for picture in cropped]
-    )
+    squares = [crop(picture, 32).convert("L" if channels == 1 else "RGB") for picture in pictures]
+    expected = torch.from_numpy(np.stack(squares)).view(5, 32, 32, channels).permute(0, 3, 1, 2)
     images = load(path, num_channels=channels)
     assert torch.equal(read_all(images), expected)
     assert torch.equal(read_all(load(path, num_channels=channels, max_images=2)), expected[[0, 2]])
@@ -1146,9 +1098,6 @@ def test_one_of_several_arrays(tmp_path):
     images = load(f"{tmp_path}/pack.npz:test")
     assert images.name == "pack_test"
     assert (read_all(images) == 9).all()
-    for wrong in ["pack.npz", "pack.npz:valid"]:
-        with pytest.raises(UserError, match=r"holds the arrays train, test; choose one, as in .*pack.npz:train"):
-            load(f"{tmp_path}/{wrong}")
 
 
 ACCEPTED = {
@@ -1161,21 +1110,19 @@ ACCEPTED = {
 }
 
 
-@pytest.mark.parametrize("limit", [0, 2 << 30])
 @pytest.mark.parametrize("suffix", ["npy", "npz"])
 @pytest.mark.parametrize("kind", ACCEPTED)
-def test_ways_to_write_images_as_an_array(kind, suffix, limit, tmp_path, monkeypatch):
-    monkeypatch.setattr(image_sets, "IN_MEMORY_BYTES", limit)
+def test_ways_to_write_images_as_an_array(kind, suffix, memory, tmp_path):
     shape, as_usual = ACCEPTED[kind]
-    values = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    values = noise_values(shape)
     usual = as_usual(values)
     if "booleans" in kind:
         values = values > 127
         usual = np.where(values, 255, 0).astype(np.uint8)
-    for name, content in (("odd", values), ("usual", usual)):
-        path = tmp_path / f"{name}.{suffix}"
-        np.save(path, content) if suffix == "npy" else np.savez(path, content)
-    odd, plain = load(tmp_path / f"odd.{suffix}"), load(tmp_path / f"usual.{suffix}")
+    odd, plain = (
+        load(save_array(tmp_path / f"{name}.{suffix}", content))
+        for name, content in (("odd", values), ("usual", usual))
+    )
     assert torch.equal(read_all(odd), read_all(plain))
     assert odd.source_size == plain.source_size == min(usual.shape[1:3])
 
@@ -1186,24 +1133,12 @@ AMBIGUOUS = [(40, 48, 3), (40, 48, 1), (40, 48, 4), (3, 40, 48), (5, 3, 40, 3), 
 @pytest.mark.parametrize("shape", AMBIGUOUS)
 def test_ambiguous_arrays_are_refused_with_the_way_to_write_them(shape, tmp_path):
     values = np.zeros(shape, np.uint8)
-    np.save(tmp_path / "pack.npy", values)
     with pytest.raises(UserError, match="may be") as caught:
-        load(tmp_path / "pack.npy")
+        load(save_array(tmp_path / "pack.npy", values))
     if len(shape) == 3:
         assert "array[None] for one picture, array[..., None] for grey images" in str(caught.value)
-        np.save(tmp_path / "grey.npy", values[..., None])
-        assert len(load(tmp_path / "grey.npy")) == shape[0]
-        np.save(tmp_path / "one.npy", values[None])
-        assert len(load(tmp_path / "one.npy")) == 1
-
-
-def test_an_array_that_can_be_images_is_suggested(tmp_path):
-    np.savez(tmp_path / "x.npz", labels=np.zeros(9, int), ids=np.zeros((9, 2), np.uint8), z=np.zeros((9, 8, 8), bool))
-    with pytest.raises(UserError, match=r"holds the arrays labels, ids, z; choose one, as in .*x.npz:z"):
-        load(tmp_path / "x.npz")
-    np.savez(tmp_path / "y.npz", labels=np.zeros(9, int), ids=np.zeros((9, 2), np.uint8))
-    with pytest.raises(UserError, match=r"arrays labels, ids, of which none is images; images are uint8 or bool"):
-        load(tmp_path / "y.npz")
+        assert len(load(save_array(tmp_path / "grey.npy", values[..., None]))) == shape[0]
+        assert len(load(save_array(tmp_path / "one.npy", values[None]))) == 1
 
 
 def test_wrong_arrays_are_refused_before_they_are_unpacked(tmp_path, monkeypatch):
@@ -1228,20 +1163,33 @@ def test_wrong_arrays_are_refused_before_they_are_unpacked(tmp_path, monkeypatch
 )
 @pytest.mark.parametrize("suffix", ["npy", "npz"])
 def test_arrays_that_are_no_images(values, message, suffix, tmp_path):
-    path = tmp_path / f"pack.{suffix}"
-    np.save(path, values, allow_pickle=True) if suffix == "npy" else np.savez(path, values)
     with pytest.raises(UserError, match=message):
-        load(path)
+        load(save_array(tmp_path / f"pack.{suffix}", values))
 
 
-def test_damaged_arrays(tmp_path):
-    np.savez(tmp_path / "cut.npz", np.zeros((9, 32, 32), np.uint8))
-    (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:5000])
-    (tmp_path / "text.npy").write_text("no array")
-    np.savez(tmp_path / "none.npz")
-    for name in ["cut.npz", "text.npy", "none.npz"]:
-        with pytest.raises(UserError, match=name):
-            load(tmp_path / name)
+PICTURES, LABELS, PAIRS = np.zeros((9, 32, 32), np.uint8), np.zeros(9, int), np.zeros((9, 2), np.uint8)
+UNUSABLE_ARRAYS = {  # a source: the arrays in its file, and what is wrong
+    "two.npz": ({"a": PICTURES, "b": PICTURES}, r"holds the arrays a, b; choose one, as in .*two\.npz:a"),
+    "two.npz:c": ({"a": PICTURES, "b": PICTURES}, r"holds the arrays a, b; choose one, as in .*two\.npz:a"),
+    "some.npz": ({"y": LABELS, "i": PAIRS, "x": PICTURES > 0}, r"the arrays y, i, x; choose one, as in .*some\.npz:x"),
+    "none.npz": ({"y": LABELS, "i": PAIRS}, r"arrays y, i, of which none is images; images are uint8 or bool"),
+    "empty.npz": ({}, r"empty\.npz holds no arrays; save images with numpy\.savez"),
+    "cut.npz": ({"a": PICTURES}, r"cut\.npz is damaged"),
+    "text.npy": ({}, r"text\.npy is damaged"),
+}
+
+
+@pytest.mark.parametrize("source", UNUSABLE_ARRAYS)
+def test_array_files_that_cannot_be_used(source, tmp_path):
+    arrays, message = UNUSABLE_ARRAYS[source]
+    path = tmp_path / source.partition(":")[0]
+    np.savez(path, **arrays)
+    if source == "cut.npz":
+        path.write_bytes(path.read_bytes()[:5000])
+    if source == "text.npy":
+        path.write_text("no array")
+    with pytest.raises(UserError, match=message):
+        load(tmp_path / source)
 
 
 # --------------------------------------------------------------------------------------------- matched resolutions
@@ -1269,11 +1217,6 @@ def sharpness(images):
     return (images.diff(dim=2).square().mean((1, 2, 3)) + images.diff(dim=3).square().mean((1, 2, 3))).numpy()
 
 
-def write_array(path, images):
-    np.save(path.with_suffix(".npy"), images)
-    return path.with_suffix(".npy")
-
-
 def write_files(path, images):
     path.mkdir()
     for index, image in enumerate(images):
@@ -1281,13 +1224,11 @@ def write_files(path, images):
     return path
 
 
-@pytest.mark.parametrize("limit", [0, 2 << 30])
-@pytest.mark.parametrize("write", [write_array, write_files])
-def test_matched_images_are_equally_sharp(write, limit, tmp_path, monkeypatch):
-    monkeypatch.setattr(image_sets, "IN_MEMORY_BYTES", limit)
+@pytest.mark.parametrize(("write", "ending"), [(save_array, ".npy"), (write_files, "")])
+def test_matched_images_are_equally_sharp(write, ending, memory, tmp_path):
     scenes = smooth(40, 64)
-    low = write(tmp_path / "low", mean_of_blocks(scenes, 16))
-    high = write(tmp_path / "high", mean_of_blocks(scenes, 32))
+    low = write(tmp_path / f"low{ending}", mean_of_blocks(scenes, 16))
+    high = write(tmp_path / f"high{ending}", mean_of_blocks(scenes, 32))
     assert (load(low).source_size, load(high).source_size) == (16, 32)
     ratio = sharpness(read_all(load(low))) / sharpness(read_all(load(high)))
     assert ratio.max() < 0.5  # resizing one side alone tells every pair apart
@@ -1330,23 +1271,18 @@ def test_squeezed_images_are_matched_squeezed(tmp_path):
     assert torch.equal(read_all(load(tmp_path / "p", center_crop=False, reduced_to=20)), expected)
 
 
-@pytest.mark.parametrize("limit", [0, 2 << 30])
-def test_native_resolution_is_the_smallest_edge_of_a_used_image(limit, tmp_path, monkeypatch):
-    monkeypatch.setattr(image_sets, "IN_MEMORY_BYTES", limit)
+def test_native_resolution_is_the_smallest_edge_of_a_used_image(memory, tmp_path):
     for index, size in enumerate([(60, 90), (50, 41), (300, 45), (9, 9)]):
-        noise_picture(index, size).save(tmp_path / f"{index}.png")
+        save(tmp_path / f"{index}.png", index, size)
     Image.fromarray(RAMP[:4, :4].astype(np.float32)).save(tmp_path / "1a.tiff")  # unusable
     assert load(tmp_path, max_images=3).source_size == 41
     assert load(tmp_path).source_size == 9
-    (tmp_path / "CelebA").mkdir()
-    noise_picture(0, (178, 218)).save(tmp_path / "CelebA" / "0.png")
+    save(tmp_path / "CelebA" / "0.png", 0, (178, 218))
     assert load("CelebA", data_root=tmp_path).source_size == 140  # its cut
     assert load("CelebA", data_root=tmp_path, center_crop=False).source_size == 178
 
 
-@pytest.mark.parametrize("limit", [0, 2 << 30])
-def test_what_images_went_through_is_in_their_fingerprint(limit, folder, monkeypatch):
-    monkeypatch.setattr(image_sets, "IN_MEMORY_BYTES", limit)
+def test_what_images_went_through_is_in_their_fingerprint(memory, folder):
     assert len({load(folder, reduced_to=reduced_to).fingerprint for reduced_to in (None, 20, 21)}) == 3
 
 
