@@ -11,7 +11,6 @@ from helpers import load_config
 from PIL import Image
 
 import datasets
-from basics import image_sets
 from basics.console import UserError
 from basics.pixels import crop, resize_bilinear
 from lmd import evaluation, training
@@ -101,12 +100,6 @@ PUBLISHED = {
     "ve/ffhq_256_ncsnpp_continuous.py": "FFHQ",
     "ve/church_ncsnpp_continuous.py": "LSUN_church_outdoor",
 }
-
-
-@pytest.fixture(params=[0, 2 << 30], ids=["on demand", "in memory"])
-def memory(request, monkeypatch):
-    monkeypatch.setattr(image_sets, "IN_MEMORY_BYTES", request.param)
-    return request.param
 
 
 def tiny_tree(path):
