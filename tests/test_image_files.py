@@ -6,7 +6,7 @@ import torch
 from picture_files import chw, cropped, feed, load, noise_picture, read_all, save
 from PIL import Image
 
-from basics import image_files, image_sets
+from basics import image_files
 from basics.console import UserError
 from basics.pixels import crop
 
@@ -156,12 +156,6 @@ def test_many_unusable_files_do_not_flood_the_screen(tmp_path, capsys):
     assert "30 more" in warnings[-1]
 
 
-def test_nothing_usable(tmp_path):
-    (tmp_path / "list.txt").write_text("gone.png\n")
-    with pytest.raises(UserError, match=r"none of the 1 images of 'list' is usable; the first, gone.png: no such file"):
-        load(tmp_path / "list.txt")
-
-
 def test_a_file_that_vanishes_later(folder, on_demand):
     images = load(folder)
     (folder / "b.png").unlink()
@@ -207,15 +201,6 @@ def test_every_file_is_tried_before_there_are_too_few(usable, limit):
         failed.update((row, None) for row in piece if row not in usable)
     assert len(tried) == len(set(tried))
     assert len(found) == min(limit, len(usable))
-
-
-def test_decoded_on_demand_is_the_same_as_kept(folder, monkeypatch):
-    kept = load(folder)
-    monkeypatch.setattr(image_sets, "IN_MEMORY_BYTES", 0)
-    decoded = load(folder)
-    assert type(kept.store) is not type(decoded.store)
-    assert torch.equal(kept.read(2, 6), decoded.read(2, 6))
-    assert len(kept) == len(decoded)
 
 
 def test_files_are_read_once_for_both_check_and_fingerprint_and_then_what_is_asked_for(folder, on_demand, opened):

@@ -6,17 +6,19 @@ import pytest
 import torch
 from picture_files import cropped, load, put, read_all, save
 
-from basics import files
+from basics import files, image_sets
 from basics.console import UserError
 
 # ---------------------------------------------------------------------------------------------------- folders and lists
 
 
-def test_a_folder_is_searched_below_and_sorted(folder):
+def test_a_folder_is_searched_below_and_sorted(folder, memory):
     images = load(folder)
-    assert images.name == "pictures"
-    assert len(images) == 7
-    assert torch.equal(read_all(images), cropped(3, 1, 0, 2, 4, 5, 6))  # a/b/y, a/x, b, c, d, e, f
+    assert (images.name, len(images)) == ("pictures", 7)
+    assert isinstance(images.store, image_sets.InMemory if memory else image_sets.OnDemand)
+    expected = cropped(3, 1, 0, 2, 4, 5, 6)  # a/b/y, a/x, b, c, d, e, f
+    assert torch.equal(read_all(images), expected)
+    assert torch.equal(images.read(2, 6), expected[2:6])
 
 
 def test_linked_folders_are_followed_once(folder, tmp_path):
@@ -98,7 +100,7 @@ def test_lines_that_name_no_file_are_told_as_they_are(tmp_path):
 # ----------------------------------------------------------------------------------------- what is no input of a folder
 
 
-def own(folder):
+def leave_mark(folder):
     """Leaves the mark of a run that wrote there."""
     with files.owned(folder):
         pass
@@ -106,13 +108,13 @@ def own(folder):
 
 WRITTEN = {  # what is left out, how which folder is marked, and what lies there
     "marked": ("run", (files.mark, "run"), ["run/plot.png"]),
-    "a run's": ("run", (own, "run"), ["run/manifest.json", "run/masks/mask.png"]),
+    "a run's": ("run", (leave_mark, "run"), ["run/manifest.json", "run/masks/mask.png"]),
     "results": ("run", None, ["run/histogram.png", "run/pos/batch_0.pth", "run/manifest.json"]),
     "scores": ("a/run", None, ["a/run/histogram.png", "a/run/results.json", "a/run/scores_MSE.csv"]),
     "training": ("run/samples", None, ["run/samples/iter_5/sample.png", "run/checkpoints-meta/"]),
     "samples": ("samples", None, ["samples/iter_5/sample.png"]),
     "evaluation": ("eval", None, ["eval/report_3.npz", "eval/ckpt_3_loss.npz"]),
-    "work folder": ("checkpoints", (own, "."), ["checkpoints/checkpoint_1"]),
+    "work folder": ("checkpoints", (leave_mark, "."), ["checkpoints/checkpoint_1"]),
 }
 
 
@@ -149,8 +151,8 @@ OWN_NAMES = ("cats/a.png", "samples/b.png", "samples/iter_7/c.png", "checkpoints
 
 def train_in(root):
     """What training and an evaluation write in a folder."""
-    own(root)
-    own(root / "eval")
+    leave_mark(root)
+    leave_mark(root / "eval")
     files.mark(root / "samples")
     put(root, "samples/iter_5/sample.png", "samples/iter_5/sample.np", "checkpoints/checkpoint_1.pth", "stdout.txt")
     put(root, "checkpoints-meta/checkpoint.pth", "tensorboard/events.out.tfevents.17.host.1.0", "eval/report_1.npz")
