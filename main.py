@@ -57,7 +57,7 @@ def main(_):
             from lmd import training
             from models import memory
 
-            with memory.told(device, "for this training; lower --config.training.batch_size"):
+            with memory.explained(device, "for this training; lower --config.training.batch_size"):
                 training.train(config, FLAGS.workdir, device, FLAGS.data_root, FLAGS.workers, ranks)
         elif ranks.world_size > 1:
             raise UserError("--mode eval runs in one process; start it without torchrun")

@@ -45,9 +45,9 @@ def folder_files(folder):
                 others[ending] += 1
             else:
                 paths.append(path)
-    told = _tell_left_out(folder, written, others)
+    left_out = _tell_left_out(folder, written, others)
     if not paths:
-        raise UserError(f"folder {folder} holds no images{told}; check the path")
+        raise UserError(f"folder {folder} holds no images{left_out}; check the path")
     labels = sorted(path.relative_to(folder).as_posix() for path in paths)
     return labels, [Path(folder, label) for label in labels]
 
@@ -118,16 +118,16 @@ def _visible(folder):
 
 def _tell_left_out(folder, written, others):
     """Says what of a folder is not taken for images; returns it as a half sentence."""
-    told = ""
+    left_out = ""
     if written:
         named = ", ".join(sorted(written)[:10]) + (f" and {len(written) - 10} more" if len(written) > 10 else "")
         say_once(f"'{folder}': left out, as this program wrote it: {named}")
-        told += f" (this program wrote {named})"
+        left_out += f" (this program wrote {named})"
     if others:
         named = ", ".join(f"{count} {ending}" for ending, count in sorted(others.items()))
         say_once(f"'{folder}': {others.total()} files are left out by their endings: {named}")
-        told += f" ({named})"
-    return told
+        left_out += f" ({named})"
+    return left_out
 
 
 _SYSTEM_NAMES = {"__MACOSX", "@eaDir", "$RECYCLE.BIN"}

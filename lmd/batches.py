@@ -1,4 +1,4 @@
-"""Batches for training and evaluation, from a `datasets.ImageSet`."""
+"""Batches for training and evaluation, from an `ImageSet`."""
 
 import weakref
 
@@ -6,8 +6,8 @@ import torch
 
 from basics import noise
 from basics.console import UserError
+from basics.image_sets import IN_MEMORY_BYTES, InMemory
 from basics.pixels import dequantize, to_model_range
-from datasets import IN_MEMORY_BYTES, InMemory
 
 _PREFETCHED_STEPS = 3  # training batches that threads decode ahead of the step that asks for them
 

@@ -90,7 +90,7 @@ def evaluate(config, workdir, eval_folder, device, data_root, workers=None):
     run, paths = Evaluation(trainer, folder), _checkpoints(config, trainer.workdir / "checkpoints")
     largest = f"for {config.eval.batch_size} images at once"
     remedy = f"{largest}; lower --config.eval.batch_size and choose another --eval_folder"
-    with memory.told(device, remedy), inference.arithmetic(PRECISION):
+    with memory.explained(device, remedy), inference.arithmetic(PRECISION):
         _try_out(run, parts, paths)
         with files.owned(folder):  # not the work folder, where training may go on
             _write(run, parts, paths)

@@ -136,7 +136,7 @@ def get_ready(job, reconstruct, sides, batches):
     Args:
         job: a `Job`.
         reconstruct: a `Reconstructor`, whose network is a `models.inference.Network` that is not compiled yet.
-        sides: side -> `datasets.ImageSet`.
+        sides: side -> `ImageSet`.
         batches: what is to be made, a list of (side, index).
     """
     if not batches:
@@ -207,7 +207,7 @@ def reconstruct_side(job, images, reconstruct, missing, write, label):
 
     Args:
         job: a `Job`.
-        images: a `datasets.ImageSet`.
+        images: a `ImageSet`.
         reconstruct: a `Reconstructor`.
         missing: the numbers of the batches to make.
         write: called as `ResultsFolder.write_batch` without the side, in another thread.
@@ -258,7 +258,7 @@ def load_sides(job):
     """The images of both sides.
 
     With `match_resolution` every image of either side is first reduced to R x R pixels and then enlarged to the model's
-    size in the same way, R being the smallest native height or width of any image of either side, if that is less than
+    size in the same way, R being the smallest height or width of any image of either side, if that is less than
     the model's size.  So no image is enlarged on its way to R, and none is sharper than another for its source's
     resolution alone (arXiv 2405.11881, section 5.3).
 
@@ -266,7 +266,7 @@ def load_sides(job):
         job: a `Job`.
 
     Returns:
-        dict: side -> `datasets.ImageSet`.
+        dict: side -> `ImageSet`.
 
     Raises:
         UserError: there is one side alone to match, or as `datasets.load`.
@@ -276,15 +276,15 @@ def load_sides(job):
     sides = {side: _load_images(job, *source) for side, source in job.sources.items()}
     if not job.match_resolution:
         return sides
-    natives = {side: images.native for side, images in sides.items()}
-    through = min(natives.values())
-    smallest = ", ".join(f"{SIDES[side]} {native}" for side, native in natives.items())
-    if through >= job.config.data.image_size:
+    sizes = {side: images.source_size for side, images in sides.items()}
+    edge = min(sizes.values())
+    smallest = ", ".join(f"{SIDES[side]} {size}" for side, size in sizes.items())
+    if edge >= job.config.data.image_size:
         say(f"--match_resolution: no image is enlarged (smallest: {smallest} pixels), so nothing is reduced")
         return sides
-    say(f"--match_resolution: all images are reduced to {through} pixels first (smallest: {smallest})")
+    say(f"--match_resolution: all images are reduced to {edge} pixels first (smallest: {smallest})")
     del sides  # their memory is needed for the same images once more
-    return {side: _load_images(job, *source, through=through) for side, source in job.sources.items()}
+    return {side: _load_images(job, *source, reduced_to=edge) for side, source in job.sources.items()}
 
 
 def _load_images(job, source, center_crop, **options):
@@ -341,7 +341,7 @@ def describe_side(images, batch_size, center_crop):
         "treatment": images.treatment,
         "center_crop": center_crop,
         "images": len(images),
-        "match_resolution": images.through,
+        "match_resolution": images.reduced_to,
         "batch_size": batch_size,
         "batches": batches_of(images, batch_size),
         "skipped": [[str(path), reason] for path, reason in images.skipped],

@@ -102,7 +102,7 @@ class Trainer:
             return images
         kept = torch.ones(len(images), dtype=torch.bool)
         kept[held] = False
-        return datasets.part(images, held if split == "test" else kept.nonzero().flatten())
+        return images.part(held if split == "test" else kept.nonzero().flatten())
 
     @property
     def divides(self):

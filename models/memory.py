@@ -1,4 +1,4 @@
-"""Running out of memory: how it is recognised, let go of and told, and how much of a GPU's work fits at once."""
+"""Running out of memory: how it is recognised, let go of and explained, and how much of a GPU's work fits at once."""
 
 import contextlib
 import gc
@@ -50,7 +50,7 @@ def give_back():
 
 
 @contextlib.contextmanager
-def told(device, remedy):
+def explained(device, remedy):
     """A block in which running out of memory becomes one line.
 
     Args:

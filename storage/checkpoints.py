@@ -344,7 +344,7 @@ def check_division(path, theirs, images):
     Args:
         path: the checkpoint.
         theirs: what `data_of` returned.
-        images: the `datasets.ImageSet` that training on the same images would see.
+        images: the `ImageSet` that training on the same images would see.
 
     Raises:
         UserError: the images differ.

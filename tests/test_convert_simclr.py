@@ -177,12 +177,7 @@ def layer_name(kind, number):
 def as_tensorflow(state):
     """A state dict's variables in TensorFlow's names and order of axes, with optimiser slots and a step."""
     arrays, counts = {"global_step": np.array(7)}, {"conv2d": 0, "batch_normalization": 0}
-    norms = {
-        "weight": "gamma",
-        "bias": "beta",
-        "running_mean": "moving_mean",
-        "running_var": "moving_variance",
-    }
+    norms = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_variance"}
     for name, value in state.items():
         array, last = value.numpy(), name.rpartition(".")[2]
         if name.startswith("fc."):
@@ -200,8 +195,7 @@ def as_tensorflow(state):
 
 @pytest.fixture(scope="module")
 def small_state():
-    network = ResNet(SMALL)
-    return fill_(network.state_dict())
+    return fill_(ResNet(SMALL).state_dict())
 
 
 @pytest.fixture(scope="module")
@@ -249,61 +243,53 @@ def refused(prefix, message):
     assert "\n" not in str(error.value)
 
 
+def flipped(data, place, bits):
+    return data[:place] + bytes([data[place] ^ bits]) + data[place:][1:]
+
+
+INDEX, DATA, MORE_DATA = "x.index", "x.data-00000-of-00002", "x.data-00001-of-00002"
+BAD_INDEX = "x.index is no checkpoint index or is damaged"
+DAMAGED = {  # a file, what becomes of its bytes, and what is said
+    "data gone": (MORE_DATA, None, "cannot read .*x.data-00001-of-00002: No such file"),
+    "data cut": (DATA, lambda data: data[: len(data) // 2], "truncated or damaged .at base_model/"),
+    "data, a bit": (DATA, lambda data: flipped(data, 1001, 4), "truncated or damaged"),
+    "index empty": (INDEX, lambda data: b"", BAD_INDEX),
+    "index cut short": (INDEX, lambda data: data[:20], BAD_INDEX),
+    "index cut": (INDEX, lambda data: data[:1000], BAD_INDEX),
+    "index, first bits": (INDEX, lambda data: flipped(data, 3, 0x55), BAD_INDEX),
+    "index, inner bits": (INDEX, lambda data: flipped(data, 500, 0x55), BAD_INDEX),
+    "index, last bits": (INDEX, lambda data: flipped(data, -3, 0x55), BAD_INDEX),
+}
+
+
+@pytest.mark.parametrize(("name", "damage", "message"), DAMAGED.values(), ids=DAMAGED)
+def test_damaged_checkpoints(name, damage, message, tmp_path, small_arrays):
+    prefix, path = write_bundle(tmp_path / "x", small_arrays), tmp_path / name
+    data = path.read_bytes()
+    path.write_bytes(damage(data)) if damage else path.unlink()
+    refused(prefix, message)
+
+
+def test_padding_of_the_index_means_nothing(tmp_path, small_arrays):
+    prefix, path = write_bundle(tmp_path / "x", small_arrays), tmp_path / INDEX
+    path.write_bytes(flipped(path.read_bytes(), -30, 0x55))
+    convert_simclr.convert(prefix)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"compression": 1}, "it is compressed"), ({"header": field(1, 2) + field(2, 1)}, "big-endian")],
+)
+def test_unsupported_forms(options, message, tmp_path, small_arrays):
+    refused(write_bundle(tmp_path / "x", small_arrays, **options), message)
+
+
 def test_missing(tmp_path):
     refused(
         tmp_path / "x", "cannot read the TensorFlow checkpoint .*x.index: No such file or directory; check the path"
     )
     with pytest.raises(UserError, match=r"holds no \*.index file"):
         convert_simclr.find_prefix(tmp_path)
-
-
-def test_missing_data_file(tmp_path, small_arrays):
-    prefix = write_bundle(tmp_path / "x", small_arrays)
-    (tmp_path / "x.data-00001-of-00002").unlink()
-    refused(prefix, "cannot read .*x.data-00001-of-00002: No such file")
-
-
-def test_truncated_data_file(tmp_path, small_arrays):
-    prefix = write_bundle(tmp_path / "x", small_arrays)
-    path = tmp_path / "x.data-00000-of-00002"
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    refused(prefix, "truncated or damaged .at base_model/")
-
-
-def test_one_wrong_bit_in_the_data(tmp_path, small_arrays):
-    prefix = write_bundle(tmp_path / "x", small_arrays)
-    path = tmp_path / "x.data-00000-of-00002"
-    data = bytearray(path.read_bytes())
-    data[1001] ^= 4
-    path.write_bytes(data)
-    refused(prefix, "truncated or damaged")
-
-
-@pytest.mark.parametrize("place", [3, 500, -30, -3])
-def test_wrong_bits_in_the_index(tmp_path, small_arrays, place):
-    prefix = write_bundle(tmp_path / "x", small_arrays)
-    data = bytearray((tmp_path / "x.index").read_bytes())
-    data[place] ^= 0x55
-    (tmp_path / "x.index").write_bytes(data)
-    if place == -30:  # the footer's padding means nothing
-        convert_simclr.convert(prefix)
-    else:
-        refused(prefix, "is no checkpoint index or is damaged")
-
-
-@pytest.mark.parametrize("size", [0, 20, 1000])
-def test_truncated_index(tmp_path, small_arrays, size):
-    prefix = write_bundle(tmp_path / "x", small_arrays)
-    (tmp_path / "x.index").write_bytes((tmp_path / "x.index").read_bytes()[:size])
-    refused(prefix, "is no checkpoint index or is damaged")
-
-
-def test_compressed(tmp_path, small_arrays):
-    refused(write_bundle(tmp_path / "x", small_arrays, compression=1), "it is compressed")
-
-
-def test_big_endian(tmp_path, small_arrays):
-    refused(write_bundle(tmp_path / "x", small_arrays, header=field(1, 2) + field(2, 1)), "big-endian")
 
 
 def test_partitioned_variable(tmp_path):
@@ -314,23 +300,26 @@ def test_partitioned_variable(tmp_path):
         tensor_bundle.Bundle(tmp_path / "x").read("a")
 
 
-@pytest.mark.parametrize(
-    ("name", "array", "message"),
-    [
-        ("base_model/conv2d_5/kernel", np.zeros((3, 3, 2, 5), np.float32), r"has shape \(5, 2, 3, 3\)"),
-        ("base_model/conv2d_9/kernel", np.zeros((1, 1, 4, 5), np.float32), r"\(5, 4, 1, 1\) in PyTorch's order, not"),
-        ("base_model/conv2d_99/kernel", np.zeros((1, 1, 4, 4), np.float32), "has 37 and 31"),
-        ("base_model/batch_normalization_3/beta", None, "lacks base_model/batch_normalization_3/beta"),
-        ("head_supervised/linear_layer/dense/bias", None, "lacks head_supervised/linear_layer/dense/bias"),
-        ("base_model/conv2d/kernel", np.zeros((9,), np.float32), "holds no SimCLRv2 network"),
-        ("base_model/batch_normalization/beta", np.full(1, np.nan, np.float32), "not finite"),
-    ],
-)
+def kernel(*shape):
+    return np.zeros(shape, np.float32)
+
+
+NETWORKS = [  # the variable that is changed, its value or None where it is lacking, and what is said
+    ("base_model/conv2d_5/kernel", kernel(3, 3, 2, 5), r"has shape \(5, 2, 3, 3\)"),
+    ("base_model/conv2d_9/kernel", kernel(1, 1, 4, 5), r"\(5, 4, 1, 1\) in PyTorch's order, not"),
+    ("base_model/conv2d_99/kernel", kernel(1, 1, 4, 4), "has 37 and 31"),
+    ("base_model/batch_normalization_3/beta", None, "lacks base_model/batch_normalization_3/beta"),
+    ("head_supervised/linear_layer/dense/bias", None, "lacks head_supervised/linear_layer/dense/bias"),
+    ("base_model/conv2d/kernel", kernel(9), "holds no SimCLRv2 network"),
+    ("base_model/batch_normalization/beta", np.full(1, np.nan, np.float32), "not finite"),
+]
+
+
+@pytest.mark.parametrize(("name", "array", "message"), NETWORKS)
 def test_other_networks(tmp_path, small_arrays, name, array, message):
-    arrays = dict(small_arrays)
-    arrays.pop(name, None)
-    if array is not None:
-        arrays[name] = array
+    arrays = {**small_arrays, name: array}
+    if array is None:
+        del arrays[name]
     refused(write_bundle(tmp_path / "x", arrays), message)
 
 

@@ -173,7 +173,7 @@ def test_each_process_takes_its_own_gpu(name, count, expected, monkeypatch):
 def test_shares_of_a_batch_and_of_its_draws(in_memory, data, monkeypatch):
     """Together they are the whole batch's, to the bit."""
     if not in_memory:
-        monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 0)
+        monkeypatch.setattr("basics.image_sets.IN_MEMORY_BYTES", 0)
     images = datasets.load(data / "squares.npz", split="train", image_size=tiny.SIZE, num_channels=1)
     options = {"seed": 1, "device": "cpu", "random_flip": True, "uniform_dequantization": True, "centered": True}
     shares = [slice(None), *(Ranks(rank, rank, 2).share(5) for rank in range(2))]

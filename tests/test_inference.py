@@ -383,7 +383,7 @@ def test_other_errors_are_not_taken_for_it():
 
         with pytest.raises(type(error)):
             memory.attempt(fail)
-        with pytest.raises(type(error)), memory.told(CPU, "for this"):
+        with pytest.raises(type(error)), memory.explained(CPU, "for this"):
             fail()
     assert memory.attempt(lambda: 3) == 3
 
@@ -391,8 +391,8 @@ def test_other_errors_are_not_taken_for_it():
 @pytest.mark.parametrize("name", FAILURES)
 def test_running_out_of_memory_elsewhere_is_one_line(name, monkeypatch):
     """In training, evaluation and scoring, which all go through this."""
-    told = memory.told(CPU, "for this; do less")
-    with pytest.raises(UserError, match="cpu has too little memory for this; do less"), told:
+    explained = memory.explained(CPU, "for this; do less")
+    with pytest.raises(UserError, match="cpu has too little memory for this; do less"), explained:
         raise failure(name)
 
     class Tool(metrics.mse.MSE):

@@ -102,12 +102,6 @@ PUBLISHED = {
 }
 
 
-@pytest.fixture(params=[0, 2 << 30], ids=["on demand", "in memory"])
-def memory(request, monkeypatch):
-    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", request.param)
-    return request.param
-
-
 def tiny_tree(path):
     tree = load_config(path)
     tree.update_from_flattened_dict(TINY)

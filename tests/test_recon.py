@@ -21,6 +21,7 @@ import masks
 import sampling
 from basics import files, noise
 from basics.console import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError, guard
+from basics.image_sets import ImageSet
 from basics.pixels import to_model_range
 from lmd import detection, reconstruction
 from lmd.reconstructor import MaskOptions, Reconstructor, rows_within
@@ -308,16 +309,16 @@ def test_a_killed_run_is_continued(made, checkpoint, sources, tmp_path, counted)
 
 
 def test_interrupted_between_batches(made, checkpoint, sources, tmp_path, monkeypatch, counted):
-    read = datasets.ImageSet.read
+    read = ImageSet.read
 
     def interrupted(self, start, stop):
         if start == 4:
             raise KeyboardInterrupt
         return read(self, start, stop)
 
-    monkeypatch.setattr(datasets.ImageSet, "read", interrupted)
+    monkeypatch.setattr(ImageSet, "read", interrupted)
     assert guard(lambda _: reconstruct(tmp_path / "run", checkpoint, sources), None) == EXIT_INTERRUPTED
-    monkeypatch.setattr(datasets.ImageSet, "read", read)
+    monkeypatch.setattr(ImageSet, "read", read)
     folder = reconstruct(tmp_path / "run", checkpoint, sources)
     assert [positions for _, positions in counted] == [[0, 1, 2, 3], [4, 5, 6], [0, 1, 2, 3], [4]]
     assert tiny.same(tensors(folder), tensors(made))
@@ -537,7 +538,7 @@ def coarse(tmp_path):
 def test_matched_sides(coarse, checkpoint, sources, tmp_path, capsys):
     """Both go through the smaller resolution, whichever side it is of, and the manifest says so."""
     expected = {
-        path: datasets.load(path, split="test", image_size=SIZE, num_channels=1, through=5).read(0, 99) / 255
+        path: datasets.load(path, split="test", image_size=SIZE, num_channels=1, reduced_to=5).read(0, 99) / 255
         for path in (coarse, sources["pos"])
     }
     for sides in ({"pos": sources["pos"], "neg": coarse}, {"pos": coarse, "neg": sources["pos"]}):
@@ -594,7 +595,7 @@ def test_unusable_files_are_named_once_and_counted(checkpoint, sources, tmp_path
 
 
 def test_workers_change_nothing(checkpoint, sources, tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr("basics.image_sets.IN_MEMORY_BYTES", 0)
     for index, image in enumerate(tiny.pictures(9, size=13)):
         Image.fromarray(image).save(tmp_path / f"{index}.png")
     made = [

@@ -29,8 +29,8 @@ def images(seed, shape=(2, 3, 32, 32)):
     return (wave(shape, float(seed)) + 1) / 2
 
 
-def save(path, network, **changes):
-    torch.save({"resnet": {**network.state_dict(), **changes}, "head": {}}, path)
+def save(path, network):
+    torch.save({"resnet": network.state_dict(), "head": {}}, path)
     return path
 
 
@@ -208,16 +208,6 @@ def test_published_file_format(tmp_path):
     assert next(loaded.parameters()).dtype == torch.float32
 
 
-def test_file_without_classifier(tmp_path):
-    """Weights without the supervised classifier serve as well."""
-    network = filled(SMALL)
-    state = {name: value for name, value in network.state_dict().items() if not name.startswith("fc.")}
-    path = tmp_path / "x.pth"
-    torch.save({"resnet": state, "head": {}}, path)
-    x = images(0.4, (1, 3, 32, 32))
-    torch.testing.assert_close(simclr.read_network(path)(x), network(x))
-
-
 def test_missing_file_says_how_to_get_it(monkeypatch, tmp_path):
     missing = tmp_path / "pretrained" / "r50_1x_sk1.pth"
     monkeypatch.setattr(simclr, "WEIGHTS", missing)
@@ -243,41 +233,40 @@ def test_damaged_file(small_file):
         simclr.SimCLR(CPU, path=small_file)
 
 
-@pytest.mark.parametrize("content", [[1, 2], {"model": {}}, {"resnet": {}}, {"resnet": {"a": 1}}, {"resnet": {1: 2}}])
-def test_other_content(tmp_path, content):
-    path = tmp_path / "x.pth"
-    torch.save(content, path)
-    with pytest.raises(UserError, match="holds no SimCLRv2 network"):
-        simclr.SimCLR(CPU, path=path)
+NO_NETWORK = "holds no SimCLRv2 network"
+STATE = filled(SMALL).state_dict()
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("net.0.0.weight", torch.zeros(4), "holds no SimCLRv2 network"),
-        ("net.0.4.weight", torch.zeros(0, 4, 3, 3), "holds no SimCLRv2 network"),
-        ("net.3.blocks.0.net.0.weight", torch.zeros(5, 64, 1, 1), r"net.3.blocks.0.net.0.weight is \(5, 64, 1, 1\)"),
-        ("net.5.extra", torch.zeros(3), "unknown: net.5.extra"),
-        ("fc.bias", torch.zeros(7), r"fc.bias is \(7,\), not \(5,\)"),
-    ],
-)
-def test_other_networks(tmp_path, name, value, message):
-    path = save(tmp_path / "x.pth", filled(SMALL), **{name: value})
+def without(prefix):
+    return {name: value for name, value in STATE.items() if not name.startswith(prefix)}
+
+
+BAD_WEIGHTS = [  # of a file, and what is said
+    *[({}, NO_NETWORK), ({"a": 1}, NO_NETWORK), ({1: 2}, NO_NETWORK)],
+    ({**STATE, "net.0.0.weight": torch.zeros(4)}, NO_NETWORK),
+    ({**STATE, "net.0.4.weight": torch.zeros(0, 4, 3, 3)}, NO_NETWORK),
+    ({**STATE, "net.3.blocks.0.net.0.weight": torch.zeros(5, 64, 1, 1)}, r"blocks.0.net.0.weight is \(5, 64, 1, 1\)"),
+    ({**STATE, "net.5.extra": torch.zeros(3)}, "unknown: net.5.extra"),
+    ({**STATE, "fc.bias": torch.zeros(7)}, r"fc.bias is \(7,\), not \(5,\)"),
+    ({**STATE, "fc.bias": torch.full((5,), torch.nan)}, "not finite"),
+    (without("net.4."), r"missing: net.4.blocks.0.projection.*, .* and \d+ more"),
+]
+BAD_CONTENT = [([1, 2], NO_NETWORK), ({"model": {}}, NO_NETWORK)]
+BAD_CONTENT += [({"resnet": weights, "head": {}}, message) for weights, message in BAD_WEIGHTS]
+
+
+@pytest.mark.parametrize(("content", "message"), BAD_CONTENT)
+def test_bad_content(content, message, tmp_path):
+    torch.save(content, tmp_path / "x.pth")
     with pytest.raises(UserError, match=message):
-        simclr.SimCLR(CPU, path=path)
-
-
-def test_missing_block_is_named(tmp_path):
-    state = {name: value for name, value in filled(SMALL).state_dict().items() if not name.startswith("net.4.")}
-    torch.save({"resnet": state, "head": {}}, tmp_path / "x.pth")
-    with pytest.raises(UserError, match=r"missing: net.4.blocks.0.projection.*, .* and \d+ more"):
         simclr.SimCLR(CPU, path=tmp_path / "x.pth")
 
 
-def test_weights_that_are_not_finite(tmp_path):
-    path = save(tmp_path / "x.pth", filled(SMALL), **{"fc.bias": torch.full((5,), torch.nan)})
-    with pytest.raises(UserError, match="not finite"):
-        simclr.SimCLR(CPU, path=path)
+def test_file_without_classifier(tmp_path):
+    """Weights without the supervised classifier serve as well."""
+    torch.save({"resnet": without("fc."), "head": {}}, tmp_path / "x.pth")
+    x = images(0.4, (1, 3, 32, 32))
+    torch.testing.assert_close(simclr.read_network(tmp_path / "x.pth")(x), filled(SMALL)(x))
 
 
 class Payload:

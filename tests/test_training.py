@@ -504,7 +504,7 @@ def test_a_folder_too_large_for_memory_is_divided_alike(tmp_path, monkeypatch):
         Image.fromarray(image).save(folder / f"{number:02}.png")
     tree = tiny.config(data__dataset=str(folder), training__batch_size=27)
     inside = divided(tree, tmp_path)
-    monkeypatch.setattr(training.datasets, "IN_MEMORY_BYTES", 100)
+    monkeypatch.setattr("basics.image_sets.IN_MEMORY_BYTES", 100)
     assert divided(tree, tmp_path) == inside
     assert [len(images) for images in inside] == [27, 3, 27, 3]
     batches = training.Trainer(tree, tmp_path, tiny.CPU, "./data").batches("train")
