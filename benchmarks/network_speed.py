@@ -22,6 +22,7 @@ from basics import noise
 from basics.machine import keep_freed_memory
 from benchmarks import machine, plain
 from benchmarks.machine import median
+from lmd.process import create_solvers
 from models import create_model, inference
 from models.score import ScoreModel
 
@@ -89,14 +90,14 @@ def our_calls(config, sde, x):
         return losses.train_step(state, loss, model, x, draws, config).item()
 
     frozen = create_model(config).eval().requires_grad_(False).to(x.device, memory_format=layout)
-    predictor, _ = sampling.create_solvers(config, sde)
-    times = sampling.time_grid(sde, sde.N, sde.eps)[: STEPS["reconstruction"]]
+    predictor, _ = create_solvers(config, sde)
+    scheme = sampling.Scheme(predictor, sampling.time_grid(sde, sde.N, sde.eps)[: STEPS["reconstruction"]])
     source = _source(x)
     constrain = sampling.replacement(sde, x, _mask(x))
 
     def reconstruct():
         start = source(0, "prior")
-        return sampling.integrate(ScoreModel(frozen, sde), start, times, predictor, source, constrain=constrain)
+        return sampling.integrate(ScoreModel(frozen, sde), start, scheme, source, constrain)
 
     return {"evaluation": lambda: frozen(x, labels), "training": train, "reconstruction": reconstruct}
 

@@ -34,7 +34,6 @@ from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
 import metrics
-import sampling
 import sde_lib
 from basics import files
 from basics.console import UserError, choose, guard, say
@@ -42,6 +41,7 @@ from basics.machine import choose_device, keep_freed_memory
 from benchmarks import machine
 from benchmarks.machine import load_config
 from lmd import reconstruction, scoring
+from lmd.process import create_process
 from models.inference import PRECISIONS, resolve
 from storage.arrays import read_arrays, write_arrays
 from storage.results_folder import SIDES
@@ -74,7 +74,6 @@ SETTINGS = {
     REFERENCE: _published(1000),
     "published_100": _published(100),
     "published_25": _published(25),
-    "euler_25": Setting(4, {"sampler": "euler", "steps": 25}),
     # x0-replacement, fresh noise: the number of steps
     "ddim_2": _ddim(2),
     "ddim_3": _ddim(3),
@@ -89,7 +88,6 @@ SETTINGS = {
     "ddim_10_eta0": _ddim(10, eta=0.0),
     "ddim_10_eta0.5": _ddim(10, eta=0.5),
     "ddim_10_lambda": _ddim(10, time_grid="lambda"),
-    "ddim_10_quadratic": _ddim(10, time_grid="quadratic"),
     "ddim_10_end0.03": _ddim(10, t_end=0.03),
     "ddim_5_start0.5": _ddim(5, t_start=0.5),
     "ddim_10_start0.5": _ddim(10, t_start=0.5),
@@ -309,7 +307,7 @@ def keep(folder, pair, metric_names):
 def evaluations(name):
     """Evaluations of the network for one repetition of an image."""
     config = with_values(load_config("configs/subvp/fashion_mnist_small.py"), SETTINGS[name])
-    return sampling.create_process(config, sde_lib.create_sde(config)).evaluations
+    return create_process(config, sde_lib.create_sde(config)).evaluations
 
 
 def auc(scores):

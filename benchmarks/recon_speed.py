@@ -13,10 +13,10 @@ proportion to the smallest would give.
 """
 
 import argparse
+import dataclasses
 
 import torch
 
-import sampling
 import sde_lib
 from basics import noise
 from basics.machine import keep_freed_memory
@@ -24,6 +24,7 @@ from benchmarks import machine, plain
 from benchmarks.machine import device, load_config, median
 from benchmarks.network_speed import images
 from lmd import reconstruction
+from lmd.process import PRESETS, create_process, preset
 from models import create_model, inference
 from models.score import ScoreModel
 
@@ -69,7 +70,7 @@ def compare(options):
     versions = options.versions.split(",")
     arguments = (options.config, options.batch_size, options.steps)
     seconds, memory = machine.in_turns(calls_of, versions, arguments, ("published", "fast"), options.rounds)
-    values, reps = sampling.PRESETS["fast"]
+    values, reps = PRESETS["fast"]
     evaluations = {"published": options.steps, "fast": values["steps"] * reps}
     per_image = {"published": PUBLISHED_STEPS, "fast": values["steps"] * reps}
     for (version, setting), times in seconds.items():
@@ -108,18 +109,17 @@ def prepared(config, options):
 def published(config, model, x, steps):
     """The first `steps` steps of the published loop."""
     config.sampling.steps = PUBLISHED_STEPS
-    process = sampling.create_process(config, model.sde)
+    process = create_process(config, model.sde)
     config.sampling.steps = 0
     mask = MASK.stack(x.shape[-1], 1)[:1].to(x.device)
     source = noise.KeyedNoise(noise.image_keys(0, torch.arange(len(x)), [0]), x.shape[1:], x.device)
-    solvers = {"predictor": process.predictor, "times": process.times[:steps]}
-    return sampling.inpaint(model, process.sde, x, mask, source, **solvers)
+    return dataclasses.replace(process, times=process.times[:steps]).inpaint(model, x, mask, source)
 
 
 def fast(config, model, x, reps=None, **changes):
     """A whole batch with --sampler fast, or with changes of its values."""
     config = config.copy_and_resolve_references()
-    values, preset_reps = sampling.preset("fast", config)
+    values, preset_reps = preset("fast", config)
     config.sampling.update({**values, **changes})
     pixels = ((x.cpu() + 1) * 127.5).to(torch.uint8)
     reps = preset_reps if reps is None else reps
@@ -137,7 +137,7 @@ def growth(options):
     config = load_config(options.config)
     model, size = prepared(config, {"precision": "fp32"}), config.data.image_size
     x = images(config, 4 * options.batch_size).to(device())
-    steps = sampling.PRESETS["fast"][0]["steps"]
+    steps = PRESETS["fast"][0]["steps"]
     some = x[: options.batch_size]
     series = {
         "images": {n: lambda n=n: fast(config, model, x[:n]) for n in multiples(options.batch_size, (1, 2, 3, 4))},

@@ -14,12 +14,12 @@ from PIL import Image
 import datasets
 import masks
 import models
-import sampling
 import sde_lib
 from basics import distributed, files, noise
 from basics.console import UserError, choose, progress, say, shell, warn
 from basics.pixels import to_data_range, to_model_range
 from configs.base import to_dict
+from lmd.process import create_process
 from models import inference, memory
 from models.score import ScoreModel
 from storage import diffusers_weights
@@ -178,8 +178,8 @@ class Reconstructor:
         return to_data_range(filled, self.config.data.centered)
 
     def process(self, group=None):
-        """The `sampling.Process` of the config; `group` is the number of images in the batch."""
-        return sampling.create_process(self.config, self.model.sde, group)
+        """The `lmd.process.Process` of the config; `group` is the number of images in the batch."""
+        return create_process(self.config, self.model.sde, group)
 
 
 def load_model(config, ckpt_path, device, precision="auto", compiled=False):
@@ -509,7 +509,7 @@ def _check_settings(config, mask_options, seed, precision, compiled, device):
     """Tells what cannot be before anything long is done or written; returns what the precision comes to."""
     choose(compiled, inference.CHOICES, "choice (--compile)")
     mask_options.stack(config.data.image_size, 1, seed)
-    sampling.create_process(config, sde_lib.create_sde(config))
+    create_process(config, sde_lib.create_sde(config))
     return inference.resolve(precision, device)
 
 

@@ -22,6 +22,11 @@ class Score:
         alpha, std = self.sde.marginal(t)
         return (x + per_image(std**2) * self(x, t)) / per_image(alpha)
 
+    def predictions(self, x, t):
+        """`eps` and `x0` by one evaluation, each (B, C, H, W)."""
+        score, (alpha, std) = self(x, t), self.sde.marginal(t)
+        return -per_image(std) * score, (x + per_image(std**2) * score) / per_image(alpha)
+
 
 class ScoreModel(Score):
     """The score that a network predicts.

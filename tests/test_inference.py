@@ -12,10 +12,10 @@ from tiny import CPU, SIZE
 
 import metrics.mse
 import models
-import sampling
 import sde_lib
 from basics.console import UserError
 from lmd import evaluation, reconstruction, scoring
+from lmd.process import PRESETS
 from models import inference, layers, memory
 from models.score import ScoreModel
 from storage.results_folder import ResultsFolder
@@ -500,7 +500,7 @@ def test_too_little_memory_for_anything_is_told():
 # -------------------------------------------------------------------------------------------------------- presets
 
 
-@pytest.mark.parametrize("name", sampling.PRESETS)
+@pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_from_the_command_line_to_the_scores(name, tmp_path):
     checkpoint = tiny.write_checkpoint(tmp_path / "checkpoint.pth")
     source = tiny.write_pictures(tmp_path / "squares.npz", 4)
@@ -508,7 +508,7 @@ def test_a_preset_from_the_command_line_to_the_scores(name, tmp_path):
     flags += ["--mask_type=checkerboard_alt", f"--workdir={tmp_path / 'run'}", f"--sampler={name}"]
     code, out, err = tiny.command("recon.py", *flags)
     assert code == 0, err
-    reps = sampling.PRESETS[name][1]
+    reps = PRESETS[name][1]
     folder = tmp_path / "run" / f"checkerboard_alt_blocks4_reps{reps}"
     assert f"--reps {reps}" in out
     batch = torch.load(folder / "pos" / "batch_0.pth")
