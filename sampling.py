@@ -385,20 +385,14 @@ class RecordedScore(Score):
         self.model, self.sde, self.record = model, model.sde, record
 
     def __call__(self, x, t):
-        score, (alpha, std) = self.model(x, t), self.sde.marginal(t)
-        self.record(t, x, -per_image(std) * score, (x + per_image(std**2) * score) / per_image(alpha))
+        score = self.model(x, t)
+        self.record(t, x, *self.predictions_of(score, x, t))
         return score
 
     def predictions(self, x, t):
         eps, x0 = self.model.predictions(x, t)
         self.record(t, x, eps, x0)
         return eps, x0
-
-    def eps(self, x, t):
-        return self.predictions(x, t)[0]
-
-    def x0(self, x, t):
-        return self.predictions(x, t)[1]
 
 
 def diffuse(sde, x, t, later, z):
@@ -484,18 +478,13 @@ class ConstrainedScore(Score):
         self.model, self.sde, self.limits = model, model.sde, limits
         self.known, self.unknown = (None, None) if mask is None else (data * mask, 1 - mask)
 
-    def x0(self, x, t):
-        x0 = self.model.x0(x, t)
+    def predictions(self, x, t):
+        x0, (alpha, std) = self.model.x0(x, t), self.sde.marginal(t)
         if self.limits is not None:
             x0 = x0.clamp(*self.limits)
-        return x0 if self.known is None else self.known + x0 * self.unknown
-
-    def predictions(self, x, t):
-        x0, (alpha, std) = self.x0(x, t), self.sde.marginal(t)
+        if self.known is not None:
+            x0 = self.known + x0 * self.unknown
         return (x - per_image(alpha) * x0) / per_image(std), x0
-
-    def eps(self, x, t):
-        return self.predictions(x, t)[0]
 
     def __call__(self, x, t):
         alpha, std = self.sde.marginal(t)
