@@ -97,8 +97,8 @@ SETTINGS = {
     "sde_dpmpp_2m_10": _ddim(10, sampler="sde_dpmpp_2m"),
     "sde_dpmpp_2m_5": _ddim(5, sampler="sde_dpmpp_2m"),
     # other lifts
-    "noise_0.3_5": _ddim(5, lift="noise", t_start=0.3),
-    "noise_0.5_5": _ddim(5, lift="noise", t_start=0.5),
+    "noise_0.3_5": _ddim(5, lift="noise", constraint="replace", t_start=0.3),
+    "noise_0.5_5": _ddim(5, lift="noise", constraint="replace", t_start=0.5),
     "both_0.5_5": _ddim(5, lift="both", t_start=0.5),
     "both_0.8_5": _ddim(5, lift="both", t_start=0.8),
 }
