@@ -62,18 +62,14 @@ class Setting:
     values: dict
 
 
-def _published(steps):
-    return Setting(4, {"steps": steps})
-
-
 def _ddim(steps, reps=4, **values):
     return Setting(reps, {"sampler": "ddim", "constraint": "project", "steps": steps, **values})
 
 
 SETTINGS = {
-    REFERENCE: _published(1000),
-    "published_100": _published(100),
-    "published_25": _published(25),
+    REFERENCE: Setting(4, {"steps": 1000}),
+    "published_100": Setting(4, {"steps": 100}),
+    "published_25": Setting(4, {"steps": 25}),
     # x0-replacement, fresh noise: the number of steps
     "ddim_2": _ddim(2),
     "ddim_3": _ddim(3),

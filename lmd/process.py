@@ -7,6 +7,7 @@ import torch
 
 import sampling
 from basics.console import UserError, choose
+from configs.base import TREE
 from configs.fields import FIELDS, check_value
 from sde_lib import VPSDE, SubVPSDE, create_sde
 
@@ -194,23 +195,10 @@ def check_settings(options, sde):
 
 # Fields of config.sampling and the values that are no choice of the user's: the default, and those of published
 # configs, which stand there also where another field leaves them without effect.
-USUAL = {
-    "method": ("pc",),
+USUAL = {name: (default,) for name, default in TREE["sampling"].items()} | {
     "predictor": ("euler_maruyama", "reverse_diffusion", "ancestral_sampling"),
     "corrector": ("none", "langevin"),
-    "n_steps_each": (1,),
     "snr": (0.16, 0.075, 0.15, 0.17),
-    "noise_removal": (True,),
-    "probability_flow": (False,),
-    "sampler": (PUBLISHED,),
-    "steps": (0,),
-    "time_grid": ("uniform",),
-    "t_start": (1.0,),
-    "t_end": (0.0,),
-    "eta": (1.0,),
-    "constraint": ("replace",),
-    "returns": (0,),
-    "lift": ("mask",),
 }
 
 

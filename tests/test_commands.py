@@ -293,10 +293,7 @@ MISTAKES = {  # noticed before anything is loaded
         [*RECON, CONFIG, "--config.data.image_size=100000"],
         r"config\.data\.image_size is 100000; it must be an int from 1 to 8192",
     ),
-    "too many steps": (
-        [*RECON, CONFIG, "--steps=10000000000"],
-        "--steps is 10000000000; it must be an int from",
-    ),
+    "too many steps": ([*RECON, CONFIG, "--steps=10000000000"], "--steps is 10000000000; it must be an int from"),
     **{
         f"the removed flag {name}": (
             [*RECON, CONFIG, f"--{name}=0.5"],
@@ -304,18 +301,9 @@ MISTAKES = {  # noticed before anything is loaded
         )
         for name in ("t_start", "lift")
     },
-    "too many repetitions": (
-        [*RECON, CONFIG, "--reps_per_image=10001"],
-        r"10001 is not an integer in the range",
-    ),
-    "too many at once": (
-        [*RECON, CONFIG, "--batch_size=1000000"],
-        r"1000000 is not an integer in the range",
-    ),
-    "too many images": (
-        [*RECON, CONFIG, "--max_images=1000000000000"],
-        r"is not an integer in the range",
-    ),
+    "too many repetitions": ([*RECON, CONFIG, "--reps_per_image=10001"], r"10001 is not an integer in the range"),
+    "too many at once": ([*RECON, CONFIG, "--batch_size=1000000"], r"1000000 is not an integer in the range"),
+    "too many images": ([*RECON, CONFIG, "--max_images=1000000000000"], r"is not an integer in the range"),
     "too many workers": ([*RECON, CONFIG, "--workers=100000"], r"100000 is not an integer in the range \[1, 1024\]"),
     "too many threads": ([*TRAIN, CONFIG, "--workers=100000"], r"100000 is not an integer in the range \[1, 1024\]"),
     "no width": ([*TRAIN, CONFIG, "--config.model.nf=0"], r"config\.model\.nf is 0; it must be an int from 4 to 8192"),

@@ -6,7 +6,7 @@ import torch
 from helpers import GaussianScore, filled_model, load_config, small
 from test_configs import LEAVES
 from test_configs import load as load_leaf
-from test_sampling import COUNT, SDES, gaussian_data, keyed, moments
+from test_sampling import COUNT, KNOWN, MASK, SDES, UNKNOWN, conditional, gaussian_data, keyed, moments
 
 import sampling
 import sde_lib
@@ -16,10 +16,6 @@ from lmd import process as processes
 from lmd import training
 from lmd.process import create_process, preset
 from sampling import ExponentialIntegrator, InpaintingScheme, Scheme
-
-KNOWN, UNKNOWN = [0, 2], [1, 3]
-MASK = torch.tensor([1.0, 0.0, 1.0, 0.0]).view(1, 1, 2, 2)
-
 
 # -------------------------------------------------------------------------------------------------------- the SDEs
 
@@ -210,12 +206,6 @@ def test_a_record_is_of_every_evaluation(name, predictor):
 
 
 # ------------------------------------------------------------------------------------------------------ inpainting
-
-
-def conditional(mean, cov, observed):
-    """Mean and covariance of the unknown pixels given the known ones."""
-    gain = cov[UNKNOWN][:, KNOWN] @ torch.linalg.inv(cov[KNOWN][:, KNOWN])
-    return mean[UNKNOWN] + gain @ (observed - mean[KNOWN]), cov[UNKNOWN][:, UNKNOWN] - gain @ cov[KNOWN][:, UNKNOWN]
 
 
 def filled(sde, returns=0, steps=50, **options):

@@ -102,6 +102,16 @@ def moments(x):
     return flat.mean(dim=0), torch.cov(flat.T)
 
 
+KNOWN, UNKNOWN = [0, 2], [1, 3]
+MASK = torch.tensor([1.0, 0.0, 1.0, 0.0]).view(1, 1, 2, 2)
+
+
+def conditional(mean, cov, observed):
+    """Mean and covariance of the unknown pixels given the known ones."""
+    gain = cov[UNKNOWN][:, KNOWN] @ torch.linalg.inv(cov[KNOWN][:, KNOWN])
+    return mean[UNKNOWN] + gain @ (observed - mean[KNOWN]), cov[UNKNOWN][:, UNKNOWN] - gain @ cov[KNOWN][:, UNKNOWN]
+
+
 SDES = {
     "vp": lambda n: sde_lib.VPSDE(N=n),
     "subvp": lambda n: sde_lib.SubVPSDE(N=n),
@@ -241,20 +251,15 @@ def test_inpainting_reaches_the_conditional_gaussian(sde_name):
     """
     sde = SDES[sde_name](1000)
     mean, cov = gaussian_data()
-    known, unknown = [0, 2], [1, 3]
-    observed = torch.tensor([0.9, 0.4])
-    data = torch.zeros(4)
-    data[known] = observed
+    data = torch.tensor([0.9, 0.0, 0.4, 0.0])
     result = sampling.inpaint_as_published(
         GaussianScore(sde, mean, cov),
         data.view(1, 1, 2, 2).expand(COUNT, 1, 2, 2),
-        torch.tensor([1.0, 0.0, 1.0, 0.0]).view(1, 1, 2, 2),
+        MASK,
         keyed(COUNT),
         Scheme(sampling.ReverseDiffusion(sde), corrector=sampling.Langevin(sde, snr=0.16)),
-    ).flatten(1)[:, unknown]
-    gain = cov[unknown][:, known] @ torch.linalg.inv(cov[known][:, known])
-    expected_mean = mean[unknown] + gain @ (observed - mean[known])
-    expected_cov = cov[unknown][:, unknown] - gain @ cov[known][:, unknown]
+    ).flatten(1)[:, UNKNOWN]
+    expected_mean, expected_cov = conditional(mean, cov, data[KNOWN])
     # 4 standard errors, plus the bias of finite steps
     torch.testing.assert_close(result.mean(dim=0), expected_mean, rtol=0, atol=0.03)
     torch.testing.assert_close(torch.cov(result.T), expected_cov, rtol=0, atol=0.02)
