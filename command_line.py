@@ -178,12 +178,13 @@ def _check_values(values):
 # ------------------------------------------------------------------------------------------------ start and the end
 
 
-def run(main, argv=None):
+def run(main, argv=None, removed=None):
     """Parses absl flags, runs `main(argv)` and leaves the process with its exit code.
 
     Args:
         main: takes the positional arguments; may return an exit code.
         argv: the command line, `sys.argv` by default.
+        removed: flag of earlier versions -> the flag to write instead.
     """
 
     def parse(args):
@@ -193,6 +194,9 @@ def run(main, argv=None):
             sys.exit(0)
         except (UserError, BrokenPipeError):
             raise
+        except flags.UnrecognizedFlagError as error:
+            now = (removed or {}).get(error.flagname)
+            fail(f"--{error.flagname} is now {now}; write {now}=..." if now else error)
         except (KeyError, AttributeError) as error:  # their message may be the field's name alone
             fail(f"the config has no such field: {str(error.args[0]).strip(chr(39))}; configs/base.py lists them")
         except Exception as error:  # absl and ml_collections raise many kinds for a flag they cannot use

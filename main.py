@@ -50,9 +50,9 @@ def main(_):
     with distributed.start(FLAGS.device or config.device) as (ranks, device):
         if device.type == "cpu":
             machine.keep_freed_memory()
-        import sampling
+        from lmd import process
 
-        sampling.check_typed(config, typed(FLAGS["config"]))
+        process.check_typed(config, typed(FLAGS["config"]))
         if FLAGS.mode == "train":
             from lmd import training
             from models import memory

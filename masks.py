@@ -108,7 +108,7 @@ MASK_TYPES = {
     "checkerboard": lambda o: checkerboard_mask(o["size"], o["num_blocks"]),
     "checkerboard_alt": lambda o: checkerboard_mask(o["size"], o["num_blocks"], complement=o["rep"] % 2 == 1),
     "random": lambda o: random_mask(o["size"], o["patch_size"], o["ratio"], o["generator"]),
-    "none": lambda o: torch.zeros(1, 1, o["size"], o["size"]),  # nothing is known, as with --lift noise
+    "none": lambda o: torch.zeros(1, 1, o["size"], o["size"]),  # nothing is known, as with the lift 'noise'
     "file": lambda o: o["file_mask"],
 }
 _NAMES = {

@@ -20,14 +20,13 @@ from configs.fields import BATCH_SIZE, FIELDS, MOST_WORKERS, SEED, check_value
 
 _SOURCE = "a data set's name, a folder of images, a .txt list of image paths, or a .npz or .npy file of images"
 
-# Flags that are fields of config.sampling, besides --sampler itself.
-SAMPLER_FLAGS = "steps", "time_grid", "t_start", "t_end", "eta", "constraint", "returns", "lift"
 FLAGS = flags.FLAGS
 
-_SAME_AS_CONFIG = {
-    **{name: f"sampling.{name}" for name in ("sampler", *SAMPLER_FLAGS)},
-    "seed": "seed",
-    "device": "device",
+_SAME_AS_CONFIG = {"sampler": "sampling.sampler", "steps": "sampling.steps", "seed": "seed", "device": "device"}
+
+REMOVED = {  # flags of earlier versions -> what to write instead
+    name: f"--config.sampling.{name}"
+    for name in ("time_grid", "t_start", "t_end", "eta", "constraint", "returns", "lift")
 }
 
 _NEEDS = {  # a flag: the one without which it has no effect, and what to do
@@ -129,18 +128,9 @@ def _define_sampler_flags():
         "sampler",
         None,
         "published; fast or best, complete settings with few network evaluations (README); or a solver by itself: "
-        "euler, ddim, dpmpp_2m, sde_dpmpp_2m. By default the config's.",
+        "ddim, dpmpp_2m, sde_dpmpp_2m. By default the config's. More: --config.sampling.t_start=0.6 and the like.",
     )
     flags.DEFINE_integer("steps", None, "Steps of the sampler; by default the config's.", lower_bound=1)
-    flags.DEFINE_string("time_grid", None, "Where the steps are: uniform, lambda (in ln(alpha / std)) or quadratic.")
-    flags.DEFINE_float("t_start", None, "The time to start from, at most 1, which is pure noise.")
-    flags.DEFINE_float("t_end", None, "The last time, at which the predicted image is returned.")
-    flags.DEFINE_float("eta", None, "Sampler ddim: share of fresh noise, from 0 (deterministic) to 1 (ancestral).")
-    flags.DEFINE_string("constraint", None, "Known pixels are held in the state (replace) or the prediction (project).")
-    flags.DEFINE_integer("returns", None, "How often each step is taken back and repeated (RePaint).", lower_bound=0)
-    flags.DEFINE_string(
-        "lift", None, "What is taken from an image: mask (its unknown pixels), noise (up to t_start), or both."
-    )
     flags.DEFINE_string(
         "precision",
         "auto",
@@ -181,23 +171,22 @@ def choose_sampler(options):
     Raises:
         UserError: a value is out of range, or there is no such sampler.
     """
-    import sampling
+    from lmd import process
 
     settings, reps = options.config.sampling, options.reps_per_image
-    if options.sampler in sampling.PRESETS:
-        values, preset_reps = sampling.preset(options.sampler, options.config)
+    if options.sampler in process.PRESETS:
+        values, preset_reps = process.preset(options.sampler, options.config)
         overridden = typed(options["config"])
         settings.update({name: value for name, value in values.items() if f"sampling.{name}" not in overridden})
         if not options["reps_per_image"].present:
             reps = preset_reps
     elif options.sampler is not None:
-        choices = dict.fromkeys([sampling.PUBLISHED, *sampling.PRESETS, *sampling.SAMPLERS])
+        choices = dict.fromkeys([process.PUBLISHED, *process.PRESETS, *process.SAMPLERS])
         choose(options.sampler, choices, "sampler (--sampler)")
         settings.sampler = options.sampler
-    for name in SAMPLER_FLAGS:
-        if options[name].value is not None:
-            check_value(f"--{name}", options[name].value, FIELDS["sampling"][name])
-            settings[name] = options[name].value
+    if options.steps is not None:
+        check_value("--steps", options.steps, FIELDS["sampling"]["steps"])
+        settings.steps = options.steps
     check(options.config)
     return reps
 
@@ -230,9 +219,11 @@ def choose_mask_type(options):
         UserError: a flag of masks was typed that has no effect with the others.
     """
     kind, given = options.mask_type, [name for name in ("mask_type", *_MASK_FLAGS) if options[name].present]
-    if (options.lift or options.config.sampling.lift) == "noise":  # then nothing is known
+    if options.config.sampling.lift == "noise":  # then nothing is known
         if given and [given, kind] != [["mask_type"], "none"]:
-            raise UserError(f"--{given[0]} has no effect with --lift noise (no pixel is known); leave one out")
+            raise UserError(
+                f"--{given[0]} has no effect with --config.sampling.lift=noise (no pixel is known); leave one out"
+            )
         return "none"
     if options.mask_file_path and kind != "file":
         if "mask_type" in given:
@@ -246,16 +237,14 @@ def choose_mask_type(options):
 
 
 def main(_):
-    import sampling
-    from lmd import reconstruction
+    from lmd import process, reconstruction
     from lmd.reconstructor import MaskOptions
 
     check(FLAGS.config)
     check_flags(FLAGS)
-    mask_type = choose_mask_type(FLAGS)
     config, reps = FLAGS.config, choose_sampler(FLAGS)
-    flags_given = {f"sampling.{name}" for name in SAMPLER_FLAGS if FLAGS[name].present}
-    sampling.check_typed(config, typed(FLAGS["config"]) | flags_given)
+    process.check_typed(config, typed(FLAGS["config"]))
+    mask_type = choose_mask_type(FLAGS)
     mask_options = MaskOptions(
         mask_type,
         FLAGS.mask_num_blocks,
@@ -289,4 +278,4 @@ def main(_):
 
 if __name__ == "__main__":
     define_flags()
-    run(main)
+    run(main, removed=REMOVED)

@@ -1,10 +1,11 @@
-"""Solvers of the reverse-time SDE, one integration loop, and what it is used for: sampling and inpainting.
+"""Solvers of the reverse-time SDE, one integration loop, and its uses: sampling, inversion and inpainting.
 
 Everything here works in the model's range on (B, C, H, W) tensors.  Noise comes from a source called as
 `noise(step, purpose)` (see `noise.KeyedNoise`), never from the global generator.
 
 Two families of solvers: the published ones, whose step has the width 1/N that their network was trained with, and
 those for few steps, which take the time of the next step into account and end at the predicted clean image.
+`lmd.process` makes them from a config.
 
 Notation: alpha(t), std(t) from `SDE.marginal`; lambda = ln(alpha / std) (`SDE.log_snr`), which rises as t falls.
 
@@ -13,14 +14,13 @@ DDIM (arXiv 2010.02502), DPM-Solver++ (arXiv 2211.01095), DDNM (arXiv 2212.00490
 """
 
 import dataclasses
-import math
 
 import torch
 import torch.nn.functional as F
 
 from basics.console import UserError, choose
 from models.score import Score
-from sde_lib import VESDE, VPSDE, SubVPSDE, create_sde, per_image
+from sde_lib import VESDE, VPSDE, SubVPSDE, per_image
 
 # --------------------------------------------------------------------------------------------------- predictors
 # A solver is a frozen object: `init(x) -> state` and
@@ -29,23 +29,33 @@ from sde_lib import VESDE, VPSDE, SubVPSDE, create_sde, per_image
 
 @dataclasses.dataclass(frozen=True)
 class Solver:
-    """A predictor of the reverse process without a state of its own.
+    """A predictor without a state of its own.
 
     Args:
         sde: the SDE.
-        probability_flow: follow the ODE of the same marginals instead of the SDE.
     """
 
     sde: object
-    probability_flow: bool = False
 
     ends_clean = False  # whether the step without a next time gives the predicted clean image
+    towards_noise = False  # whether it steps along rising times
 
     def init(self, x):
         return None
 
 
-class EulerMaruyama(Solver):
+@dataclasses.dataclass(frozen=True)
+class PublishedPredictor(Solver):
+    """A predictor whose step has the width 1/N.
+
+    Args:
+        probability_flow: follow the ODE of the same marginals instead of the SDE.
+    """
+
+    probability_flow: bool = False
+
+
+class EulerMaruyama(PublishedPredictor):
     """x_mean = x - reverse drift / N; the width 1/N is the published one and equals the grid's at N = 1000."""
 
     def step(self, model, x, t, t_next, state, noise):
@@ -54,7 +64,7 @@ class EulerMaruyama(Solver):
         return mean + per_image(diffusion) * self.sde.N**-0.5 * noise(), mean, state
 
 
-class ReverseDiffusion(Solver):
+class ReverseDiffusion(PublishedPredictor):
     """x_mean = x - f, the reverse of the SDE's own discretisation (Score-SDE appendix E)."""
 
     def step(self, model, x, t, t_next, state, noise):
@@ -64,7 +74,7 @@ class ReverseDiffusion(Solver):
 
 
 @dataclasses.dataclass(frozen=True)
-class AncestralSampling(Solver):
+class AncestralSampling(PublishedPredictor):
     """The reverse of the discrete process: DDPM's ancestral sampling for VP, SMLD's for VE.
 
     Raises:
@@ -91,7 +101,7 @@ class AncestralSampling(Solver):
         return mean + per_image(std) * noise(), mean, state
 
 
-class NoPredictor(Solver):
+class NoPredictor(PublishedPredictor):
     """Leaves x alone and draws nothing."""
 
     def step(self, model, x, t, t_next, state, noise):
@@ -99,21 +109,6 @@ class NoPredictor(Solver):
 
 
 # ------------------------------------------------------------------------------------------- solvers of few steps
-
-
-class Euler(Solver):
-    """Euler-Maruyama whose width is that of the grid."""
-
-    ends_clean = True
-
-    def step(self, model, x, t, t_next, state, noise):
-        if not len(t_next):
-            x0 = model.x0(x, t)
-            return x0, x0, None
-        width = per_image(t - t_next)
-        drift, diffusion = self.sde.reverse_sde(model(x, t), x, t, self.probability_flow)
-        mean = x - drift * width
-        return (mean if self.probability_flow else mean + per_image(diffusion) * width.sqrt() * noise()), mean, None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +150,26 @@ class ExponentialIntegrator(Solver):
         mean = _as(x, keep) * x + _as(x, alpha_next - keep * alpha) * denoised
         x = mean + _as(x, std_next * fresh.sqrt()) * noise() if self.eta else mean
         return x, mean, (x0, log_snr)
+
+
+class DDIMInversion(Solver):
+    """The deterministic `ExponentialIntegrator` of order 1 towards noise, written in the predicted noise eps.
+
+    d(x / alpha) = eps d(std / alpha) with eps held over a step:
+    x_next = alpha(t_next) (x / alpha(t) + (std(t_next) / alpha(t_next) - std(t) / alpha(t)) eps).  From x and the
+    predicted clean image, as towards the data, eps would be a difference that loses its digits where std is small.
+    """
+
+    towards_noise = True
+
+    def step(self, model, x, t, t_next, state, noise):
+        eps = model.eps(x, t)  # (B, C, H, W)
+        if not len(t_next):
+            return x, x, None
+        (alpha, std), (alpha_next, std_next) = self.sde.marginal(t.double()), self.sde.marginal(t_next.double())
+        ratio = alpha_next / alpha
+        x = _as(x, ratio) * x + _as(x, std_next - ratio * std) * eps
+        return x, x, None
 
 
 def _as(x, value):
@@ -223,93 +238,21 @@ class AnnealedLangevin(Langevin):
 CORRECTORS = {"langevin": Langevin, "ald": AnnealedLangevin, "none": lambda *args: None}
 
 
-# `config.sampling.sampler` besides the published one, whose predictor is `config.sampling.predictor`.
-SAMPLERS = {
-    "euler": lambda sde, options: Euler(sde, options.probability_flow),
-    "ddim": lambda sde, options: ExponentialIntegrator(sde, eta=options.eta),
-    "dpmpp_2m": lambda sde, options: ExponentialIntegrator(sde, eta=0.0, order=2),
-    "sde_dpmpp_2m": lambda sde, options: ExponentialIntegrator(sde, eta=1.0, order=2),
-}
-PUBLISHED = "published"
-
-# Named settings for Lift, Map, Detect (recon.py's --sampler): values of config.sampling, and repetitions of each image.
-# benchmarks/quality_vs_cost.py measured them: fresh noise and replacement, few steps where they matter, from a smooth
-# fill of the known pixels.
-_FEW_STEPS = {
-    "method": "pc",
-    "sampler": "ddim",
-    "probability_flow": False,
-    "time_grid": "uniform",
-    "returns": 0,
-    "lift": "mask",
-    "eta": 1.0,
-    "constraint": "replace",
-    "corrector": "none",
-    "t_start": 0.6,
-    "t_end": 0.1,
-}
-PRESETS = {"fast": ({**_FEW_STEPS, "steps": 5}, 4), "best": ({**_FEW_STEPS, "steps": 10}, 10)}
-
-
-def preset(name, config):
-    """A named setting for the SDE of a config.
-
-    The times are those of the sub-VP SDE of images in [-1, 1], on which the settings were measured; for another SDE, or
-    images in [0, 1], they become the times of the same noise relative to the images.
-
-    Args:
-        name: a key of `PRESETS`.
-        config: the config tree.
-
-    Returns:
-        values of `config.sampling`, and the repetitions of each image.
-    """
-    values, reps = choose(name, PRESETS, "preset")
-    sde, measured = create_sde(config), SubVPSDE()
-    shift = 0.0 if config.data.centered else math.log(2)
-    times = torch.tensor([values["t_start"], values["t_end"]], dtype=torch.float64)
-    start, end = sde.time_at(measured.log_snr(times) + shift).clamp(sde.eps, sde.T).tolist()
-    return {**values, "t_start": round(start, 4), "t_end": round(end, 4)}, reps
-
-
-def create_solvers(config, sde, group=None):
-    """The predictor and the corrector (None for none) of a config.
-
-    Args:
-        config: `config.sampling` is read.
-        sde: the SDE.
-        group: images per published batch, for Langevin's step size.
-
-    Raises:
-        UserError: for an unknown name, or a predictor that the SDE does not have.
-    """
-    options = config.sampling
-    corrector = choose(options.corrector.lower(), CORRECTORS, "corrector (config.sampling.corrector)")
-    if options.sampler == PUBLISHED:
-        predictor = choose(options.predictor.lower(), PREDICTORS, "predictor (config.sampling.predictor)")
-        predictor = predictor(sde, options.probability_flow)
-    else:
-        sampler = choose(options.sampler, {PUBLISHED: None, **SAMPLERS}, "sampler (config.sampling.sampler)")
-        predictor = sampler(sde, options)
-    return predictor, corrector(sde, options.snr, options.n_steps_each, group)
-
-
 # ------------------------------------------------------------------------------------------------------ time grids
 
 
-def time_grid(sde, steps, eps, device="cpu", start=None, spacing="uniform"):
+def time_grid(sde, steps, eps, start=None, spacing="uniform"):
     """`steps` falling times from `start` to `eps`: (steps,) float32; by default the published ones.
 
     Args:
         sde: the SDE.
         steps: at least 1.
         eps: the last time.
-        device: where they are to be.
         start: the first time, by default T.
         spacing: a name in `TIME_GRIDS`.
     """
     start = sde.T if start is None else start
-    return choose(spacing, TIME_GRIDS, "time grid (config.sampling.time_grid)")(sde, start, eps, steps).to(device)
+    return choose(spacing, TIME_GRIDS, "time grid (config.sampling.time_grid)")(sde, start, eps, steps)
 
 
 def _uniform(sde, start, end, steps):
@@ -324,14 +267,9 @@ def _uniform_in_log_snr(sde, start, end, steps):
     return times.float()
 
 
-def _quadratic(sde, start, end, steps):
-    return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64).square().float()
-
-
 TIME_GRIDS = {
     "uniform": _uniform,
     "lambda": _uniform_in_log_snr,  # even in the logarithm of the signal-to-noise ratio (DPM-Solver)
-    "quadratic": _quadratic,  # even in sqrt(t): finer near the data
 }
 
 
@@ -353,52 +291,108 @@ def with_returns(times, returns):
     return torch.cat(pieces)
 
 
-def _rises(times):
-    """For every position whether the step from it goes back to an earlier, noisier time: a list of bool."""
-    return [*(times[1:] > times[:-1]).tolist(), False]
-
-
 # --------------------------------------------------------------------------------------------------- the one loop
 
 
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """How the reverse process is run: solvers along a grid of times.
+
+    Attributes:
+        predictor: a solver.
+        times: (N,) float32 on the CPU, falling; by default the published grid of the predictor's SDE.  A rise goes back
+            to an earlier, noisier time by adding noise (RePaint), unless the predictor itself runs towards noise.
+        corrector: a corrector, or None.
+        denoise: the result is the mean of the last step instead of its noisy x.
+    """
+
+    predictor: object
+    times: torch.Tensor | None = None
+    corrector: object = None
+    denoise: bool = True
+
+    def __post_init__(self):
+        if self.times is None:
+            sde = self.predictor.sde
+            object.__setattr__(self, "times", time_grid(sde, sde.N, sde.eps))
+
+    @property
+    def goes_back(self):
+        """For every time whether noise is added to reach the next one, instead of a step: a list of bool."""
+        rises = self.times[1:] > self.times[:-1]
+        return [*(rises & (not self.predictor.towards_noise)).tolist(), False]
+
+    @property
+    def steps(self):
+        """Steps of the predictor, each an evaluation of the network."""
+        return len(self.times) - sum(self.goes_back)
+
+    @property
+    def evaluations(self):
+        """Evaluations of the network for an image: those of the predictor and of the corrector."""
+        return self.steps * (1 + (0 if self.corrector is None else self.corrector.n_steps))
+
+
 @torch.no_grad()
-def integrate(model, x, times, predictor, noise, corrector=None, constrain=None, denoise=True, on_step=None):
-    """Runs the reverse process along `times`.
+def integrate(model, x, scheme, noise, constrain=None, on_step=None, record=None):
+    """Runs a scheme.
 
     With a constraint this is the published corrector, constrain, predictor, constrain.  Where the corrector is none,
     two constraints follow each other and the first has no effect on anything that is read, so it is left out.
 
     Args:
-        model: score(x, t).
+        model: score(x, t); a `models.score.Score` for solvers of few steps and to be recorded.
         x: (B, C, H, W), the state at the first time.
-        times: (N,) falling; a rise goes back by adding noise, without the network.
-        predictor, corrector: solvers; the corrector may be None.
-        noise: called as noise(step, purpose), gives (B, C, H, W).
+        scheme: a `Scheme`.
+        noise: called as noise(step, purpose), gives (B, C, H, W); None for a scheme that draws nothing.
         constrain: called as constrain(x, t, z), gives (x, mean), or None.
-        denoise: return the mean of the last step instead of its noisy x.
         on_step: called without arguments after each step.
+        record: called as record(t, x, eps, x0) at each evaluation of the network by the predictor: the time (1,), the
+            state that the network saw, the predicted noise and the predicted clean image, (B, C, H, W) each.
 
     Returns:
         (B, C, H, W)
     """
-    state, last, rises = predictor.init(x), len(times) - 1, _rises(times)
-    times = times.to(x.device)
-    mean = x
-    for i, rise in enumerate(rises):
+    predictor, corrector, times = scheme.predictor, scheme.corrector, scheme.times.to(x.device)
+    seen = model if record is None else RecordedScore(model, record)
+    state, last, mean = predictor.init(x), len(times) - 1, x
+    for i, goes_back in enumerate(scheme.goes_back):
         t, t_next = times[i : i + 1], times[i + 1 : i + 2]
-        if rise:
+        if goes_back:
             x, state = diffuse(predictor.sde, x, t, t_next, noise(i, "return")), predictor.init(x)
             continue
         if corrector is not None:
             x, mean = corrector.correct(model, x, t, lambda j, i=i: noise(i * corrector.n_steps + j, "corrector"))
         if constrain is not None:
             x, mean = constrain(x, t, noise(i, "constrain"))
-        x, mean, state = predictor.step(model, x, t, t_next, state, lambda i=i: noise(i, "predictor"))
+        x, mean, state = predictor.step(seen, x, t, t_next, state, lambda i=i: noise(i, "predictor"))
         if constrain is not None and (corrector is not None or i == last) and not predictor.ends_clean:
             x, mean = constrain(x, t, noise(i, "reconstrain"))
         if on_step is not None:
             on_step()
-    return mean if denoise else x
+    return mean if scheme.denoise else x
+
+
+class RecordedScore(Score):
+    """A score that tells `record(t, x, eps, x0)` of each evaluation.
+
+    Args:
+        model: a `models.score.Score`.
+        record: as in `integrate`.
+    """
+
+    def __init__(self, model, record):
+        self.model, self.sde, self.record = model, model.sde, record
+
+    def __call__(self, x, t):
+        score = self.model(x, t)
+        self.record(t, x, *self.predictions_of(score, x, t))
+        return score
+
+    def predictions(self, x, t):
+        eps, x0 = self.model.predictions(x, t)
+        self.record(t, x, eps, x0)
+        return eps, x0
 
 
 def diffuse(sde, x, t, later, z):
@@ -418,24 +412,35 @@ def diffuse(sde, x, t, later, z):
 # ------------------------------------------------------------------------------------------ sampling, inpainting
 
 
-def sample(model, sde, noise, *, predictor, corrector=None, times=None, denoise=True, on_step=None):
-    """Predictor-corrector sampling from the prior; everything else comes from the noise source and the solvers.
+def sample(model, noise, scheme, on_step=None):
+    """Predictor-corrector sampling from the prior; everything else comes from the noise source and the scheme.
 
     Args:
         model: score(x, t).
-        sde: the SDE; its N is the number of steps of the published grid.
         noise: called as noise(step, purpose); "prior" gives the start.
-        predictor, corrector: solvers.
-        times: as in `integrate`, from T; by default the published grid.
-        denoise: return the mean of the last step.
+        scheme: a `Scheme`, from T.
         on_step: called after each step.
 
     Returns:
         (B, C, H, W) in the model's range.
     """
-    prior = noise(0, "prior") * sde.prior_std  # (B, C, H, W)
-    times = time_grid(sde, sde.N, sde.eps) if times is None else times
-    return integrate(model, prior, times, predictor, noise, corrector, denoise=denoise, on_step=on_step)
+    prior = noise(0, "prior") * scheme.predictor.sde.prior_std  # (B, C, H, W)
+    return integrate(model, prior, scheme, noise, on_step=on_step)
+
+
+def invert(model, x, times, record=None):
+    """Lifts images to noise without drawing any: DDIM inversion (arXiv 2105.05233, section 4.3), see `DDIMInversion`.
+
+    Args:
+        model: a `models.score.Score`.
+        x: (B, C, H, W), the state at the first time: an image, where this is near 0.
+        times: (N,) on the CPU, rising; the network is evaluated once at each, the last one included.
+        record: as in `integrate`.
+
+    Returns:
+        (B, C, H, W), the state at the last time.
+    """
+    return integrate(model, x, Scheme(DDIMInversion(model.sde), times), noise=None, record=record)
 
 
 def replacement(sde, data, mask):
@@ -457,11 +462,11 @@ def replacement(sde, data, mask):
     return constrain
 
 
-class Denoiser(Score):
-    """A score model whose predicted clean image is kept to what is known of it.
+class ConstrainedScore(Score):
+    """A score whose predicted clean image is kept to the range of images and to the known pixels.
 
-    The prediction is clipped to the range of images, then takes the known pixels from the data (the null-space
-    projection of DDNM, arXiv 2212.00490, equation 13); the score is the one that belongs to this prediction.
+    The prediction is clipped, then takes the known pixels from the data (the null-space projection of DDNM, arXiv
+    2212.00490, equation 13); score and predicted noise are those that belong to this prediction.
 
     Args:
         model: a `models.score.Score`.
@@ -473,11 +478,13 @@ class Denoiser(Score):
         self.model, self.sde, self.limits = model, model.sde, limits
         self.known, self.unknown = (None, None) if mask is None else (data * mask, 1 - mask)
 
-    def x0(self, x, t):
-        x0 = self.model.x0(x, t)
+    def predictions(self, x, t):
+        x0, (alpha, std) = self.model.x0(x, t), self.sde.marginal(t)
         if self.limits is not None:
             x0 = x0.clamp(*self.limits)
-        return x0 if self.known is None else self.known + x0 * self.unknown
+        if self.known is not None:
+            x0 = self.known + x0 * self.unknown
+        return (x - per_image(alpha) * x0) / per_image(std), x0
 
     def __call__(self, x, t):
         alpha, std = self.sde.marginal(t)
@@ -504,304 +511,83 @@ def fill_smoothly(data, mask):
     return data * mask + guess * (1 - mask)
 
 
-CONSTRAINTS = ("replace", "project")
-LIFTS = ("mask", "noise", "both")
+def inpaint_as_published(model, data, mask, noise, scheme, on_step=None):
+    """The published Map of Lift, Map, Detect: fills the unknown pixels by the reverse process, from noise.
 
-
-def inpaint(
-    model,
-    sde,
-    data,
-    mask,
-    noise,
-    *,
-    predictor,
-    corrector=None,
-    times=None,
-    constraint="replace",
-    lift="mask",
-    limits=None,
-    denoise=True,
-    on_step=None,
-):
-    """The Map of Lift, Map, Detect: fills the unknown pixels by the reverse process, holding the known ones.
-
-    The published way, with a published predictor and the defaults: the known pixels are replaced at every time by the
-    data at that time's noise level, and the returned mean keeps the noisy x of the last predictor step on the filled
-    pixels.  A predictor that ends at the clean image returns this, and the data on the known pixels.
+    The known pixels are replaced at every time by the data at that time's noise level, and the returned mean keeps the
+    noisy x of the last predictor step on the filled pixels.
 
     Args:
-        model: score(x, t); a `models.score.Score` for solvers of few steps and for projection.
-        sde: the SDE; its N is the number of steps of the published grid.
+        model: score(x, t).
         data: (B, C, H, W) in the model's range.
         mask: (1, 1, H, W) or (B, 1 or C, H, W), 1 = known, 0 = to be filled.
-        noise, predictor, corrector, denoise, on_step: as in `sample`.
-        times: as in `integrate`; by default the published grid.
-        constraint: how known pixels are held: 'replace' in the state, before each step, or 'project' in the predicted
-            clean image.
-        lift: what is taken from the image: 'mask' (its unknown pixels), 'noise' (all of it is noised to the first time,
-            and nothing is held), or 'both' (all of it is noised, and the known pixels are held).
-        limits: (lowest, highest) value of an image, to clip predictions to; None for no clipping.
+        noise, on_step: as in `sample`.
+        scheme: a `Scheme` with a published predictor.
 
     Returns:
         (B, C, H, W) in the model's range, not clipped.
     """
-    times = time_grid(sde, sde.N, sde.eps) if times is None else times
-    if lift == "noise":
-        mask = torch.zeros_like(mask)
-    x = _lifted(sde, data, mask, noise(0, "prior"), times[:1], predictor, lift)
-    held = lift != "noise"
-    projects = held and constraint == "project"
-    if projects or limits is not None:
-        model = Denoiser(model, limits, *((data, mask) if projects else ()))
-    constrain = replacement(sde, data, mask) if held and not projects else None
-    x = integrate(model, x, times, predictor, noise, corrector, constrain=constrain, denoise=denoise, on_step=on_step)
-    return x * (1 - mask) + data * mask if predictor.ends_clean or projects else x
+    sde = scheme.predictor.sde
+    x = data * mask + noise(0, "prior") * sde.prior_std * (1 - mask)
+    return integrate(model, x, scheme, noise, constrain=replacement(sde, data, mask), on_step=on_step)
 
 
-def _lifted(sde, data, mask, z, start, predictor, lift):
-    """The state from which inpainting starts, at the time `start` (1,)."""
-    if not predictor.ends_clean:  # as published
-        return data * mask + z * sde.prior_std * (1 - mask)
-    if lift != "mask":
-        guess = data
-    elif start.item() < sde.T:
-        guess = fill_smoothly(data, mask)  # Come-Closer-Diffuse-Faster (arXiv 2112.05146)
-    else:
-        guess = data * mask
-    alpha, std = sde.marginal(start.to(data.device))
-    return per_image(alpha) * guess + per_image(std) * z
-
-
-# -------------------------------------------------------------------------------------------- settings of a config
+CONSTRAINTS = ("replace", "project")
+LIFTS = ("mask", "noise", "both")
 
 
 @dataclasses.dataclass(frozen=True)
-class Process:
-    """How the reverse process is run: what `config.sampling` says, ready for `sample` and `inpaint`.
+class InpaintingScheme(Scheme):
+    """A scheme, and what inpainting in few steps takes from the image and holds of it.
 
     Attributes:
-        sde: the SDE with the number of steps asked for.
-        solvers: the predictor and the corrector.
-        times: (N,) float32 on the CPU.
-        constraint, lift, denoise: as in `inpaint`.
-        limits: as in `inpaint`.
+        constraint: how known pixels are held: 'replace' in the state, before each step, or 'project' in the predicted
+            clean image.
+        lift: what the start is made of: 'mask' (the known pixels), 'noise' (all of it is noised to the first time,
+            and nothing is held), or 'both' (all of it is noised, and the known pixels are held).
+        limits: (lowest, highest) value of an image, to clip predictions to; None for no clipping.
     """
 
-    sde: object
-    predictor: object
-    corrector: object
-    times: torch.Tensor
-    constraint: str
-    lift: str
-    limits: tuple | None
-    denoise: bool
-
-    @property
-    def steps(self):
-        """Steps of the predictor, each an evaluation of the network."""
-        return len(self.times) - sum(_rises(self.times))
-
-    @property
-    def evaluations(self):
-        """Evaluations of the network for an image: those of the predictor and of the corrector."""
-        return self.steps * (1 + (0 if self.corrector is None else self.corrector.n_steps))
-
-    def sample(self, model, noise, on_step=None):
-        """As the function `sample`.
-
-        Raises:
-            UserError: see `check_sampling`.
-        """
-        self.check_sampling()
-        if self.limits is not None:
-            model = Denoiser(model, self.limits)
-        return sample(model, self.sde, noise, times=self.times, on_step=on_step, **self._solvers())
-
-    def check_sampling(self):
-        """Refuses what only inpainting can use: samples start from noise at t = 1, and nothing of them is known.
-
-        Raises:
-            UserError: names the fields.
-        """
-        start, noiseless = round(self.times[0].item(), 4), self.predictor.probability_flow
-        found = {
-            f"t_start={start}": start != self.sde.T,
-            f"constraint={self.constraint}": self.constraint != "replace",
-            f"lift={self.lift}": self.lift != "mask",
-            "noise_removal=False": not self.denoise and (noiseless or isinstance(self.predictor, NoPredictor)),
-        }
-        if names := ", ".join(name for name, holds in found.items() if holds):
-            raise UserError(
-                f"samples cannot be drawn with config.sampling: {names}; give that to recon.py alone, and leave it out "
-                "here"
-            )
-
-    def inpaint(self, model, data, mask, noise, on_step=None):
-        """As the function `inpaint`."""
-        options = {"times": self.times, "constraint": self.constraint, "lift": self.lift, "limits": self.limits}
-        return inpaint(model, self.sde, data, mask, noise, on_step=on_step, **options, **self._solvers())
-
-    def _solvers(self):
-        return {"predictor": self.predictor, "corrector": self.corrector, "denoise": self.denoise}
+    constraint: str = "replace"
+    lift: str = "mask"
+    limits: tuple | None = None
 
 
-def create_process(config, sde, group=None):
-    """The `Process` of a config, for the method pc.
+def inpaint(model, data, mask, noise, scheme, on_step=None):
+    """The Map of Lift, Map, Detect in few steps: starts from the lifted image and ends at a predicted clean one.
 
     Args:
-        config: `config.sampling` and `config.data.centered` are read.
-        sde: the SDE of the model.
-        group: as in `create_solvers`.
-
-    Raises:
-        UserError: unknown names, numbers out of range, or settings that do not go together.
-    """
-    options = config.sampling
-    if options.method.lower() != "pc":
-        raise UserError(f"config.sampling.method is {options.method}, which can only draw samples; set it to pc")
-    _check(options, sde)
-    _, corrector = create_solvers(config, sde, group)  # whose step size is that of the N steps trained on
-    if corrector is not None and isinstance(sde, VPSDE) and sde.betas[-1] >= 1:
-        raise UserError(
-            f"the corrector {options.corrector} needs config.model.num_scales above {sde.beta_max:g}, not {sde.N}: its "
-            "step is one of the discrete process; use more, or the corrector none"
-        )
-    sde = sde.with_steps(options.steps or sde.N)
-    predictor, _ = create_solvers(config, sde, group)
-    if type(sde) is VPSDE and isinstance(predictor, (ReverseDiffusion, AncestralSampling)) and sde.betas[-1] >= 1:
-        raise UserError(
-            f"{options.predictor} needs more than {sde.beta_max:g} steps, not {sde.N}: each is one of the discrete "
-            "process; use more, or --sampler ddim"
-        )
-    end = options.t_end or sde.eps
-    times = time_grid(sde, sde.N, end, start=options.t_start, spacing=options.time_grid)
-    return Process(
-        sde,
-        predictor,
-        corrector,
-        with_returns(times, options.returns),
-        options.constraint,
-        options.lift,
-        limits=((-1.0, 1.0) if config.data.centered else (0.0, 1.0)) if predictor.ends_clean else None,
-        denoise=options.noise_removal,
-    )
-
-
-def _check(options, sde):
-    """Refuses numbers out of range and settings that do not go together, or would have no effect."""
-    choose(options.constraint, dict.fromkeys(CONSTRAINTS), "constraint (config.sampling.constraint)")
-    choose(options.lift, dict.fromkeys(LIFTS), "lift (config.sampling.lift)")
-    end, one_of_n = options.t_end or sde.eps, options.sampler == PUBLISHED
-    idle = one_of_n and options.predictor.lower() == "none" == options.corrector.lower()
-    problems = {
-        "steps must be 0 (the config's num_scales) or more": options.steps < 0,
-        "returns must be 0 or more": options.returns < 0,
-        "eta must lie between 0 and 1": not 0 <= options.eta <= 1,
-        f"t_start and t_end must keep 0 < t_end < t_start <= {sde.T:g}": not 0 < end < options.t_start <= sde.T,
-        "the predictor 'none' needs a corrector, or nothing would happen; choose either": idle,
-    }
-    for problem, found in problems.items():
-        if found:
-            raise UserError(f"config.sampling: {problem}")
-    check_effects(options, sde)
-    if options.lift != "mask" and options.t_start == sde.T:
-        raise UserError(
-            "config.sampling: the lifts 'noise' and 'both' need t_start < 1, since nothing is left of an image at t = 1"
-        )
-
-
-# Fields of config.sampling and the values that are no choice of the user's: the default, and those of published
-# configs, which stand there also where another field leaves them without effect.
-USUAL = {
-    "method": ("pc",),
-    "predictor": ("euler_maruyama", "reverse_diffusion", "ancestral_sampling"),
-    "corrector": ("none", "langevin"),
-    "n_steps_each": (1,),
-    "snr": (0.16, 0.075, 0.15, 0.17),
-    "noise_removal": (True,),
-    "probability_flow": (False,),
-    "sampler": (PUBLISHED,),
-    "steps": (0,),
-    "time_grid": ("uniform",),
-    "t_start": (1.0,),
-    "t_end": (0.0,),
-    "eta": (1.0,),
-    "constraint": ("replace",),
-    "returns": (0,),
-    "lift": ("mask",),
-}
-
-
-def without_effect(options, sde):
-    """Which fields of `config.sampling` the others leave without effect.
-
-    Args:
-        options: `config.sampling`.
-        sde: the SDE, whose N is the number of steps where `steps` is 0.
+        model: a `models.score.Score`.
+        data, mask, noise, on_step: as in `inpaint_as_published`.
+        scheme: an `InpaintingScheme` with a predictor that ends clean.
 
     Returns:
-        dict: reason -> names of fields; a reason reads on after the names.
+        (B, C, H, W) in the model's range, the data on the known pixels.
     """
-    if options.method.lower() == "ode":
-        return {"not with the method 'ode', which has nothing to choose; set method=pc": [*USUAL][1:]}
-    own, flows = options.sampler != PUBLISHED, options.sampler == "euler"
-    rules = {
-        f"not with the published sampler; choose one of {', '.join(SAMPLERS)}": (
-            not own,
-            ["time_grid", "t_start", "t_end", "constraint", "returns", "lift"],
-        ),
-        f"not with the sampler {options.sampler}, which is a predictor itself and ends without noise": (
-            own,
-            ["predictor", "noise_removal"],
-        ),
-        f"not with the sampler {options.sampler}; choose euler, or ddim with eta=0": (
-            own and not flows,
-            ["probability_flow"],
-        ),
-        "not with the predictor 'none'": (not own and options.predictor.lower() == "none", ["probability_flow"]),
-        "eta goes with the sampler ddim": (options.sampler != "ddim", ["eta"]),
-        "not without a corrector; choose langevin or ald": (
-            options.corrector.lower() == "none",
-            ["n_steps_each", "snr"],
-        ),
-        "not with the lift 'noise', which holds no pixels": (own and options.lift == "noise", ["constraint"]),
-        "not with a single step": ((options.steps or sde.N) == 1, ["time_grid", "t_end", "eta", "returns"]),
-    }
-    return {reason: names for reason, (holds, names) in rules.items() if holds}
+    if scheme.lift == "noise":
+        mask = torch.zeros_like(mask)
+    sde, start = scheme.predictor.sde, scheme.times[:1]
+    alpha, std = sde.marginal(start.to(data.device))
+    x = per_image(alpha) * _first_guess(data, mask, scheme) + per_image(std) * noise(0, "prior")
+    held = scheme.lift != "noise"
+    projects = held and scheme.constraint == "project"
+    if projects or scheme.limits is not None:
+        model = ConstrainedScore(model, scheme.limits, *((data, mask) if projects else ()))
+    constrain = replacement(sde, data, mask) if held and not projects else None
+    x = integrate(model, x, scheme, noise, constrain=constrain, on_step=on_step)
+    return x * (1 - mask) + data * mask
 
 
-def check_effects(options, sde):
-    """Refuses values of `config.sampling` that are not `USUAL` and have no effect.
-
-    Raises:
-        UserError: names the fields.
-    """
-    single = options.sampler != PUBLISHED and options.steps == 1  # of a preset, whose t_end nobody typed
-    spared = {"t_end"} if single else set()
-    _refuse_without_effect(options, sde, lambda name: name not in spared and options[name] not in USUAL[name])
+def _first_guess(data, mask, scheme):
+    """The clean image to which the first time's noise is added: (B, C, H, W)."""
+    if scheme.lift != "mask":
+        return data
+    if scheme.times[0].item() < scheme.predictor.sde.T:
+        return fill_smoothly(data, mask)  # Come-Closer-Diffuse-Faster (arXiv 2112.05146)
+    return data * mask
 
 
-def _refuse_without_effect(options, sde, changed):
-    for reason, names in without_effect(options, sde).items():
-        if found := [name for name in names if changed(name)]:
-            raise UserError(f"config.sampling: {', '.join(found)}: {reason}")
-
-
-def check_typed(config, typed):
-    """Refuses what a command line sets in `config.sampling` and another setting leaves without effect.
-
-    A config file's own values may be without effect, as in published configs; what was typed is meant.
-
-    Args:
-        config: the config tree.
-        typed: paths of the fields that were set on the command line, such as "sampling.snr".
-
-    Raises:
-        UserError: names the fields.
-    """
-    names = {path.removeprefix("sampling.") for path in typed if path.startswith("sampling.")}
-    _refuse_without_effect(config.sampling, create_sde(config), lambda name: name in names)
+# ------------------------------------------------------------------------------------ the probability-flow ODE
 
 
 @torch.no_grad()

@@ -19,8 +19,8 @@ from basics.machine import choose_device, keep_freed_memory
 from benchmarks import machine
 from benchmarks.quality_vs_cost import BATCH, MASK, SETTINGS, Setting, auc, measure_batch
 from lmd import reconstruction, trained_model
+from lmd.process import PRESETS, preset
 from models import inference
-from sampling import PRESETS, preset
 from storage.results_folder import SIDES
 
 

@@ -31,13 +31,13 @@ import itertools
 import torch
 
 import losses
-import sampling
 import sde_lib
 from basics import noise
 from basics.console import choose, guard
 from basics.machine import keep_freed_memory
 from benchmarks import machine, plain
 from benchmarks.machine import median
+from lmd.process import create_process, preset
 from lmd.reconstructor import MaskOptions, Reconstructor, rows_within
 from models import create_model, inference
 from models.resample import Down, Up
@@ -108,10 +108,10 @@ def amounts(part, options, config):
         return 1, 1, 1
     sde = sde_lib.create_sde(config)
     if part == "reconstruction":
-        per_image = sampling.create_process(published(config), sde).evaluations
+        per_image = create_process(published(config), sde).evaluations
         return options.steps, per_image * options.steps // PUBLISHED_STEPS, per_image
     config, reps = fast(config)
-    evaluations = reps * sampling.create_process(config, sde).evaluations
+    evaluations = reps * create_process(config, sde).evaluations
     return 1, evaluations, evaluations
 
 
@@ -201,7 +201,7 @@ def our_training(config, x, steps, *prepared):
 
 def our_reconstruction(config, x, steps, *prepared):
     model = score_model(config, x.device, *prepared)
-    process = sampling.create_process(published(config), model.sde)
+    process = create_process(published(config), model.sde)
     process = dataclasses.replace(process, times=process.times[:steps])
     mask, source = MASK.stack(x.shape[-1], 1).to(x.device), keyed(x)
     return lambda: process.inpaint(model, x, mask, source)
@@ -235,7 +235,7 @@ def published(config):
 
 def fast(config, **changes):
     """The config of --sampler fast, or with changes of its values, and its repetitions."""
-    values, reps = sampling.preset("fast", config)
+    values, reps = preset("fast", config)
     config = config.copy_and_resolve_references()
     config.sampling.update({**values, **changes})
     return config, reps

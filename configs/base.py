@@ -88,9 +88,9 @@ TREE = {
         "noise_removal": True,  # return the last step's mean, without its noise
         "probability_flow": False,  # follow the probability-flow ODE with the predictor
         # Of this program alone; the defaults are the published behaviour
-        "sampler": "published",  # published (the predictor above), euler, ddim, dpmpp_2m or sde_dpmpp_2m
+        "sampler": "published",  # published (the predictor above), ddim, dpmpp_2m or sde_dpmpp_2m
         "steps": 0,  # steps of the predictor; 0: model.num_scales
-        "time_grid": "uniform",  # times even in t (uniform), in ln(alpha / std) (lambda), or in sqrt(t) (quadratic)
+        "time_grid": "uniform",  # times even in t (uniform) or in ln(alpha / std) (lambda)
         "t_start": 1.0,  # the first time; below 1 in recon.py alone
         "t_end": 0.0,  # the last time; 0: 1e-3, for VE 1e-5
         "eta": 1.0,  # ddim: share of fresh noise, from 0 (deterministic) to 1 (ancestral)

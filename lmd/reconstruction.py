@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 import datasets
-import sampling
 import sde_lib
 from basics import distributed, files, noise
 from basics.background import Background
 from basics.console import UserError, choose, progress, say, shell, warn
 from basics.pixels import to_model_range
 from configs.base import to_dict
+from lmd.process import create_process
 from lmd.reconstructor import MaskOptions, Reconstructor, rows_within
 from lmd.trained_model import load_model, weights_path
 from models import inference
@@ -111,7 +111,7 @@ def _check(job, device):
     """Tells what cannot be before anything long is done or written; returns what the precision comes to."""
     choose(job.compiled, inference.CHOICES, "choice (--compile)")
     job.mask_options.stack(job.config.data.image_size, 1, job.seed)
-    sampling.create_process(job.config, sde_lib.create_sde(job.config))
+    create_process(job.config, sde_lib.create_sde(job.config))
     return inference.resolve(job.precision, device)
 
 

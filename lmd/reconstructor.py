@@ -5,10 +5,10 @@ import dataclasses
 import torch
 
 import masks
-import sampling
 from basics import noise
 from basics.console import UserError
 from basics.pixels import to_data_range, to_model_range
+from lmd.process import create_process
 from models import memory
 
 
@@ -149,8 +149,8 @@ class Reconstructor:
         return to_data_range(filled, self.config.data.centered)
 
     def process(self, group=None):
-        """The `sampling.Process` of the config; `group` is the number of images in the batch."""
-        return sampling.create_process(self.config, self.model.sde, group)
+        """The `process.Process` of the config; `group` is the number of images in the batch."""
+        return create_process(self.config, self.model.sde, group)
 
 
 def rows_within(memory_gb, config, device):

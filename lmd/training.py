@@ -32,6 +32,7 @@ from basics.pixels import to_data_range
 from basics.tensor_files import WrongFile
 from configs.base import to_dict
 from lmd.batches import TrainingBatches
+from lmd.process import check_effects, create_process
 from models import inference
 from models.score import ScoreModel
 from storage.checkpoints import check_data, restore_state, write_checkpoint
@@ -493,7 +494,7 @@ def create_sampler(config, sde):
 
 
 def _predictor_corrector(config, sde):
-    process = sampling.create_process(config, sde)
+    process = create_process(config, sde)
     process.check_sampling()
 
     def sample(model, noise):
@@ -504,7 +505,7 @@ def _predictor_corrector(config, sde):
 
 
 def _probability_flow(config, sde):
-    sampling.check_effects(config.sampling, sde)
+    check_effects(config.sampling, sde)
     return lambda model, noise: sampling.sample_ode(model, sde, noise(0, "prior") * sde.prior_std)[0]
 
 

@@ -13,14 +13,22 @@ class Score:
     when all images share one; x is (B, C, H, W) in the model's range.
     """
 
+    def predictions(self, x, t):
+        """`eps` and `x0` by one evaluation."""
+        return self.predictions_of(self(x, t), x, t)
+
+    def predictions_of(self, score, x, t):
+        """`eps` and `x0` that belong to a score (B, C, H, W)."""
+        alpha, std = self.sde.marginal(t)
+        return -per_image(std) * score, (x + per_image(std**2) * score) / per_image(alpha)
+
     def eps(self, x, t):
         """The predicted noise, -std(t) score: (B, C, H, W)."""
-        return -per_image(self.sde.marginal(t)[1]) * self(x, t)
+        return self.predictions(x, t)[0]
 
     def x0(self, x, t):
         """The predicted clean image, (x + std^2 score) / alpha (Tweedie's formula): (B, C, H, W)."""
-        alpha, std = self.sde.marginal(t)
-        return (x + per_image(std**2) * self(x, t)) / per_image(alpha)
+        return self.predictions(x, t)[1]
 
 
 class ScoreModel(Score):

@@ -11,10 +11,10 @@ import tiny
 import torch
 
 import recon
-import sampling
 from basics import distributed
 from basics.console import EXIT_USER_ERROR
 from configs.base import TREE
+from lmd.process import PRESETS
 from storage.checkpoints import read_checkpoint
 from storage.scores import read_results, read_scores
 
@@ -117,8 +117,7 @@ FLAGS = {
         "mask_ratio": "0.5", "mask_file_path": None, "mask_save_dir": None, "mask_identifier": None,
         "max_images": None, "match_resolution": "false", "data_root": "./data", "workers": None,
         "seed": None, "device": None, "memory_gb": None,
-        "sampler": None, "steps": None, "time_grid": None, "t_start": None, "t_end": None, "eta": None,
-        "constraint": None, "returns": None, "lift": None, "precision": "auto", "compile": "auto",
+        "sampler": None, "steps": None, "precision": "auto", "compile": "auto",
     },
     "detect.py": {"result_path": None, "metric": "LPIPS", "reps": "1", "device": "auto", "resize_type": "bicubic"},
 }  # fmt: skip
@@ -133,6 +132,7 @@ def test_every_flag_is_there_with_its_default_and_a_help_text(command):
         assert (None if value in ("None", "") else value) == default, name
     for name, flag in found.items():
         assert len(flag.findtext("meaning")) >= 10, name
+    assert not found.keys() & recon.REMOVED.keys()
 
 
 HELP = """
@@ -199,14 +199,10 @@ def test_recon_flags_have_their_effects():
         "--reps_per_image=10", "--batch_size=200", "--seed=7", "--device=cpu", "--max_images=3", "--data_root=d",
         "--workers=2", "--match_resolution", "--memory_gb=2.5", "--save_mask", "--mask_save_dir=m",
         "--mask_type=random", "--mask_patch_size=2", "--mask_ratio=0.3",
-        "--mask_identifier=tag", "--sampler=ddim", "--steps=7", "--time_grid=lambda", "--t_start=0.8",
-        "--t_end=0.1", "--eta=0.5", "--constraint=project", "--returns=1", "--lift=both", "--precision=bf16",
+        "--mask_identifier=tag", "--sampler=ddim", "--steps=7", "--config.sampling.eta=0.5", "--precision=bf16",
         "--compile",
     ) == {
-        "sampling": {
-            "sampler": "ddim", "steps": 7, "time_grid": "lambda", "t_start": 0.8, "t_end": 0.1, "eta": 0.5,
-            "constraint": "project", "returns": 1, "lift": "both",
-        },
+        "sampling": {"sampler": "ddim", "steps": 7, "eta": 0.5},
         "precision": "bf16", "compiled": "on",
         "width": 64, "ckpt_path": "c.pth", "workdir": "w", "reps": 10, "batch_size": 200, "seed": 7,
         "device": {"type": "cpu"},
@@ -246,25 +242,21 @@ def test_the_ways_to_write_compile(written, expected):
 
 @pytest.mark.parametrize("name", ["fast", "best"])
 def test_a_preset_brings_its_settings_and_repetitions_and_flags_win(name):
-    values, reps = sampling.PRESETS[name]
+    values, reps = PRESETS[name]
     options = called(f"--sampler={name}")
     assert {**TREE["sampling"], **options["sampling"]} == {**TREE["sampling"], **values}
     assert options["reps"] == reps
-    options = called(f"--sampler={name}", "--steps=33", "--reps_per_image=1", "--time_grid=quadratic")
-    assert (options["sampling"]["steps"], options["sampling"]["time_grid"], options["reps"]) == (33, "quadratic", 1)
-
-
-def test_what_is_typed_of_the_config_wins_over_a_preset():
-    values, _ = sampling.PRESETS["fast"]
-    typed = ["--config.sampling.t_start=0.3", "--config.sampling.steps=7", "--config.sampling.corrector=none"]
-    found = called("--sampler=fast", *typed)["sampling"]
-    expected = {**TREE["sampling"], **values, "t_start": 0.3, "steps": 7}
-    assert {**TREE["sampling"], **found} == expected
-    assert {**TREE["sampling"], **called("--sampler=fast", "--t_start=0.3", "--steps=7")["sampling"]} == expected
+    typed = ["--config.sampling.t_start=0.3", "--config.sampling.corrector=none", "--reps_per_image=1"]
+    for steps in ("--steps=33", "--config.sampling.steps=33"):
+        options = called(f"--sampler={name}", steps, *typed)
+        assert {**TREE["sampling"], **options["sampling"]} == {
+            **TREE["sampling"], **values, "t_start": 0.3, "steps": 33,
+        }  # fmt: skip
+        assert options["reps"] == 1
 
 
 def test_lifting_by_noise_knows_nothing():
-    lifting = ["--sampler=ddim", "--lift=noise", "--t_start=0.5"]
+    lifting = ["--sampler=ddim", "--config.sampling.lift=noise", "--config.sampling.t_start=0.5"]
     assert called(*lifting)["mask_options"]["mask_type"] == "none"
     assert called(*lifting, "--mask_type=none")["mask_options"]["mask_type"] == "none"
 
@@ -302,26 +294,17 @@ MISTAKES = {  # noticed before anything is loaded
         [*RECON, CONFIG, "--config.data.image_size=100000"],
         r"config\.data\.image_size is 100000; it must be an int from 1 to 8192",
     ),
-    "too many steps": (
-        [*RECON, CONFIG, "--steps=10000000000"],
-        "--steps is 10000000000; it must be an int from",
-    ),
-    "too many returns": (
-        [*RECON, CONFIG, "--returns=1000000"],
-        "--returns is 1000000; it must be an int from 0 to",
-    ),
-    "too many repetitions": (
-        [*RECON, CONFIG, "--reps_per_image=10001"],
-        r"10001 is not an integer in the range",
-    ),
-    "too many at once": (
-        [*RECON, CONFIG, "--batch_size=1000000"],
-        r"1000000 is not an integer in the range",
-    ),
-    "too many images": (
-        [*RECON, CONFIG, "--max_images=1000000000000"],
-        r"is not an integer in the range",
-    ),
+    "too many steps": ([*RECON, CONFIG, "--steps=10000000000"], "--steps is 10000000000; it must be an int from"),
+    **{
+        f"the removed flag {name}": (
+            [*RECON, CONFIG, f"--{name}=0.5"],
+            f"^error: --{name} is now --config.sampling.{name}; write --config.sampling.{name}=...$",
+        )
+        for name in ("t_start", "lift")
+    },
+    "too many repetitions": ([*RECON, CONFIG, "--reps_per_image=10001"], r"10001 is not an integer in the range"),
+    "too many at once": ([*RECON, CONFIG, "--batch_size=1000000"], r"1000000 is not an integer in the range"),
+    "too many images": ([*RECON, CONFIG, "--max_images=1000000000000"], r"is not an integer in the range"),
     "too many workers": ([*RECON, CONFIG, "--workers=100000"], r"100000 is not an integer in the range \[1, 1024\]"),
     "too many threads": ([*TRAIN, CONFIG, "--workers=100000"], r"100000 is not an integer in the range \[1, 1024\]"),
     "no width": ([*TRAIN, CONFIG, "--config.model.nf=0"], r"config\.model\.nf is 0; it must be an int from 4 to 8192"),
@@ -342,7 +325,6 @@ MISTAKES = {  # noticed before anything is loaded
         "--mask_file_path goes with --mask_type file, not center; leave one out",
     ),
 }
-LIFT = ["--sampler=ddim", "--lift=noise", "--t_start=0.5"]
 INEFFECTIVE = {  # flags of recon.py, and what is said of them
     "mask folder alone": (["--mask_save_dir=m"], "--mask_save_dir goes with --save_mask; add it or leave both out"),
     "crop of no side": (["--noood_center_crop"], "--ood_center_crop goes with --out_of_domain; add it or leave"),
@@ -359,11 +341,11 @@ INEFFECTIVE = {  # flags of recon.py, and what is said of them
         ["--mask_file_path=own.png", "--mask_num_blocks=4"], "--mask_num_blocks has no effect with --mask_type file",
     ),
     "a mask lifted by noise": (
-        [*LIFT, "--mask_type=center"], r"--mask_type has no effect with --lift noise \(no pixel is known\); leave one",
+        ["--config.sampling.lift=noise", "--mask_type=center"],
+        r"--mask_type has no effect with --config.sampling.lift=noise \(no pixel is known\); leave one",
     ),
-    "a mask file lifted by noise": ([*LIFT, "--mask_file_path=own.png"], "--mask_file_path has no effect with"),
-    "a mask and noise from the config": (
-        ["--config.sampling.lift=noise", "--mask_ratio=0.5"], "--mask_ratio has no effect with --lift noise",
+    "a mask file lifted by noise": (
+        ["--config.sampling.lift=noise", "--mask_file_path=own.png"], "--mask_file_path has no effect with",
     ),
     **{
         f"{name} twice": (
@@ -371,7 +353,7 @@ INEFFECTIVE = {  # flags of recon.py, and what is said of them
         )
         for name, field, value in [
             ("seed", "seed", 3), ("device", "device", "cpu"), ("sampler", "sampling.sampler", "ddim"),
-            ("steps", "sampling.steps", 7), ("t_start", "sampling.t_start", 0.5), ("eta", "sampling.eta", 0.5),
+            ("steps", "sampling.steps", 7),
         ]
     },
 }  # fmt: skip

@@ -21,6 +21,7 @@ import sampling
 import sde_lib
 from basics import noise
 from basics.console import UserError
+from lmd import process as processes
 from lmd import training
 from lmd.reconstructor import Reconstructor
 from metrics.features import FeatureDistance
@@ -101,7 +102,7 @@ def test_the_watch_sees_what_a_gpu_could_not_do(operation, message):
 # ----------------------------------------------------------------------------------------- sampling and inpainting
 
 SDES = ("vpsde", "subvpsde", "vesde")
-SOLVERS = [*((sampling.PUBLISHED, name) for name in sampling.PREDICTORS), *((n, None) for n in sampling.SAMPLERS)]
+SOLVERS = [*((processes.PUBLISHED, name) for name in sampling.PREDICTORS), *((n, None) for n in processes.SAMPLERS)]
 B, SHAPE = 4, (1, 8, 8)
 
 
@@ -123,11 +124,11 @@ VARIANTS = [  # of every solver, where they go together
 def process_of(options, sde_name, sampler, predictor):
     """A process of few steps, and a score model without a network."""
     config = tiny.config(training__sde=sde_name, model__num_scales=50)
-    few = sampler != sampling.PUBLISHED
+    few = sampler != processes.PUBLISHED
     config.sampling.update({"sampler": sampler, "steps": 3 if few else 0, **options})
     config.sampling.predictor = predictor or config.sampling.predictor
     model = ScoreModel(lambda x, labels: x * labels.to(x.dtype).view(-1, 1, 1, 1), sde_lib.create_sde(config))
-    process = sampling.create_process(config, model.sde, group=B)
+    process = processes.create_process(config, model.sde, group=B)
     return dataclasses.replace(process, times=process.times if few else process.times[:3]), model
 
 
@@ -165,7 +166,7 @@ def test_noise_is_made_on_the_device():
 def test_a_batch_of_reconstructions_stays_on_the_device():
     """With the network, for all repetitions in parts; its results are what comes back."""
     config = tiny.config()
-    config.sampling.update(sampling.preset("fast", config)[0])
+    config.sampling.update(processes.preset("fast", config)[0])
     net = models.create_model(config).eval().requires_grad_(False).to(META)
     model = ScoreModel(net, sde_lib.create_sde(config))
     reconstruct = Reconstructor(config, model, META, rows=3)

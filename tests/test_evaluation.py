@@ -474,7 +474,6 @@ SAMPLING = {  # settings from which those of sampling are changed
     "published": {"sampling.predictor": "euler_maruyama"},
     "corrector": {"sampling.corrector": "langevin", "sampling.predictor": "reverse_diffusion"},
     "ddim": {"sampling.sampler": "ddim"},
-    "euler": {"sampling.sampler": "euler"},
 }
 
 

@@ -16,7 +16,7 @@ from configs import base
 from configs.base import ABSENT, TREE, check
 from configs.fields import FIELDS, Choice, Flag, NonZero, OneOf, Real, Text, Whole, Wholes, check_value
 from configs.presets import NCSNPP, SUBVP, build
-from lmd import evaluation, training
+from lmd import evaluation, process, training
 from models import layers, ncsnpp
 
 KINDS = base._flat(FIELDS)
@@ -47,7 +47,7 @@ TABLES = {
     "sampling.method": training.METHODS,
     "sampling.predictor": sampling.PREDICTORS,
     "sampling.corrector": sampling.CORRECTORS,
-    "sampling.sampler": [sampling.PUBLISHED, *sampling.SAMPLERS],
+    "sampling.sampler": [process.PUBLISHED, *process.SAMPLERS],
     "sampling.time_grid": sampling.TIME_GRIDS,
     "sampling.constraint": sampling.CONSTRAINTS,
     "sampling.lift": sampling.LIFTS,

@@ -12,11 +12,11 @@ from tiny import CPU, SIZE
 
 import metrics.mse
 import models
-import sampling
 import sde_lib
 from basics.background import Background
 from basics.console import UserError
 from lmd import distances, evaluation
+from lmd.process import PRESETS
 from lmd.reconstructor import Reconstructor
 from models import inference, layers, memory
 from models.score import ScoreModel
@@ -498,7 +498,7 @@ def test_too_little_memory_for_anything_is_told():
 # -------------------------------------------------------------------------------------------------------- presets
 
 
-@pytest.mark.parametrize("name", sampling.PRESETS)
+@pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_from_the_command_line_to_the_scores(name, tmp_path):
     checkpoint = tiny.write_checkpoint(tmp_path / "checkpoint.pth")
     source = tiny.write_pictures(tmp_path / "squares.npz", 4)
@@ -506,7 +506,7 @@ def test_a_preset_from_the_command_line_to_the_scores(name, tmp_path):
     flags += ["--mask_type=checkerboard_alt", f"--workdir={tmp_path / 'run'}", f"--sampler={name}"]
     code, out, err = tiny.command("recon.py", *flags)
     assert code == 0, err
-    reps = sampling.PRESETS[name][1]
+    reps = PRESETS[name][1]
     folder = tmp_path / "run" / f"checkerboard_alt_blocks4_reps{reps}"
     assert f"--reps {reps}" in out
     batch = torch.load(folder / "pos" / "batch_0.pth")

@@ -56,6 +56,10 @@ def test_stopping_early_leaves_what_is_settled():
     assert bench.stop_early({"pos": near[:2], "neg": far[:2]})["early_auc"] is None
 
 
+def test_every_setting_can_be_run():
+    assert min(map(bench.evaluations, bench.SETTINGS)) == 2
+
+
 def run(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["quality_vs_cost", *map(str, arguments)])
     bench.main()

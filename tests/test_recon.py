@@ -24,6 +24,7 @@ from basics.console import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError, guard
 from basics.image_sets import ImageSet
 from basics.pixels import to_model_range
 from lmd import detection, reconstruction
+from lmd.process import create_solvers
 from lmd.reconstructor import MaskOptions, Reconstructor, rows_within
 from lmd.trained_model import load_model
 from storage.checkpoints import read_checkpoint
@@ -136,15 +137,13 @@ def test_reconstruction_is_inpainting_with_the_images_own_noise(made, checkpoint
     model, _ = load_model(config, checkpoint, CPU)
     images = datasets.load(sources["neg"], split="test", image_size=SIZE, num_channels=1)
     keys = noise.image_keys(0, noise.content_keys(images.read(4, 5)), [1])
-    predictor, corrector = sampling.create_solvers(config, model.sde)
-    filled = sampling.inpaint(
+    predictor, _ = create_solvers(config, model.sde)
+    filled = sampling.inpaint_as_published(
         model,
-        model.sde,
         to_model_range(images.read(4, 5), True),
         masks.make_mask("checkerboard_alt", SIZE, 1),
         noise.KeyedNoise(keys, (1, SIZE, SIZE)),
-        predictor=predictor,
-        corrector=corrector,
+        sampling.Scheme(predictor),
     )
     torch.testing.assert_close(load(made, "neg")[2][1, 4], (filled[0] + 1) / 2, rtol=1e-5, atol=1e-5)
 
@@ -201,13 +200,13 @@ def test_batching_changes_nothing(option, value, made, checkpoint, sources, tmp_
 
 def test_the_budget_is_kept(monkeypatch, checkpoint, sources, tmp_path):
     assert rows_within(memory(3), tiny.config(), CPU) == 3
-    seen, inpaint = [], sampling.inpaint
+    seen, inpaint = [], sampling.inpaint_as_published
 
-    def watched(model, sde, data, *args, **options):
+    def watched(model, data, *args):
         seen.append(len(data))
-        return inpaint(model, sde, data, *args, **options)
+        return inpaint(model, data, *args)
 
-    monkeypatch.setattr(sampling, "inpaint", watched)
+    monkeypatch.setattr(sampling, "inpaint_as_published", watched)
     reconstruct(tmp_path / "run", checkpoint, {"pos": sources["pos"]}, memory_gb=memory(3))
     assert seen == [3, 3, 2, 3, 3]  # 2 repetitions of 4 images, then of 3
 
@@ -401,17 +400,17 @@ def test_a_folder_of_an_earlier_version_is_scored_but_not_continued(results, che
 
 def test_a_second_run_is_refused_while_the_first_writes(made, checkpoint, sources, tmp_path, monkeypatch, counted):
     """Also one of another seed, in the time before the first batch is there; the first is not disturbed."""
-    tried, inpaint = [], sampling.inpaint
+    tried, inpaint = [], sampling.inpaint_as_published
 
-    def interfering(*args, **options):
+    def interfering(*args):
         if not tried:
             tried.append(True)
             for seed in (0, 1):
                 with pytest.raises(UserError, match=rf"{ALT} is being written to by process \d+ on .*; wait until it"):
                     reconstruct(tmp_path / "run", checkpoint, sources, seed=seed)
-        return inpaint(*args, **options)
+        return inpaint(*args)
 
-    monkeypatch.setattr(sampling, "inpaint", interfering)
+    monkeypatch.setattr(sampling, "inpaint_as_published", interfering)
     folder = reconstruct(tmp_path / "run", checkpoint, sources)
     assert tried
     assert len(counted) == 4
@@ -444,15 +443,15 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read(checkpoint, sources, tmp
 
 
 def test_a_mask_file_is_read_once(checkpoint, sources, tmp_path, monkeypatch):
-    mask, inpaint, used = np.tile([0.0, 1.0], (SIZE, SIZE // 2)), sampling.inpaint, []
+    mask, inpaint, used = np.tile([0.0, 1.0], (SIZE, SIZE // 2)), sampling.inpaint_as_published, []
     np.save(tmp_path / "mask.npy", mask)
 
-    def editing(model, sde, data, mask, *args, **options):
+    def editing(model, data, mask, *args):
         used.append(mask[0, 0])
         np.save(tmp_path / "mask.npy", 1 - used[0].numpy())
-        return inpaint(model, sde, data, mask, *args, **options)
+        return inpaint(model, data, mask, *args)
 
-    monkeypatch.setattr(sampling, "inpaint", editing)
+    monkeypatch.setattr(sampling, "inpaint_as_published", editing)
     options = MaskOptions("file", file_path=str(tmp_path / "mask.npy"))
     folder = reconstruct(tmp_path / "run", checkpoint, sources, mask=options)
     assert len(used) > 1
@@ -464,14 +463,14 @@ def test_a_mask_file_is_read_once(checkpoint, sources, tmp_path, monkeypatch):
 
 def test_a_manifest_that_goes_while_batches_are_made(checkpoint, sources, tmp_path, monkeypatch):
     """No batch is written beside another manifest, or none."""
-    inpaint = sampling.inpaint
+    inpaint = sampling.inpaint_as_published
 
-    def removing(*args, **options):
+    def removing(*args):
         if (tmp_path / "run" / ALT / "pos" / "batch_0.pth").exists():
             (tmp_path / "run" / ALT / "manifest.json").unlink(missing_ok=True)
-        return inpaint(*args, **options)
+        return inpaint(*args)
 
-    monkeypatch.setattr(sampling, "inpaint", removing)
+    monkeypatch.setattr(sampling, "inpaint_as_published", removing)
     with pytest.raises(UserError, match=r"manifest\.json was removed or replaced while this run wrote there; run"):
         reconstruct(tmp_path / "run", checkpoint, sources)
 

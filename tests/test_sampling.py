@@ -8,6 +8,8 @@ import sampling
 import sde_lib
 from basics.console import UserError
 from basics.noise import KeyedNoise, image_keys
+from lmd.process import create_solvers
+from sampling import Scheme
 
 MODELS = {
     "vpsde": "vp/ddpm/cifar10_continuous.py",
@@ -71,19 +73,13 @@ def test_inpainting_golden(name, path, purposes):
     config = small(path)
     config.model.num_scales = int(numbers["N"])
     model = filled_model(config)
-    predictor, corrector = sampling.create_solvers(config, model.sde)
+    predictor, corrector = create_solvers(config, model.sde)
+    times = sampling.time_grid(model.sde, model.sde.N, float(numbers["eps"]))
     image = tensor(numbers["image"])
     data = 2 * image - 1 if config.data.centered else image
-    result = sampling.inpaint(
-        model,
-        model.sde,
-        data,
-        tensor(numbers["mask"]),
-        Recorded(tensor(numbers["noise"]), purposes),
-        predictor=predictor,
-        corrector=corrector,
-        times=sampling.time_grid(model.sde, model.sde.N, float(numbers["eps"])),
-    )
+    source = Recorded(tensor(numbers["noise"]), purposes)
+    scheme = Scheme(predictor, times, corrector)
+    result = sampling.inpaint_as_published(model, data, tensor(numbers["mask"]), source, scheme)
     close((result + 1) / 2 if config.data.centered else result, numbers["recon"], rtol=1e-4)
 
 
@@ -104,6 +100,16 @@ def keyed(count, shape=(1, 2, 2), seed=0):
 def moments(x):
     flat = x.flatten(1)
     return flat.mean(dim=0), torch.cov(flat.T)
+
+
+KNOWN, UNKNOWN = [0, 2], [1, 3]
+MASK = torch.tensor([1.0, 0.0, 1.0, 0.0]).view(1, 1, 2, 2)
+
+
+def conditional(mean, cov, observed):
+    """Mean and covariance of the unknown pixels given the known ones."""
+    gain = cov[UNKNOWN][:, KNOWN] @ torch.linalg.inv(cov[KNOWN][:, KNOWN])
+    return mean[UNKNOWN] + gain @ (observed - mean[KNOWN]), cov[UNKNOWN][:, UNKNOWN] - gain @ cov[KNOWN][:, UNKNOWN]
 
 
 SDES = {
@@ -129,14 +135,8 @@ SAMPLERS = [
 def test_sampling_reproduces_a_gaussian(sde_name, predictor, corrector):
     sde = SDES[sde_name](1000)
     mean, cov = gaussian_data()
-    corrector = sampling.CORRECTORS[corrector](sde, 0.16, 1, None)
-    result = sampling.sample(
-        GaussianScore(sde, mean, cov),
-        sde,
-        keyed(COUNT),
-        predictor=sampling.PREDICTORS[predictor](sde),
-        corrector=corrector,
-    )
+    scheme = Scheme(sampling.PREDICTORS[predictor](sde), corrector=sampling.CORRECTORS[corrector](sde, 0.16, 1, None))
+    result = sampling.sample(GaussianScore(sde, mean, cov), keyed(COUNT), scheme)
     got_mean, got_cov = moments(result)
     # 4 standard errors, plus the bias of 1000 steps (largest with Langevin, which moves by finite steps)
     torch.testing.assert_close(got_mean, mean, rtol=0, atol=0.03)
@@ -151,8 +151,8 @@ def test_probability_flow_reproduces_a_gaussian(sde_name):
     prior = keyed(COUNT)(0, "prior") * sde.prior_std
     by_ode, evaluations = sampling.sample_ode(model, sde, prior)
     assert evaluations > 10
-    predictor = sampling.ReverseDiffusion(sde, probability_flow=True)
-    by_steps = sampling.integrate(model, prior, sampling.time_grid(sde, 1000, sde.eps), predictor, keyed(COUNT))
+    scheme = Scheme(sampling.ReverseDiffusion(sde, probability_flow=True))
+    by_steps = sampling.integrate(model, prior, scheme, keyed(COUNT))
     for result in (by_ode, by_steps):
         got_mean, got_cov = moments(result)
         torch.testing.assert_close(got_mean, mean, rtol=0, atol=0.03)
@@ -167,9 +167,9 @@ def test_inpainting_independent_pixels_is_exact(sde_name):
     cov = cov * torch.block_diag(torch.ones(2, 2), torch.ones(2, 2))
     mask = torch.tensor([1.0, 1.0, 0.0, 0.0]).view(1, 1, 2, 2)
     data = torch.tensor([0.7, -0.5, 9.0, 9.0]).view(1, 1, 2, 2).expand(COUNT, 1, 2, 2)
-    result = sampling.inpaint(
-        GaussianScore(sde, mean, cov), sde, data, mask, keyed(COUNT), predictor=sampling.ReverseDiffusion(sde)
-    ).flatten(1)
+    scheme = Scheme(sampling.ReverseDiffusion(sde))
+    model = GaussianScore(sde, mean, cov)
+    result = sampling.inpaint_as_published(model, data, mask, keyed(COUNT), scheme).flatten(1)
     torch.testing.assert_close(result[:, :2], data.flatten(1)[:, :2], rtol=0, atol=1e-3)  # alpha(eps) = 0.99995
     torch.testing.assert_close(result[:, 2:].mean(dim=0), mean[2:], rtol=0, atol=0.03)
     torch.testing.assert_close(torch.cov(result[:, 2:].T), cov[2:, 2:], rtol=0, atol=0.03)
@@ -229,14 +229,12 @@ def test_inpainting_has_the_exact_moments_of_the_published_loop(sde_name):
     mean, cov = gaussian_data()
     known = torch.tensor([True, False, True, False])
     data = torch.tensor([0.9, 0.0, 0.4, 0.0])
-    result = sampling.inpaint(
+    result = sampling.inpaint_as_published(
         GaussianScore(sde, mean, cov),
-        sde,
         data.view(1, 1, 2, 2).expand(COUNT, 1, 2, 2),
         known.float().view(1, 1, 2, 2),
         keyed(COUNT),
-        predictor=sampling.ReverseDiffusion(sde),
-        denoise=False,
+        Scheme(sampling.ReverseDiffusion(sde), denoise=False),
     )
     expected_mean, expected_cov = published_inpainting_moments(sde, mean.double(), cov.double(), data.double(), known)
     got_mean, got_cov = moments(result.double())
@@ -253,22 +251,15 @@ def test_inpainting_reaches_the_conditional_gaussian(sde_name):
     """
     sde = SDES[sde_name](1000)
     mean, cov = gaussian_data()
-    known, unknown = [0, 2], [1, 3]
-    observed = torch.tensor([0.9, 0.4])
-    data = torch.zeros(4)
-    data[known] = observed
-    result = sampling.inpaint(
+    data = torch.tensor([0.9, 0.0, 0.4, 0.0])
+    result = sampling.inpaint_as_published(
         GaussianScore(sde, mean, cov),
-        sde,
         data.view(1, 1, 2, 2).expand(COUNT, 1, 2, 2),
-        torch.tensor([1.0, 0.0, 1.0, 0.0]).view(1, 1, 2, 2),
+        MASK,
         keyed(COUNT),
-        predictor=sampling.ReverseDiffusion(sde),
-        corrector=sampling.Langevin(sde, snr=0.16),
-    ).flatten(1)[:, unknown]
-    gain = cov[unknown][:, known] @ torch.linalg.inv(cov[known][:, known])
-    expected_mean = mean[unknown] + gain @ (observed - mean[known])
-    expected_cov = cov[unknown][:, unknown] - gain @ cov[known][:, unknown]
+        Scheme(sampling.ReverseDiffusion(sde), corrector=sampling.Langevin(sde, snr=0.16)),
+    ).flatten(1)[:, UNKNOWN]
+    expected_mean, expected_cov = conditional(mean, cov, data[KNOWN])
     # 4 standard errors, plus the bias of finite steps
     torch.testing.assert_close(result.mean(dim=0), expected_mean, rtol=0, atol=0.03)
     torch.testing.assert_close(torch.cov(result.T), expected_cov, rtol=0, atol=0.02)
@@ -289,7 +280,7 @@ def test_impossible_solvers_are_refused(change, message):
     config = small("subvp/cifar10_ddpm_continuous.py")
     config.update_from_flattened_dict(change)
     with pytest.raises(UserError, match=message):
-        sampling.create_solvers(config, sde_lib.create_sde(config))
+        create_solvers(config, sde_lib.create_sde(config))
 
 
 def test_ancestral_sampling_has_no_probability_flow():
@@ -320,4 +311,4 @@ def test_without_a_corrector_one_constraint_a_step_is_enough():
         x, mean = constrain(x, t, source(i, "constrain"))
         x, mean, _ = predictor.step(model, x, t, None, None, lambda i=i: source(i, "predictor"))
         x, mean = constrain(x, t, source(i, "reconstrain"))
-    assert torch.equal(mean, sampling.inpaint(model, sde, data, mask, source, predictor=predictor))
+    assert torch.equal(mean, sampling.inpaint_as_published(model, data, mask, source, Scheme(predictor)))

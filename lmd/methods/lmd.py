@@ -2,7 +2,7 @@
 
 Liu, Zhou, Wang and Weinberger, "Unsupervised Out-of-Distribution Detection with Diffusion Inpainting", ICML 2023
 (arXiv 2302.10326), algorithm 1.  As published: alternating checkerboards of 8 x 8 blocks, 10 repetitions of 1,000
-steps, the median of LPIPS.  Ours by default: the same masks, 4 repetitions of 5 steps (`sampling.PRESETS`, 'fast'), MSE
+steps, the median of LPIPS.  Ours by default: the same masks, 4 repetitions of 5 steps (`process.PRESETS`, 'fast'), MSE
 and SSIM, which need no other network.
 """
 
@@ -11,10 +11,10 @@ import functools
 import numpy as np
 
 import metrics
-import sampling
 from basics.pixels import to_model_range
 from lmd.distances import compare, median_score
 from lmd.methods.base import Examined, Method
+from lmd.process import PUBLISHED, preset
 from lmd.reconstructor import MaskOptions, Reconstructor
 
 
@@ -23,7 +23,7 @@ class LMD(Method):
 
     Args:
         metrics: names in `metrics.METRICS`.
-        sampler: a key of `sampling.PRESETS`, or 'published' for the sampling of the model's config.
+        sampler: a key of `lmd.process.PRESETS`, or 'published' for the sampling of the model's config.
         reps: repetitions of each image; by default the sampler's, 10 for the published one.
         mask_type: as --mask_type, but 'file'; random masks are the same for every image.
         num_blocks: blocks an edge of checkerboards; where it does not divide the image, the next lower that does.
@@ -77,8 +77,8 @@ class LMD(Method):
     def _prepare(self, model):
         """The `Reconstructor`, the masks (R, 1, H, W) and the metrics for a model."""
         config, reps, size = model.config.copy_and_resolve_references(), 10, model.config.data.image_size
-        if self.settings["sampler"] != sampling.PUBLISHED:
-            values, reps = sampling.preset(self.settings["sampler"], config)
+        if self.settings["sampler"] != PUBLISHED:
+            values, reps = preset(self.settings["sampler"], config)
             config.sampling.update(values)
         blocks = next(n for n in range(self.settings["num_blocks"], 0, -1) if size % n == 0)
         masks = MaskOptions(self.settings["mask_type"], num_blocks=blocks).stack(
