@@ -20,7 +20,7 @@ import torch
 
 from basics.console import UserError, warn
 from basics.files import expand_home
-from basics.image_arrays import load_array_file, load_small_images
+from basics.image_arrays import load_array_file, load_memory, load_pictures, load_small_images
 from basics.image_files import NAMED_FAILURES, load_files
 from basics.image_lists import NOT_IMAGES, folder_files, lines_of, listed_files, say_once
 from basics.image_sets import InMemory
@@ -112,6 +112,33 @@ def load(
     if reduced_to is None:  # else it was loaded before, to learn its resolution
         _warn_of(images)
     return images
+
+
+def load_any(source, split="test", **options):
+    """As `load`, also of images that are in memory.
+
+    Args:
+        source: as in `load`; or a tensor or array (N, H, W) or (N, C, H, W) uint8, C 1 or 3; or a list of paths, or of
+            PIL pictures.
+        split, options: as in `load`.
+
+    Raises:
+        UserError: as `load`.
+        TypeError: something else.
+    """
+    if isinstance(source, (str, Path)):
+        return load(source, split=split, **options)
+    options = {"center_crop": True, "max_images": None, "reduced_to": None, "check": True, **options}
+    workers = options.pop("workers", None) or processors()
+    for unused in ("data_root", "category"):
+        options.pop(unused, None)
+    preparation = Preparation(workers=workers, **options)
+    if hasattr(source, "shape"):
+        return load_memory("images", torch.as_tensor(source), preparation)
+    source = list(source)
+    if all(isinstance(item, (str, Path)) for item in source):
+        return load_files("list", [str(item) for item in source], [Path(item) for item in source], preparation)
+    return load_pictures("pictures", source, preparation)
 
 
 def _check_options(split, image_size, num_channels, max_images):

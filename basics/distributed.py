@@ -13,6 +13,7 @@ import datetime
 import hashlib
 import inspect
 
+from basics import files
 from basics.console import UserError
 
 # Ranks wait for a download or samples of rank 0, or for the last batch of a slower one.
@@ -119,6 +120,13 @@ class Ranks:
 
             dist.broadcast_object_list(results, src=0, group=self.group)
         return results[0]
+
+    @contextlib.contextmanager
+    def owned(self, folder):
+        """Within it rank 0 owns a folder (`files.owned`) for all ranks, which are to leave it together."""
+        with contextlib.ExitStack() as owner:
+            self.on_main(lambda: owner.enter_context(files.owned(folder)))
+            yield
 
     def in_turn(self, function):
         """Runs `function()` on rank 0, then on the first of each other machine, then on the rest; gives its result.

@@ -8,7 +8,7 @@ from PIL import Image
 
 from basics.console import UserError
 from basics.image_sets import SAMPLED, InMemory, OnDemand, content_digest
-from basics.images import array_headers, array_names, first_line, on_white, read_array
+from basics.images import array_headers, array_names, first_line, on_white, read_array, upright
 from basics.pixels import crop_all, resize_bilinear, to_grey
 from basics.preparation import spread
 
@@ -36,6 +36,39 @@ def load_array_file(name, path, array_name, preparation):
     if fits:
         store = InMemory(_gather(store, len(rows), preparation))
     return preparation.image_set(name, len(rows), store, source_size=min(values.shape[1:3]))
+
+
+def load_memory(name, stored, preparation):
+    """The set of images in a tensor (N, H, W) or (N, 1 | 3, H, W) uint8.
+
+    Raises:
+        TypeError: other numbers or shapes.
+    """
+    grey = stored.ndim == 3
+    if stored.dtype != torch.uint8 or not (grey or (stored.ndim == 4 and stored.shape[1] in (1, 3))):
+        raise TypeError(f"images are (N, H, W) or (N, 1 or 3, H, W) uint8, not {stored.dtype} {tuple(stored.shape)}")
+    planes = stored[:, None] if grey else stored
+    if planes.shape[2] == planes.shape[3] and planes.shape[2] in (28, preparation.image_size):
+        return load_small_images(name, planes, preparation)  # as an array file of that size
+    rows = planes.permute(0, 2, 3, 1).squeeze(3).contiguous().numpy()  # (N, H, W) or (N, H, W, 3)
+    return load_pictures(name, [Image.fromarray(row) for row in rows], preparation)
+
+
+def load_pictures(name, pictures, preparation):
+    """The set of PIL pictures, treated as files of them would be.
+
+    Raises:
+        UserError: there are none.
+        TypeError: something else is among them.
+    """
+    if not all(isinstance(picture, Image.Image) for picture in pictures):
+        raise TypeError("a list of images holds paths alone, or PIL pictures alone")
+    if not pictures:
+        raise UserError("there are no images; give at least one")
+    chosen = [pictures[row] for row in preparation.choose(name, len(pictures))]
+    pixels = torch.stack([preparation.pixels(on_white(upright(picture))) for picture in chosen])
+    size = min(min(picture.size) for picture in chosen)
+    return preparation.image_set(name, len(pixels), InMemory(pixels), source_size=size)
 
 
 def load_small_images(name, stored, preparation):

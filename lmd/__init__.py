@@ -1,1 +1,14 @@
-"""What a user does: train, reconstruct, detect, evaluate."""
+"""What a user does: train, reconstruct, detect, evaluate; calibrate a detector and predict.
+
+`Detector`, `Prediction` and `open_model` are imported when they are first used, since they bring torch.
+"""
+
+__all__ = ["Detector", "Prediction", "open_model"]
+
+
+def __getattr__(name):
+    if name in __all__:
+        from lmd import detector  # here, as it takes seconds
+
+        return getattr(detector, name)
+    raise AttributeError(f"module 'lmd' has no attribute '{name}'")

@@ -1,6 +1,5 @@
 """Lift and Map for two sets of images: masked and reconstructed, batch by batch, into a results folder."""
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -96,7 +95,7 @@ def run(job, device, ranks=distributed.ALONE):
     ranks.check_same((settings, entries), "settings or images")
     folder = ResultsFolder(job.path, {side: made_from(settings, entries[side]) for side in sides})
     versions = _versions(ckpt_path, step, device)
-    with _owned(job.path, ranks):
+    with ranks.owned(job.path):
         missing = ranks.on_main(lambda: claim_missing(folder, settings, entries, versions))
         if job.mask_directory is not None:
             ranks.on_main(lambda: save_masks(job, entries))
@@ -113,14 +112,6 @@ def _check(job, device):
     job.mask_options.stack(job.config.data.image_size, 1, job.seed)
     create_process(job.config, sde_lib.create_sde(job.config))
     return inference.resolve(job.precision, device)
-
-
-@contextlib.contextmanager
-def _owned(path, ranks):
-    """Within it rank 0 owns the results folder for all ranks, which leave it together, see `reconstruct_missing`."""
-    with contextlib.ExitStack() as owner:
-        ranks.on_main(lambda: owner.enter_context(files.owned(path)))
-        yield
 
 
 def _tell_what_next(job, sides):

@@ -170,10 +170,14 @@ def write_ema_weights(path, checkpoint_path, net, config, notes):
         config: the config as nested dicts of JSON types, stored in the file's metadata.
         notes: a dict of further text metadata (command, data, loss).
     """
-    step = load_ema_weights(checkpoint_path, net, config)
+    write_network(path, net, config, load_ema_weights(checkpoint_path, net, config), notes)
+
+
+def write_network(path, net, config, step, notes=()):
+    """Writes a network's weights as an EMA-only file; arguments as `write_ema_weights`, `step` the training steps."""
     buffers = dict(net.named_buffers())
-    weights = {name: value.contiguous() for name, value in net.state_dict().items() if name not in buffers}
-    metadata = {"config": json.dumps(config), "step": str(step), **notes}
+    weights = {name: value.cpu().contiguous() for name, value in net.state_dict().items() if name not in buffers}
+    metadata = {"config": json.dumps(config), "step": str(step), **dict(notes)}
     write_bytes(path, save(weights, metadata))
 
 

@@ -91,14 +91,18 @@ def test_lmd_is_what_recon_and_detect_say(model, checkpoint, tmp_path):
 
 
 def test_lmd_shows_where_an_image_differs(model):
-    """Each pixel is compared in the repetitions that masked it: of a mean picture of these the distance is zero."""
+    """With two repetitions each pixel was masked once, so its reconstruction and distance are those of that one."""
     method, pixels = methods.create("lmd", sampler="published", reps=2, num_blocks=4), images(3)
     examined = method.examine(model, pixels, keys_of(pixels))
-    orig = pixels / 255
-    assert examined.distances.shape == (3, tiny.SIZE, tiny.SIZE)
-    inside = (examined.reconstructions > 0) & (examined.reconstructions < 1)  # not clipped
-    squares = (examined.reconstructions - orig).square()  # each pixel is masked in one of two repetitions
-    torch.testing.assert_close(examined.distances[:, None][inside], squares[inside], rtol=1e-3, atol=1e-6)
+    orig, recons, masks = method._reconstruct(model, pixels, keys_of(pixels))
+    expected = torch.where(masks[0] == 0, recons[0], recons[1])  # (B, 1, H, W)
+    torch.testing.assert_close(examined.reconstructions, expected.clamp(0, 1))
+    torch.testing.assert_close(examined.distances, (expected - orig).abs()[:, 0] / 0.2)
+    always = methods.create("lmd", sampler="published", reps=1, mask_type="none").examine(
+        model, pixels, keys_of(pixels)
+    )
+    assert always.distances.count_nonzero() == 0  # nothing was masked
+    assert torch.equal(always.reconstructions, orig)
 
 
 def test_blocks_fit_any_size():

@@ -37,7 +37,8 @@ class Examined:
     Attributes:
         statistics: (B, F) float64.
         reconstructions: (B, C, H, W) float32 in [0, 1], one of each image, or None where the method makes none.
-        distances: (B, H, W) float32, how far each pixel is from where it was mapped, or None.
+        distances: (B, H, W) float32, how far each pixel is from where it was mapped, by how sure the model is of it; or
+            None.
     """
 
     statistics: np.ndarray
@@ -51,12 +52,16 @@ class Method(abc.ABC):
     Attributes:
         name: its key in `methods.METHODS`.
         parts: the names of the K parts of a score, which see different things.
+        reasons: part -> (what a large score says of an image, what a small one says), in words.
+        learns: whether `fit_statistics` learns anything.
         settings: what its statistics and scores depend on besides model and images: keyword arguments of its class,
             JSON types.
     """
 
     name = None
     parts = ()
+    reasons = {}
+    learns = False
     settings = {}
 
     @abc.abstractmethod

@@ -1,0 +1,71 @@
+"""Makes a detector from a trained model and in-domain images that were held back from its training.
+
+    python calibrate.py --ckpt_path results/mine/ --in_domain photos/held_back/ --detector detectors/mine/
+
+The detector decides about single images with a false-alarm rate that is known (predict.py); its card says what it does
+not see.  Without --config the checkpoint's own is taken, where it carries one.  On several GPUs:
+torchrun --nproc_per_node=8 calibrate.py ...
+"""
+
+import sys
+
+from absl import flags
+
+from basics import distributed, machine
+from basics.console import shell
+from command_line import define_config, define_path, run, value_of
+from configs.base import check
+
+FLAGS = flags.FLAGS
+_JOB_FLAGS = (  # fields of a `calibrating.CalibrationJob` as they are
+    "ckpt_path", "in_domain", "detector", "method", "false_alarm_rate", "fit_share", "card_images", "center_crop",
+    "seed", "max_images", "data_root", "workers", "memory_gb", "precision",
+)  # fmt: skip
+
+
+def define_flags():
+    """The command line; inside a function so that importing this module defines nothing."""
+    define_config("The config that the model was trained with, by default the checkpoint's own.", value_of("ckpt_path"))
+    define_path("ckpt_path", None, "The checkpoint, as --ckpt_path of recon.py.", required=True)
+    define_path(
+        "in_domain",
+        None,
+        "In-domain images that the model was not trained on: a folder, a .txt list, a .npz or .npy file, or the "
+        "name of a data set (its test images).",
+        required=True,
+    )
+    define_path("detector", None, "The folder to write; a detector that is there is replaced.", required=True)
+    flags.DEFINE_string("method", "lmd", "What an image is judged by; docs/reference.md lists the methods.")
+    flags.DEFINE_float("false_alarm_rate", 0.05, "At which the detector decides; predict.py can choose another.")
+    flags.DEFINE_float(
+        "fit_share", 0.5, "Share of the images that the method learns from; the others give the p-values."
+    )
+    flags.DEFINE_integer(
+        "card_images", 100, "Images of which each kind of made-up foreign image is made; 0 for no blind-spot card.",
+        lower_bound=0,
+    )  # fmt: skip
+    flags.DEFINE_bool("center_crop", True, "Crop files to their centre square; else squeeze them.")
+    flags.DEFINE_integer("seed", 0, "Key of the noise.", lower_bound=0)
+    flags.DEFINE_integer("max_images", None, "Take so many images, evenly spread.", lower_bound=1)
+    define_path("data_root", "./data", "Where data sets lie, or are downloaded to.")
+    flags.DEFINE_integer("workers", None, "Threads that decode images.", lower_bound=1)
+    flags.DEFINE_float("memory_gb", None, "Memory for the network's activations.", lower_bound=0.0)
+    flags.DEFINE_string("precision", "auto", "fp32, tf32, bf16 or auto, as of recon.py; the detector keeps to it.")
+    flags.DEFINE_string("device", "auto", "auto, cpu, cuda or cuda:i.")
+
+
+def main(argv):
+    from lmd import calibrating
+
+    check(FLAGS.config)
+    command = shell("python", "calibrate.py", *sys.argv[1:])
+    job = calibrating.CalibrationJob(FLAGS.config, command=command, **{name: FLAGS[name].value for name in _JOB_FLAGS})
+    with distributed.start(FLAGS.device) as (ranks, device):
+        if device.type == "cpu":
+            machine.keep_freed_memory()
+        calibrating.calibrate(job, device, ranks)
+
+
+if __name__ == "__main__":
+    define_flags()
+    run(main)

@@ -1,0 +1,271 @@
+"""What calibrate.py does: makes a detector from held-back images, and says what it sees and what it does not."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from basics import distributed, files, noise
+from basics.console import UserError, say, warn
+from configs.base import to_dict
+from lmd import calibration, methods, shifts
+from lmd.calibration import percent
+from lmd.detector import Detector, content_keys_of
+from lmd.measurement import Measurement, statistics_of
+from lmd.methods.base import TrainedModel
+from lmd.reconstructor import rows_within
+from lmd.trained_model import load_model, weights_path
+from lmd.training import held_back
+from models import inference
+from storage.checkpoints import data_of, find_checkpoint
+
+BAND_RATES = 0.01, 0.05  # at which the band of the realised false-alarm rate is told
+_BINS = 12  # of the histogram
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationJob:
+    """What to calibrate, with what, and where to: what calibrate.py's flags say, under their names.
+
+    Attributes:
+        config: the config tree.
+        ckpt_path, data_root, max_images, workers, seed, memory_gb, precision: as in `reconstruction.Job`.
+        in_domain: the source of the held-back images.
+        detector: the folder to write.
+        method: a name in `methods.METHODS`.
+        settings: of the method.
+        false_alarm_rate: at which the detector decides, and the blind spots are measured.
+        fit_share: see `Detector.fit`.
+        card_images: calibration images of which each kind of made-up foreign image is made; 0 for none.
+        center_crop: as --id_center_crop of recon.py.
+        command: the command line, which is kept.
+    """
+
+    config: object
+    ckpt_path: str
+    in_domain: str
+    detector: str
+    method: str = "lmd"
+    settings: dict = dataclasses.field(default_factory=dict)
+    false_alarm_rate: float = 0.05
+    fit_share: float = 0.5
+    card_images: int = 100
+    center_crop: bool = True
+    seed: int = 0
+    max_images: int | None = None
+    data_root: str = "./data"
+    workers: int | None = None
+    memory_gb: float | None = None
+    precision: str = "auto"
+    command: str = ""
+
+
+def calibrate(job, device, ranks=distributed.ALONE):
+    """Writes the detector's folder, and says what it can do.
+
+    Args:
+        job: a `CalibrationJob`.
+        device: torch.device.
+        ranks: the processes that share the work, all of which call this.
+
+    Raises:
+        UserError: for bad input; a detector that was there stays.
+    """
+    method = methods.create(job.method, **job.settings)
+    ckpt_path = find_checkpoint(job.ckpt_path)
+    precision = inference.resolve(job.precision, device)
+    with files.unchanged(weights_path(ckpt_path)) as checkpoint:
+        score, step = load_model(job.config, ckpt_path, device, precision)
+    model = TrainedModel(job.config, score, device, rows_within(job.memory_gb, job.config, device))
+    detector = Detector(model, method, seed=job.seed, center_crop=job.center_crop)
+    images = ranks.in_turn(lambda: _images(job, detector, ckpt_path))
+    say(f"method {method.name}: {method.evaluations(model)} network evaluations an image, {precision}")
+    origin = _origin(job, method, checkpoint, precision)
+    unfinished = Path(f"{job.detector.rstrip('/')}.unfinished")
+    with ranks.owned(unfinished):
+        detector.fit(images, job.fit_share, unfinished / "statistics", origin, ranks)
+        _tell(detector, job)
+        detector.infer_threshold(job.false_alarm_rate)
+        spots = blind_spots(detector, images, job, unfinished / "blind_spots", origin, ranks)
+        facts = _facts(job, detector, images, {"path": str(ckpt_path), "hash": checkpoint, "step": step}, spots)
+        ranks.on_main(lambda: detector.save(job.detector, **facts, card=card(detector, facts)))
+    ranks.on_main(lambda: shutil.rmtree(unfinished, ignore_errors=True))
+    say(f"detector: {job.detector}")
+
+
+# ------------------------------------------------------------------------------------------------------- images
+
+
+def _images(job, detector, ckpt_path):
+    """The held-back images; refused where the model is known to have been trained on them."""
+    options = {"data_root": job.data_root, "max_images": job.max_images, "workers": job.workers}
+    images = detector.images_of(job.in_domain, **options)
+    known = data_of(ckpt_path) if Path(ckpt_path).suffix == ".pth" else None
+    if known is None:
+        _check_against_training_folder(job, detector, images)
+        return images
+    if known["fingerprint"] == images.fingerprint:
+        raise UserError(
+            f"the model was trained on the images of {job.in_domain}: on these it is surer than on new ones, and every "
+            "false-alarm rate would be wrong; give --in_domain images that were held back"
+        )
+    held = held_back(len(images))
+    kept = torch.ones(len(images), dtype=torch.bool)
+    kept[held] = False
+    if len(held) and images.part(kept.nonzero().flatten()).fingerprint == known["fingerprint"]:
+        say(f"{job.in_domain} is what the model was trained on: the {len(held):,} images held back then are used")
+        return images.part(held)
+    _check_against_training_folder(job, detector, images)
+    return images
+
+
+def _check_against_training_folder(job, detector, images):
+    """Compares with the images that the config names for training, if these are files here."""
+    source = job.config.data.dataset
+    if not Path(files.expand_home(source)).exists():
+        return
+    options = {"data_root": job.data_root, "workers": job.workers, "split": "train"}
+    trained = set(content_keys_of(detector.images_of(source, **options)).tolist())
+    shared = sum(key in trained for key in content_keys_of(images).tolist())
+    if 2 * shared > len(images):
+        raise UserError(
+            f"{shared:,} of the {len(images):,} images of {job.in_domain} are among those of {source}, which the model "
+            "was trained on; give --in_domain images that were held back"
+        )
+    if shared:
+        warn(f"{shared:,} of the {len(images):,} images of {job.in_domain} are in {source}, the training images, too")
+
+
+def _origin(job, method, checkpoint, precision):
+    """What the statistics depend on besides the images, JSON types."""
+    tree = to_dict(job.config)
+    return {
+        "method": method.name,
+        "settings": method.settings,
+        "checkpoint": checkpoint,
+        "config": {name: tree[name] for name in ("data", "model", "sampling")},
+        "seed": job.seed,
+        "precision": precision,
+        "noise": noise.SCHEME,
+    }
+
+
+# --------------------------------------------------------------------------------------------------- what it sees
+
+
+def _tell(detector, job):
+    """Says what the calibration allows."""
+    known = detector.calibration
+    n, m = len(known.parts), len(known.reference)
+    taught = f" ({m:,} others are what the method compares with)" if m else ""
+    least = percent(calibration.smallest_rate(n))
+    say(f"calibrated with n = {n:,} images{taught}; smallest false-alarm rate: {least}")
+    for line in bands(n):
+        say(line)
+    for line in histogram(known.scores):
+        say(line)
+    if n < 99:
+        warn(f"{n} calibration images cannot give a false-alarm rate of 1 %; hold back at least 99 for the p-values")
+    calibration.threshold(known.scores, job.false_alarm_rate)  # a rate that n cannot give is told before more work
+
+
+def bands(n):
+    """Lines on how far the realised false-alarm rate may be from the one that was asked for."""
+    lines = []
+    for rate in BAND_RATES:
+        if rate >= calibration.smallest_rate(n):
+            low, high = calibration.band(n, rate)
+            lines.append(f"at {percent(rate)} the realised rate lies between {low:.2%} and {high:.2%} (95 %)")
+    return lines
+
+
+def histogram(scores):
+    """The calibration scores as lines of text."""
+    counts, edges = np.histogram(scores, bins=_BINS)
+    widest = counts.max()
+    return [
+        f"  {low:10.4g} to {high:10.4g} {count:7,} {'#' * round(40 * count / widest)}"
+        for low, high, count in zip(edges, edges[1:], counts, strict=False)
+    ]
+
+
+def blind_spots(detector, images, job, folder, origin, ranks=distributed.ALONE):
+    """The share of each kind of made-up foreign images that is caught at the detector's rate.
+
+    Returns:
+        dict: kind -> {"caught": share, "images": their number}; empty where `job.card_images` is 0.
+    """
+    if not job.card_images:
+        return {}
+    count = min(job.card_images, len(images))
+    chosen = images.part(torch.linspace(0, len(images) - 1, count).round().long())
+    keys = content_keys_of(chosen)
+    partners = shifts.partner_positions(keys)
+    spots = {}
+    for kind in shifts.SHIFTS:
+
+        def change(pixels, indices, kind=kind):
+            return shifts.make(kind, pixels, keys[indices], chosen.take(partners[indices]))
+
+        measured = Measurement(
+            detector.method, detector.model, chosen, job.seed, {**origin, "shift": kind}, folder / kind, change
+        ).run(f"blind spots: {kind}", ranks)
+        decided = detector.decide(detector.method.score_statistics(statistics_of(measured)))
+        spots[kind] = {"caught": float(decided.is_outlier.mean()), "images": count}
+    say(f"made-up foreign images caught at {percent(detector.rate)}, {count} of each kind:")
+    for kind, spot in sorted(spots.items(), key=lambda item: item[1]["caught"]):
+        say(f"  {shifts.SHIFTS[kind][1]:45} {spot['caught']:6.1%}")
+    return spots
+
+
+# ---------------------------------------------------------------------------------------------------- the folder
+
+
+def _facts(job, detector, images, checkpoint, spots):
+    """What the folder says of where the detector comes from."""
+    return {
+        "images": {"source": str(job.in_domain), "fingerprint": images.fingerprint, "count": len(images)},
+        "treatment": images.treatment,
+        "checkpoint": checkpoint,
+        "blind_spots": spots,
+        "command": job.command,
+    }
+
+
+def card(detector, facts):
+    """The detector's card, Markdown."""
+    known, data = detector.calibration, detector.model.config.data
+    n = len(known.parts)
+    rows = sorted(facts["blind_spots"].items(), key=lambda item: item[1]["caught"])
+    return "\n".join(
+        [
+            "# Detector",
+            "",
+            f"Decides whether an image belongs to the domain of {facts['images']['source']}.",
+            "",
+            f"- Method: {detector.method.name}, {detector.method.evaluations(detector.model)} network evaluations an "
+            f"image of {data.image_size}x{data.image_size} pixels, {data.num_channels} channel(s).",
+            f"- Calibrated with {n:,} images; {len(known.reference):,} others are what the method compares with.",
+            f"- Decides at {percent(detector.rate)}; smallest rate: {percent(calibration.smallest_rate(n))}.",
+            *(f"- {line[0].upper()}{line[1:]}." for line in bands(n)),
+            f"- Made by: `{facts['command']}`",
+            "",
+            "## Scores of the calibration images",
+            "",
+            "```",
+            *histogram(known.scores),
+            "```",
+            "",
+            "## Blind spots",
+            "",
+            f"Made-up foreign images, and the share of them that is caught at {percent(detector.rate)}. What is rarely",
+            "caught here is not seen.",
+            "",
+            "| kind | caught | images |",
+            "|---|---|---|",
+            *(f"| {shifts.SHIFTS[kind][1]} | {spot['caught']:.0%} | {spot['images']} |" for kind, spot in rows),
+            "",
+        ]
+    )

@@ -1,0 +1,323 @@
+"""A calibrated detector: says of single images whether they belong to the domain, with a bounded false-alarm rate.
+
+The images that calibrate it are in domain, and the model was not trained on them.  Where the method has something to
+learn, or parts to combine, one share of them is its reference and the others give the p-values (split conformal
+prediction, see `calibration`).  Larger scores are further out of domain, unlike in scikit-learn's outlier detectors.
+"""
+
+import dataclasses
+import platform
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import datasets
+from basics import distributed, noise
+from basics.console import UserError
+from basics.image_sets import ImageSet
+from basics.machine import choose_device
+from configs.base import from_dict, to_dict
+from lmd import calibration, heat, methods
+from lmd.combination import combined
+from lmd.measurement import Measurement, statistics_of
+from lmd.methods.base import TrainedModel
+from lmd.reconstructor import rows_within
+from lmd.trained_model import load_model
+from storage import detector_folder
+from storage.checkpoints import config_of, find_checkpoint, write_network
+
+FEWEST = 50  # calibration images below which a detector is no use
+DEFAULT_RATE = 0.05
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prediction:
+    """What a detector says of N images.
+
+    Attributes:
+        score: (N,), larger = further out of the domain.
+        p_value: (N,) in (0, 1]: the share of calibration images at least as far out, the image counted too.
+        is_outlier: (N,) bool: whether the p-value is at most the detector's false-alarm rate.
+        parts: name -> (N,) p-values of the method's parts.
+        map: (N, H, W) float32, how unusual each pixel is in standard deviations, where it was asked for.
+    """
+
+    score: np.ndarray
+    p_value: np.ndarray
+    is_outlier: np.ndarray
+    parts: dict
+    map: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Calibration:
+    """What calibration images gave.
+
+    Attributes:
+        reference: (m, K) the parts' scores of the images that the method learned from; (0, K) where it needs none.
+        parts: (n, K) the parts' scores of the images that give the p-values.
+        pixels: (2,) mean and standard deviation of the distances of single pixels, see `heat`; (0,) without.
+    """
+
+    reference: np.ndarray
+    parts: np.ndarray
+    pixels: np.ndarray
+
+    @property
+    def scores(self):
+        """(n,), the scores that give the p-values."""
+        return combined(self.reference, self.parts)
+
+
+class Detector:
+    """A trained model, a method, and what calibrates it.
+
+    Args:
+        model: a `methods.base.TrainedModel`, see `open_model`.
+        method: a name in `methods.METHODS`, or a `methods.base.Method`.
+        seed: of the images' noise.
+        center_crop: crop images to their centre square; else squeeze them.
+    """
+
+    def __init__(self, model, method="lmd", *, seed=0, center_crop=True):
+        self.model, self.seed, self.center_crop = model, seed, center_crop
+        self.method = methods.create(method) if isinstance(method, str) else method
+        self.rate = DEFAULT_RATE
+        self.calibration = None
+        self.description = {}  # of the folder that it was loaded from
+
+    # ------------------------------------------------------------------------------------------------ calibrating
+
+    def fit(self, held_back, fit_share=0.5, folder=None, origin=None, ranks=distributed.ALONE):
+        """Calibrates with in-domain images that the model was not trained on; returns itself.
+
+        Args:
+            held_back: images, see `images_of`.
+            fit_share: the share of them that the method learns from, where it has anything to learn.
+            folder, origin, ranks: see `Measurement`.
+
+        Raises:
+            UserError: there are too few images, or as `Measurement.run`.
+        """
+        images = self.images_of(held_back)
+        if len(images) < FEWEST:
+            raise UserError(
+                f"{len(images)} images are too few to calibrate with: the false-alarm rate could not be known; give at "
+                f"least {FEWEST}, better 1,000"
+            )
+        chunks = self.measurement(images, folder, origin, keep=_pixel_sums).run("calibrating", ranks)
+        statistics = statistics_of(chunks)
+        learning = self._learning(images, fit_share)
+        self.method.fit_statistics(statistics[learning])
+        scores = self.method.score_statistics(statistics)  # (N, K)
+        parts = scores[~learning]
+        pixels = heat.moments(np.stack([chunk["pixel_sums"] for chunk in chunks]))
+        self.calibration = Calibration(scores[learning], parts, pixels)
+        calibration.threshold(self.calibration.scores, 0.5)  # NaN and infinite scores are refused
+        self.rate = max(self.rate, calibration.smallest_rate(len(parts)))
+        return self
+
+    def _learning(self, images, share):
+        """Which of the images the method learns from (N,) bool: chosen by their content, not by their place."""
+        if not self.method.learns and len(self.method.parts) == 1:
+            return np.zeros(len(images), bool)
+        if not 0 < share < 1:
+            raise UserError(f"--fit_share must lie between 0 and 1, not at {share:g}")
+        keys = noise.seed_keys("fit", content_keys_of(images)).numpy()
+        learning = np.zeros(len(images), bool)
+        learning[np.argsort(keys, kind="stable")[: round(share * len(images))]] = True
+        return learning
+
+    def infer_threshold(self, false_alarm_rate):
+        """Sets the false-alarm rate at which images are outliers; returns the score from which on they are.
+
+        Raises:
+            UserError: the rate is out of range, or below 1 / (n + 1).
+        """
+        threshold = calibration.threshold(self._calibrated().scores, false_alarm_rate)
+        self.rate = false_alarm_rate
+        return threshold
+
+    # -------------------------------------------------------------------------------------------------- deciding
+
+    def predict(self, images, maps=False):
+        """The `Prediction` of images, see `images_of`.
+
+        Args:
+            images: the images.
+            maps: whether to say how unusual each pixel is.
+
+        Raises:
+            UserError: the detector is not calibrated, or the method has no map.
+        """
+        images = self.images_of(images)
+        keep = self.keep_maps if maps else None
+        chunks = self.measurement(images, keep=keep).run("predicting")
+        shown = np.concatenate([chunk["map"] for chunk in chunks]) if maps else None
+        return self.decide(self.method.score_statistics(statistics_of(chunks)), shown)
+
+    def decide(self, parts, shown=None):
+        """The `Prediction` from the parts' scores (N, K) and maps (N, H, W) or None."""
+        known = self._calibrated()
+        score = combined(known.reference, parts)
+        p_value = calibration.p_values(known.scores, score)
+        return Prediction(score, p_value, p_value <= self.rate, self.part_p_values(parts), shown)
+
+    def part_p_values(self, parts):
+        """Name -> (N,) p-values of each part by itself, both tails: of scores (N, K)."""
+        known = self._calibrated().parts
+        return {
+            name: calibration.two_sided(known[:, k], parts[:, k])
+            for k, name in enumerate(self.method.parts if len(self.method.parts) > 1 else ())
+        }
+
+    def reason(self, parts):
+        """In words, what is unusual about each image: a list of N, from the parts' scores (N, K)."""
+        known = self._calibrated().parts
+        columns = [calibration.two_sided(known[:, k], parts[:, k]) for k in range(parts.shape[1])]
+        worst = np.argmin(columns, axis=0)  # (N,)
+        large = parts[np.arange(len(parts)), worst] >= np.median(known, axis=0)[worst]
+        return [self.method.reasons[self.method.parts[k]][0 if up else 1] for k, up in zip(worst, large, strict=True)]
+
+    def keep_maps(self, pixels, examined, start):
+        """For `Measurement.keep`: the maps of a chunk."""
+        if examined.distances is None:
+            raise UserError(f"the method {self.method.name} has no map; leave --maps out")
+        return {"map": self.map_of(examined.distances)}
+
+    def map_of(self, distances):
+        """How unusual each pixel is (B, H, W) in standard deviations, from `Examined.distances`."""
+        return heat.standardised(distances, self._calibrated().pixels)
+
+    def measurement(self, images, folder=None, origin=None, **options):
+        """The `Measurement` of an `ImageSet` by this detector's method."""
+        return Measurement(self.method, self.model, images, self.seed, origin or {}, folder, **options)
+
+    def images_of(self, source, **options):
+        """Images of the model's size, an `ImageSet`.
+
+        Args:
+            source: (N, C, H, W) or (N, H, W) uint8, a tensor or an array; a list of paths or of PIL pictures; a folder,
+                a file, a .txt list, or a data set's name; or an ImageSet, which is taken as it is.
+            options: further arguments of `datasets.load`.
+        """
+        data = self.model.config.data
+        sizes = {"image_size": data.image_size, "num_channels": data.num_channels, "center_crop": self.center_crop}
+        if isinstance(source, ImageSet):
+            return source
+        return datasets.load_any(source, **sizes, category=data.get("category"), **options)
+
+    def _calibrated(self):
+        if self.calibration is None:
+            raise UserError("the detector is not calibrated yet; call fit with held-back images, or load one")
+        return self.calibration
+
+    # ------------------------------------------------------------------------------------------------- in a folder
+
+    def save(self, path, **facts):
+        """Writes the detector's folder, which is all that `load` needs.
+
+        Args:
+            path: the folder; a detector that is there is replaced.
+            facts: further fields of its description (`images`, `checkpoint`, `blind_spots`, `command`, `card`).
+        """
+        known = self._calibrated()
+        config, network = to_dict(self.model.config), self.model.score.net
+        arrays = {f"method_{name}": value for name, value in self.method.fitted().items()}
+        arrays |= {field.name: getattr(known, field.name) for field in dataclasses.fields(known)}
+        card = facts.pop("card", f"# A detector\n\nMethod {self.method.name}, {len(known.parts)} calibration images.\n")
+        description = {
+            "method": self.method.name,
+            "settings": self.method.settings,
+            "seed": self.seed,
+            "precision": network.precision,
+            "rate": self.rate,
+            "center_crop": self.center_crop,
+            "images": {},
+            "checkpoint": {},
+            "blind_spots": {},
+            "command": "",
+            "versions": _versions(),
+            **facts,
+        }
+        step = description["checkpoint"].get("step", 0)
+        write_weights = lambda file: write_network(file, network.net, config, step)
+        detector_folder.write(path, description, write_weights, arrays, card)
+        self.description = description
+
+    @classmethod
+    def load(cls, path, device="auto", memory_gb=None):
+        """The detector of a folder, on any machine; without a config file or checkpoint.
+
+        Args:
+            path: the folder.
+            device: 'auto', 'cpu', 'cuda' or 'cuda:i', or a torch.device.
+            memory_gb: see `reconstructor.rows_within`.
+
+        Raises:
+            UserError: the folder is damaged or incomplete, or of a later version.
+        """
+        description, arrays = detector_folder.read(path)
+        weights = Path(path) / detector_folder.WEIGHTS
+        model = open_model(weights, device=device, precision=description["precision"], memory_gb=memory_gb)
+        try:
+            method = methods.create(description["method"], **description["settings"])
+            learned = [name for name in arrays if name.startswith("method_")]
+            method.restore({name.removeprefix("method_"): arrays.pop(name) for name in learned})
+            detector = cls(model, method, seed=description["seed"], center_crop=description["center_crop"])
+            detector.calibration = _checked(Calibration(**arrays), len(method.parts))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path} holds no calibration of the method it names ({error}); calibrate again") from error
+        detector.rate, detector.description = description["rate"], description
+        return detector
+
+
+def _checked(known, parts):
+    """A `Calibration` whose arrays have the right shapes.
+
+    Raises:
+        ValueError: they have not.
+    """
+    for name in ("reference", "parts"):
+        value = getattr(known, name)
+        if value.ndim != 2 or value.shape[1] != parts:
+            raise ValueError(f"{name} is {value.shape}, not (n, {parts})")
+    if not len(known.parts) or (parts > 1 and not len(known.reference)):
+        raise ValueError("it has no calibration scores")
+    if known.pixels.shape not in ((0,), (2,)):
+        raise ValueError(f"pixels are {known.pixels.shape}, not (2,)")
+    return known
+
+
+def _versions():
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+
+
+def content_keys_of(images):
+    """`noise.content_keys` of a whole `ImageSet` (N,), read some at a time."""
+    spans = [(start, start + 256) for start in range(0, len(images), 256)]
+    return torch.cat([noise.content_keys(images.read(*span)) for span in spans])
+
+
+def _pixel_sums(pixels, examined, start):
+    return {"pixel_sums": heat.sums(examined.distances)}
+
+
+def open_model(ckpt_path, config=None, device="auto", precision="auto", memory_gb=None):
+    """A `methods.base.TrainedModel` of a checkpoint.
+
+    Args:
+        ckpt_path: the file, as --ckpt_path.
+        config: the config tree; by default the checkpoint's own.
+        device: 'auto', 'cpu', 'cuda' or 'cuda:i', or a torch.device.
+        precision: 'fp32', 'tf32', 'bf16' or 'auto', see `models.inference.prepare`.
+        memory_gb: memory for the network's activations, see `reconstructor.rows_within`.
+
+    Raises:
+        UserError: as `trained_model.load_model`.
+    """
+    device = choose_device(device) if isinstance(device, str) else device
+    config = from_dict(config_of(ckpt_path)) if config is None else config
+    score, _ = load_model(config, find_checkpoint(ckpt_path), device, precision)
+    return TrainedModel(config, score, device, rows_within(memory_gb, config, device))

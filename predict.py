@@ -1,0 +1,86 @@
+"""Decides of each image whether it belongs to a detector's domain.
+
+    python predict.py --detector detectors/mine/ --images incoming/ --false_alarm_rate 0.01 --output results/incoming/
+    python predict.py --output results/incoming/ --false_alarm_rate 0.05         # decides anew, without the network
+
+Writes predictions.csv, skipped.csv, summary.json and report.html.  On several GPUs:
+torchrun --nproc_per_node=8 predict.py ...
+"""
+
+import sys
+
+from absl import flags
+
+from basics import distributed, machine
+from basics.console import UserError, shell
+from command_line import define_path, run
+
+EXIT_OUTLIER = 3
+FLAGS = flags.FLAGS
+_MEASURING = "maps", "max_images", "data_root", "workers", "memory_gb"  # fields of a `predicting.PredictionJob` too
+
+
+def define_flags():
+    """The command line; inside a function so that importing this module defines nothing."""
+    define_path("detector", None, "The folder that calibrate.py wrote.")
+    define_path(
+        "images",
+        None,
+        "The images to decide about: a folder, a .txt list, a .npz or .npy file, one image, or a data set's name.",
+    )
+    define_path("output", None, "Folder of the results; by itself, to decide anew about what it holds.", required=True)
+    flags.DEFINE_float(
+        "false_alarm_rate", None, "Share of in-domain images that may be flagged; by default the detector's."
+    )
+    flags.DEFINE_float(
+        "false_discovery_rate", None, "Flag by Benjamini and Hochberg: share of the flagged that may be in domain."
+    )
+    flags.DEFINE_bool("maps", False, "Write a picture of where each flagged image is unusual.")
+    flags.DEFINE_bool("fail_on_outlier", False, f"Exit with {EXIT_OUTLIER} when an image is flagged, for pipelines.")
+    flags.DEFINE_integer("max_images", None, "Take so many images, evenly spread.", lower_bound=1)
+    define_path("data_root", "./data", "Where data sets lie, or are downloaded to.")
+    flags.DEFINE_integer("workers", None, "Threads that decode images.", lower_bound=1)
+    flags.DEFINE_float("memory_gb", None, "Memory for the network's activations.", lower_bound=0.0)
+    flags.DEFINE_string("device", "auto", "auto, cpu, cuda or cuda:i.")
+
+
+def check_flags(options):
+    """Refuses flags that do not go together.
+
+    Raises:
+        UserError: names them.
+    """
+    if options.false_alarm_rate is not None and options.false_discovery_rate is not None:
+        raise UserError("--false_alarm_rate and --false_discovery_rate are two ways to flag; leave one out")
+    if (options.detector is None) != (options.images is None):
+        missing = "images" if options.images is None else "detector"
+        raise UserError(f"--{missing} is missing; give both --detector and --images, or --output alone to decide anew")
+    if options.detector is None:
+        for name in ("max_images", "data_root", "workers", "memory_gb", "device"):
+            if options[name].present:
+                raise UserError(f"--{name} has no effect without --detector and --images; leave it out")
+
+
+def main(argv):
+    check_flags(FLAGS)
+    from lmd.predicting import PredictionJob, predict
+
+    job = PredictionJob(
+        FLAGS.output,
+        FLAGS.detector,
+        FLAGS.images,
+        FLAGS.false_alarm_rate,
+        FLAGS.false_discovery_rate,
+        command=shell("python", "predict.py", *sys.argv[1:]),
+        **{name: FLAGS[name].value for name in _MEASURING},
+    )
+    with distributed.start(FLAGS.device if FLAGS.detector else "cpu") as (ranks, device):
+        if device.type == "cpu":
+            machine.keep_freed_memory()
+        flagged = predict(job, device, ranks)
+    return EXIT_OUTLIER if flagged and FLAGS.fail_on_outlier else 0
+
+
+if __name__ == "__main__":
+    define_flags()
+    run(main)

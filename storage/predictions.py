@@ -1,0 +1,81 @@
+"""What predict.py writes: a table of decisions for readers, and everything needed to decide anew.
+
+`predictions.csv` and `skipped.csv` are for people and spreadsheets.  `outcome.npz` holds scores and p-values in full,
+the calibration's scores and the pictures of the most unusual images; `outcome.json` the names and how it was made.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from basics import files
+from basics.console import UserError
+from storage.arrays import read_arrays, write_arrays
+from storage.json_schema import LIST, SHARE, TABLE, TEXT, parse_json
+from storage.scores import write_csv
+
+PREDICTIONS, SKIPPED, SUMMARY, REPORT = "predictions.csv", "skipped.csv", "summary.json", "report.html"
+_NAMES, _ARRAYS = "outcome.json", "outcome.npz"
+_FIELDS = {
+    "files": LIST,
+    "skipped": LIST,
+    "facts": TABLE,
+    "parts": LIST,
+    "reasons": LIST,
+    "rate": SHARE,
+    "folder_p_value": SHARE,
+    "detector": TEXT,
+}
+
+
+def write_predictions(path, names, columns):
+    """Writes `predictions.csv`: a row an image.
+
+    Args:
+        path: the file.
+        names: N names of images.
+        columns: name -> (N,) numbers or flags; numbers are written in full, so that they are read back the same.
+    """
+    rows = zip(names, *(values.tolist() for values in columns.values()), strict=True)
+    write_csv(path, ["file", *columns], rows)
+
+
+def write_outcome(folder, description, arrays):
+    """Writes what deciding anew needs.
+
+    Args:
+        folder: Path.
+        description: the fields of `_FIELDS`, JSON types.
+        arrays: by name.
+    """
+    files.write_json(folder / _NAMES, description)
+    write_arrays(folder / _ARRAYS, {"of": files.file_hash(folder / _NAMES)}, **arrays)
+
+
+def read_outcome(folder):
+    """What `write_outcome` wrote: description and arrays.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    folder, path = Path(folder), Path(folder) / _NAMES
+    remedy = "run predict.py with --detector and --images again"
+    try:
+        description = parse_json(path.read_text(encoding="utf-8"), _FIELDS, required=_FIELDS)
+    except FileNotFoundError as error:
+        raise UserError(f"there are no predictions in {folder} (no {_NAMES}); {remedy}") from error
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}); {remedy}") from error
+    arrays = read_arrays(folder / _ARRAYS, {"of": files.file_hash(path)})
+    if arrays is None:
+        raise UserError(f"{folder / _ARRAYS} is missing; {remedy}")
+    count = len(description["files"])
+    if any(arrays.get(name, np.zeros(0)).shape != (count,) for name in ("score", "p_value")):
+        raise UserError(f"{folder / _ARRAYS} does not hold a score and a p-value of {count} images; {remedy}")
+    return description, arrays
+
+
+def write_summary(folder, summary):
+    """Writes `summary.json`."""
+    files.write_text(folder / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
