@@ -17,7 +17,7 @@ from command_line import define_path, run
 
 EXIT_OUTLIER = 3
 FLAGS = flags.FLAGS
-_MEASURING = "maps", "max_images", "data_root", "workers", "memory_gb"  # fields of a `predicting.PredictionJob` too
+_MEASURING = "max_images", "data_root", "workers", "memory_gb"  # fields of a `predicting.PredictionJob` too
 
 
 def define_flags():
@@ -56,29 +56,31 @@ def check_flags(options):
         missing = "images" if options.images is None else "detector"
         raise UserError(f"--{missing} is missing; give both --detector and --images, or --output alone to decide anew")
     if options.detector is None:
-        for name in ("max_images", "data_root", "workers", "memory_gb", "device"):
+        for name in (*_MEASURING, "device"):
             if options[name].present:
                 raise UserError(f"--{name} has no effect without --detector and --images; leave it out")
 
 
 def main(argv):
     check_flags(FLAGS)
-    from lmd.predicting import PredictionJob, predict
+    from lmd.deciding import Rule, decide_again
 
-    job = PredictionJob(
-        FLAGS.output,
-        FLAGS.detector,
-        FLAGS.images,
-        FLAGS.false_alarm_rate,
-        FLAGS.false_discovery_rate,
-        command=shell("python", "predict.py", *sys.argv[1:]),
-        **{name: FLAGS[name].value for name in _MEASURING},
-    )
-    with distributed.start(FLAGS.device if FLAGS.detector else "cpu") as (ranks, device):
+    rule = Rule(FLAGS.output, FLAGS.false_alarm_rate, FLAGS.false_discovery_rate, FLAGS.maps)
+    flagged = decide_again(rule) if FLAGS.detector is None else _measure(rule)
+    return EXIT_OUTLIER if flagged and FLAGS.fail_on_outlier else 0
+
+
+def _measure(rule):
+    """Measures the images and decides; the number of flagged ones."""
+    from lmd.predicting import PredictionJob, predict  # not before it is needed: deciding anew takes a second
+
+    options = {name: FLAGS[name].value for name in _MEASURING}
+    command = shell("python", "predict.py", *sys.argv[1:])
+    job = PredictionJob(FLAGS.detector, FLAGS.images, rule, command=command, **options)
+    with distributed.start(FLAGS.device) as (ranks, device):
         if device.type == "cpu":
             machine.keep_freed_memory()
-        flagged = predict(job, device, ranks)
-    return EXIT_OUTLIER if flagged and FLAGS.fail_on_outlier else 0
+        return predict(job, device, ranks)
 
 
 if __name__ == "__main__":

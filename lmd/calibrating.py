@@ -195,7 +195,7 @@ def blind_spots(detector, images, job, folder, origin, ranks=distributed.ALONE):
     """The share of each kind of made-up foreign images that is caught at the detector's rate.
 
     Returns:
-        dict: kind -> {"caught": share, "images": their number}; empty where `job.card_images` is 0.
+        dict: name -> {"kind": in words, "caught": share, "images": their number}; empty where `job.card_images` is 0.
     """
     if not job.card_images:
         return {}
@@ -213,11 +213,16 @@ def blind_spots(detector, images, job, folder, origin, ranks=distributed.ALONE):
             detector.method, detector.model, chosen, job.seed, {**origin, "shift": kind}, folder / kind, change
         ).run(f"blind spots: {kind}", ranks)
         decided = detector.decide(detector.method.score_statistics(statistics_of(measured)))
-        spots[kind] = {"caught": float(decided.is_outlier.mean()), "images": count}
+        caught = float(decided.is_outlier.mean())
+        spots[kind] = {"kind": shifts.SHIFTS[kind][1], "caught": caught, "images": count}
     say(f"made-up foreign images caught at {percent(detector.rate)}, {count} of each kind:")
-    for kind, spot in sorted(spots.items(), key=lambda item: item[1]["caught"]):
-        say(f"  {shifts.SHIFTS[kind][1]:45} {spot['caught']:6.1%}")
+    for spot in sorted(spots.values(), key=_caught):
+        say(f"  {spot['kind']:45} {spot['caught']:6.1%}")
     return spots
+
+
+def _caught(spot):
+    return spot["caught"]
 
 
 # ---------------------------------------------------------------------------------------------------- the folder
@@ -238,7 +243,7 @@ def card(detector, facts):
     """The detector's card, Markdown."""
     known, data = detector.calibration, detector.model.config.data
     n = len(known.parts)
-    rows = sorted(facts["blind_spots"].items(), key=lambda item: item[1]["caught"])
+    rows = sorted(facts["blind_spots"].values(), key=_caught)
     return "\n".join(
         [
             "# Detector",
@@ -265,7 +270,7 @@ def card(detector, facts):
             "",
             "| kind | caught | images |",
             "|---|---|---|",
-            *(f"| {shifts.SHIFTS[kind][1]} | {spot['caught']:.0%} | {spot['images']} |" for kind, spot in rows),
+            *(f"| {spot['kind']} | {spot['caught']:.0%} | {spot['images']} |" for spot in rows),
             "",
         ]
     )

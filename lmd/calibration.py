@@ -111,7 +111,11 @@ def band(n, rate, level=0.95):
     Raises:
         UserError: as `flagged_ranks`.
     """
-    k = flagged_ranks(n, rate)
+    return band_of_rank(n, flagged_ranks(n, rate), level)
+
+
+def band_of_rank(n, k, level=0.95):
+    """`band` for k flagged ranks, 1 <= k <= n."""
     low, high = special.betaincinv(k, n + 1 - k, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 

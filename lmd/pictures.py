@@ -12,7 +12,7 @@ from sklearn.metrics import roc_curve
 
 from basics.console import UserError, printable
 from lmd.scoring import labelled
-from storage.arrays import read_tensors
+from storage.tensors import read_tensors
 
 COLOURS = {"pos": "tab:blue", "neg": "tab:orange"}
 

@@ -18,10 +18,10 @@ import matplotlib
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
-from scipy.stats import beta
 
 from basics import files
 from basics.console import printable
+from lmd.calibration import band_of_rank
 
 MOST_PICTURES = 300  # images in the gallery
 _MOST_BYTES = 16 << 20  # of all pictures together, as text in the page
@@ -233,7 +233,7 @@ def _band(rank, n):
     """
     if not rank:
         return percent(0)
-    low, high = beta.ppf([0.025, 0.975], rank, n + 1 - rank)
+    low, high = band_of_rank(n, rank)
     return f"{percent(low, 2)} to {percent(high, 2)}"
 
 

@@ -18,7 +18,8 @@ from configs.base import from_dict, to_dict
 from configs.fields import FIELDS, Whole, Wholes, check_value
 from storage import checkpoint_schema as schema
 from storage import diffusers_weights
-from storage.arrays import differences, read_or_refuse, read_tensors, write_tensors
+from storage.arrays import differences
+from storage.tensors import read_or_refuse, read_tensors, write_tensors
 
 _PREFIX = "module."  # published checkpoints are saved from DataParallel
 

@@ -12,8 +12,8 @@ import numpy as np
 from basics import files
 from basics.console import UserError
 from storage.arrays import read_arrays, write_arrays
-from storage.json_schema import LIST, SHARE, TABLE, TEXT, parse_json
-from storage.scores import write_csv
+from storage.json_schema import LIST, POSITIVE, SHARE, TABLE, TEXT, parse_json
+from storage.tables import write_csv
 
 PREDICTIONS, SKIPPED, SUMMARY, REPORT = "predictions.csv", "skipped.csv", "summary.json", "report.html"
 _NAMES, _ARRAYS = "outcome.json", "outcome.npz"
@@ -25,6 +25,7 @@ _FIELDS = {
     "reasons": LIST,
     "rate": SHARE,
     "folder_p_value": SHARE,
+    "calibration_images": POSITIVE,
     "detector": TEXT,
 }
 

@@ -13,7 +13,7 @@ import torch
 from basics.console import UserError
 from basics.files import link, write_bytes, write_json
 from basics.tensor_files import is_stored
-from storage.arrays import differences, read_tensors, write_tensors
+from storage.arrays import differences
 from storage.json_schema import (
     COUNT,
     FLAG,
@@ -26,6 +26,7 @@ from storage.json_schema import (
     parse_json,
     table_of,
 )
+from storage.tensors import read_tensors, write_tensors
 
 MANIFEST = "manifest.json"
 FORMAT = 2  # of the manifest, and of batches that know what they were made from

@@ -1,17 +1,17 @@
 """What detect.py writes: the scores of single images (csv) and the summary (results.json)."""
 
 import csv
-import io
 import json
 from pathlib import Path
 
 import numpy as np
 
-from basics.console import UserError, printable
-from basics.files import write_json, write_text
+from basics.console import UserError
+from basics.files import write_json
 from storage.arrays import differences, shortened
 from storage.json_schema import COUNT, POSITIVE, SHARE, TABLE, check_fields, list_of, or_null, parse_json, table_of
 from storage.results_folder import SIDES
+from storage.tables import write_csv
 
 _RESULTS = {
     "metrics": table_of(TABLE),
@@ -23,30 +23,6 @@ _RESULTS = {
 }
 
 _METRIC = {"roc_auc": SHARE, "interval_95": or_null(list_of(SHARE, 2)), "bootstrap": COUNT}
-
-
-def write_csv(path, header, rows):
-    """Writes a table: `header` a list of names, `rows` an iterable of lists.
-
-    Text is made printable; what a spreadsheet would take for a formula gets an apostrophe in front.
-    """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows([_harmless(cell) for cell in row] for row in rows)
-    write_text(path, text.getvalue())
-
-
-def _harmless(cell):
-    """A cell of a table; text is one line, and never a formula."""
-    if not isinstance(cell, str):
-        return cell
-    try:
-        float(cell)
-        return cell  # "-0.5" is a number
-    except ValueError:
-        text = printable(cell)
-        return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 RESULTS = "results.json"

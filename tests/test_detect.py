@@ -24,9 +24,9 @@ from lmd import detection, distances, pictures, scoring
 from lmd.pictures import _groups, _read_pictures, _text
 from metrics import perceptual
 from storage import results_folder
-from storage.arrays import read_tensors
 from storage.results_folder import ResultsFolder
 from storage.scores import read_results, read_scores
+from storage.tensors import read_tensors
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"

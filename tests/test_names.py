@@ -13,7 +13,8 @@ from PIL import Image
 from basics import files
 from lmd import training
 from storage.results_folder import ResultsFolder
-from storage.scores import read_results, write_csv
+from storage.scores import read_results
+from storage.tables import write_csv
 
 COMMANDS = "main", "recon", "detect"
 NAMES = {  # what it is -> the name as bytes; the encoding of the console; how the console shows it

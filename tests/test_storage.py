@@ -23,7 +23,7 @@ from configs.base import to_dict
 from losses import Draws
 from models.score import ScoreModel
 from storage import results_folder
-from storage.arrays import differences, read_arrays, read_tensors, write_arrays
+from storage.arrays import differences, read_arrays, write_arrays
 from storage.checkpoints import (
     load_ema_weights,
     read_checkpoint,
@@ -35,6 +35,7 @@ from storage.checkpoints import (
 )
 from storage.results_folder import ResultsFolder, made_from
 from storage.scores import read_results, read_scores
+from storage.tensors import read_tensors
 
 PUBLISHED = GOLDEN / "train_small_checkpoint.pth"
 
