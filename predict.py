@@ -66,18 +66,18 @@ def main(argv):
     from lmd.deciding import Rule, decide_again
 
     rule = Rule(FLAGS.output, FLAGS.false_alarm_rate, FLAGS.false_discovery_rate, FLAGS.maps)
-    flagged = decide_again(rule) if FLAGS.detector is None else _measure(rule)
+    flagged = decide_again(rule) if FLAGS.detector is None else _measure(rule, FLAGS)
     return EXIT_OUTLIER if flagged and FLAGS.fail_on_outlier else 0
 
 
-def _measure(rule):
-    """Measures the images and decides; the number of flagged ones."""
+def _measure(rule, values):
+    """Measures the images and decides; the number of flagged ones.  `values` are the flags."""
     from lmd.predicting import PredictionJob, predict  # not before it is needed: deciding anew takes a second
 
-    options = {name: FLAGS[name].value for name in _MEASURING}
+    options = {name: values[name].value for name in _MEASURING}
     command = shell("python", "predict.py", *sys.argv[1:])
-    job = PredictionJob(FLAGS.detector, FLAGS.images, rule, command=command, **options)
-    with distributed.start(FLAGS.device) as (ranks, device):
+    job = PredictionJob(values.detector, values.images, rule, command=command, **options)
+    with distributed.start(values.device) as (ranks, device):
         if device.type == "cpu":
             machine.keep_freed_memory()
         return predict(job, device, ranks)
