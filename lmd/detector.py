@@ -234,6 +234,7 @@ class Detector:
             "precision": network.precision,
             "rate": self.rate,
             "center_crop": self.center_crop,
+            "treatment": {},
             "images": {},
             "checkpoint": {},
             "blind_spots": {},
