@@ -8,7 +8,7 @@ from lmd.methods.base import Method
 
 
 class DensityMethod(Method):
-    """A score by one density for each of `parts`.
+    """A score by one density for each of `parts`; a subclass may make its parts of the densities' scores otherwise.
 
     Args:
         densities: name of a part -> its `densities.Density`, in the order of the parts.
@@ -32,7 +32,7 @@ class DensityMethod(Method):
 
     def score_statistics(self, statistics):
         features = self.features(statistics)
-        return np.stack([self.densities[part].score(features[part]) for part in self.parts], axis=1)
+        return np.stack([density.score(features[part]) for part, density in self.densities.items()], axis=1)
 
     def fitted(self):
         return {
@@ -42,7 +42,7 @@ class DensityMethod(Method):
         }
 
     def restore(self, arrays):
-        own = {part: {} for part in self.parts}
+        own = {part: {} for part in self.densities}
         for name, value in arrays.items():
             part, _, key = name.rpartition(".")
             if part not in own:
