@@ -36,8 +36,8 @@ class MSMA(DensityMethod):
     def statistics(self, model, images, keys):
         """The norms of the predicted noise (B, L), from the noisiest level on."""
 
-        def norms(at, x, z):
-            return at.eps(model.score, x).flatten(1).double().norm(dim=1)  # (n,)
+        def norms(at, x0, draw):
+            return at.eps(model.score, at.noisy(x0, 0)).flatten(1).double().norm(dim=1)  # (n,)
 
         return network.measure(model, images, network.levels_at(model, self._ratios), norms).numpy()
 
