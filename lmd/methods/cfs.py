@@ -3,9 +3,9 @@
 "CFS" (arXiv 2605.11014): at logSNR ln(a^2/b^2) = 5, the means and standard deviations z over the pixels of each channel
 of one block of the encoder and one of the decoder; the sum of (z - mu)^2 / var with the mean and variance of fitted
 images.  As published: the blocks whose ratio of between-image to within-noise variance is largest on 32 fitted images.
-Ours: the encoder's first residual stage and the decoder's last but one, for every network, so that what is measured
-does not depend on what is fitted; on the shipped model they are those with the largest ratios.  Cost: 1 evaluation of
-the network.
+Ours: the encoder's first residual stage and the decoder's first at full size, for every network, so that what is
+measured does not depend on what is fitted; on the two models tried they had the largest ratios or nearly so.  Cost: 1
+evaluation of the network.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ class CFS(DensityMethod):
         """Means, then standard deviations, of every channel of the encoder's block, then of the decoder's (B, F)."""
 
         def moments(at, x0, draw):
-            with outputs(blocks(model.score)) as seen:
+            with outputs(blocks(model)) as seen:
                 at.eps(model.score, at.noisy(x0, draw(0, "prior")))
             pixels = [block.flatten(2).double() for block in seen]  # each (n, C, H W)
             return torch.cat([part for p in pixels for part in (p.mean(dim=2), p.std(dim=2, correction=0))], dim=1)
@@ -53,18 +53,19 @@ class CFS(DensityMethod):
         return {self.name: statistics}
 
 
-def blocks(score):
-    """The two residual stages of a `models.score.ScoreModel` that are looked at.
+def blocks(model):
+    """The two residual stages of a `base.TrainedModel` that are looked at.
 
     Raises:
         UserError: its network has none.
     """
-    net = score.net if isinstance(score.net, torch.nn.Module) else getattr(score.net, "net", None)
+    net = model.score.net
+    net = net if isinstance(net, torch.nn.Module) else getattr(net, "net", None)  # as `models.inference` has it
     stages = [] if net is None else [module for module in net.modules() if isinstance(module, Stage)]
     down, up = ([stage for stage in stages if stage.takes_skip == takes] for takes in (False, True))
     if not down or not up:
         raise UserError("cfs looks at the residual stages of a U-Net, and this network has none; use another method")
-    return down[0], up[-2:][0]
+    return down[0], up[-model.config.model.num_res_blocks - 1 :][0]
 
 
 @contextlib.contextmanager

@@ -1,9 +1,10 @@
 """How far the network is from giving a turned image the turned prediction.
 
 "GEPC: Group-Equivariant Posterior Consistency" (arXiv 2602.00191): for symmetries h (flips, half a turn), noisy images
-x_t and scores s, the mean over h of |h^-1 s(h x_t) - s(x_t)|^2 / |s(x_t)|^2 at each pixel; the mean of the largest 30 %; -log of a kernel density.  A network learns these symmetries, as far as the domain has them, on its domain
-alone.  As published: two levels, one draw of the noise.  Ours: noise ratios 0.1 and 0.5; |s(x_t)|^2 averaged over the
-image; the logarithms of the two levels' averages in one density.  Cost: 8 evaluations of the network.
+x_t and scores s, the mean over h of |h^-1 s(h x_t) - s(x_t)|^2 / |s(x_t)|^2 at each pixel; the average of the largest
+30 %; -log of a kernel density.  A network learns these symmetries, as far as the domain has them, on its domain alone.
+As published: two levels, one draw of the noise.  Ours: noise ratios 0.1 and 0.5; |s(x_t)|^2 averaged over the image;
+the logarithms of the two levels' averages in one density.  Cost: 8 evaluations of the network.
 """
 
 import math

@@ -3,8 +3,8 @@
 "SCOPED: Score-Curvature Out-of-distribution Proximity Evaluator for Diffusion" (arXiv 2510.01456): at a time t,
 r = |s|^2 / v'(ds/dx)v for the score s(x_t, t) and one random probe v; -log of a kernel density of r; the largest over
 the times.  Over the domain the mean of |s|^2 is that of -tr(ds/dx), so r is about -1 there.  As published: t = 1 and
-300 of DDPM's 1000.  Ours: the same times as noise ratios 0.0148 and 1.23; one draw of the noise, and a probe of +-1, for
-each.  Cost: 2 evaluations of the network and 2 vector-Jacobian products.
+300 of DDPM's 1000.  Ours: the same times as noise ratios 0.0148 and 1.23; one draw of the noise, and a probe of +-1,
+for each.  Cost: 2 evaluations of the network and 2 vector-Jacobian products.
 """
 
 import torch
