@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from helpers import GaussianScore
+from helpers import GaussianScore, filled_model, small
 from PIL import Image
 from scipy import stats
 
@@ -142,6 +142,31 @@ def test_chunks_shrink_where_memory_ends():
 
 
 # ---------------------------------------------------------------------------------------------------------- methods
+
+
+ONE_PASS = "cfs", "denoising_loss", "gepc", "msma", "nll", "scoped"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "vp/cifar10_ncsnpp_continuous.py",
+        "ve/cifar10_ncsnpp_deep_continuous.py",
+        "vp/cifar10_ddpmpp.py",
+        "ve/cifar10_ncsnpp.py",
+    ],
+)
+def test_every_kind_of_network(path):
+    """Colour, other blocks, images in [0, 1], discrete steps: finite, and the same in every batch."""
+    config = small(path)
+    model = TrainedModel(config, filled_model(config), tiny.CPU, 6)
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 3, 16, 16), dtype=np.uint8))
+    keys = noise.content_keys(pixels)
+    for name in ONE_PASS if config.training.continuous else set(ONE_PASS) - {"nll"}:
+        method = methods.create(name, **({"steps": 1} if name == "nll" else {}))
+        statistics = method.statistics(model, pixels, keys)
+        assert np.isfinite(statistics).all(), name
+        np.testing.assert_allclose(method.statistics(model, pixels[1:2], keys[1:2])[0], statistics[1], rtol=2e-3)
 
 
 @pytest.mark.parametrize("name", SDES)

@@ -19,9 +19,8 @@ import torch
 
 from basics import noise
 from lmd.methods import network
-from lmd.methods.densities import Neighbours
+from lmd.methods.densities import Neighbours, log
 from lmd.methods.fitted import DensityMethod
-from lmd.methods.msma import log
 from sde_lib import VPSDE
 
 

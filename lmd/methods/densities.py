@@ -18,6 +18,11 @@ IMAGES_A_NUMBER = 5  # that a density needs at least: a full covariance of fewer
 _ROWS = 1024  # scored at a time against all fitted points, which bounds the memory
 
 
+def log(values):
+    """ln of numbers from 0 on, finite at 0; of norms and losses, which densities see so."""
+    return np.log(np.maximum(values, 1e-30))
+
+
 class Density(abc.ABC):
     """A density of F numbers.
 

@@ -14,9 +14,8 @@ import torch
 from basics import noise
 from lmd.methods import network
 from lmd.methods.base import Examined
-from lmd.methods.densities import KernelDensity
+from lmd.methods.densities import KernelDensity, log
 from lmd.methods.fitted import DensityMethod
-from lmd.methods.msma import log
 
 SYMMETRIES = (3,), (2,), (2, 3)  # the axes of (B, C, H, W) to flip: left and right, up and down, half a turn
 

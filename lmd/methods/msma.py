@@ -7,10 +7,8 @@ density of v under a Gaussian mixture of 2 to 20 components by cross-validation.
 b/a, the logarithms of the norms, at most 5 components.  Cost: 10 evaluations of the network.
 """
 
-import numpy as np
-
 from lmd.methods import network
-from lmd.methods.densities import GaussianMixture
+from lmd.methods.densities import GaussianMixture, log
 from lmd.methods.fitted import DensityMethod
 
 
@@ -43,8 +41,3 @@ class MSMA(DensityMethod):
 
     def features(self, statistics):
         return {self.name: log(statistics)}
-
-
-def log(values):
-    """ln of numbers from 0 on, finite at 0."""
-    return np.log(np.maximum(values, 1e-30))
