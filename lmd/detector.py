@@ -120,7 +120,7 @@ class Detector:
 
     def _learning(self, images, share):
         """Which of the images the method learns from (N,) bool: chosen by their content, not by their place."""
-        if not self.method.learns and len(self.method.parts) == 1:
+        if not self.method.fewest_images and len(self.method.parts) == 1:
             return np.zeros(len(images), bool)
         if not 0 < share < 1:
             raise UserError(f"--fit_share must lie between 0 and 1, not at {share:g}")
@@ -178,7 +178,7 @@ class Detector:
         columns = [calibration.two_sided(known[:, k], parts[:, k]) for k in range(parts.shape[1])]
         worst = np.argmin(columns, axis=0)  # (N,)
         large = parts[np.arange(len(parts)), worst] >= np.median(known, axis=0)[worst]
-        return [self.method.reasons[self.method.parts[k]][0 if up else 1] for k, up in zip(worst, large, strict=True)]
+        return [self.method.reason(self.method.parts[k], up) for k, up in zip(worst, large, strict=True)]
 
     def keep_maps(self, pixels, examined, start):
         """For `Measurement.keep`: the maps of a chunk."""
