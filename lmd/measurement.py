@@ -92,7 +92,8 @@ class Measurement:
                 missing.append(number)
                 others += 1
         if others:
-            say(f"{self.folder} holds other images, or was measured otherwise: {others} of its parts are made anew")
+            of = f"{others} of {len(self.chunks)} parts"
+            say(f"{self.folder}: {of} were measured from other images, or otherwise, and are measured anew")
         return missing
 
     def _light(self, arrays):
