@@ -51,11 +51,20 @@ class Measurement:
         size = max(8, min(_CHUNK, _CHUNK_VALUES // int(np.prod(self.images.shape))))
         return [(start, min(start + size, len(self.images))) for start in range(0, len(self.images), size)]
 
+    @property
+    def missing(self):
+        """How many images are not in the folder yet."""
+        return sum(
+            stop - start
+            for number, (start, stop) in enumerate(self.chunks)
+            if self.folder is None or not self._path(number).is_file()
+        )
+
     def run(self, label, ranks=distributed.ALONE):
         """Measures what is not in the folder yet; the ranks share the chunks, each makes every so manieth.
 
         Args:
-            label: of the progress bar.
+            label: of the progress bar, or None for no bar.
             ranks: the processes, all of which call this.
 
         Returns:
@@ -67,18 +76,21 @@ class Measurement:
         """
         if ranks.world_size > 1 and self.folder is None:
             raise ValueError("several processes share their chunks through a folder")
-        made = [self._read(number) for number in range(len(self.chunks))]
+        with ranks.together():  # nobody writes before all have seen what is missing
+            made = [self._read(number) for number in range(len(self.chunks))]
         missing = [number for number, arrays in enumerate(made) if arrays is None]
         mine = missing[ranks.rank :: ranks.world_size]
+        shown = f"{label}, process 1 of {ranks.world_size}" if label and ranks.world_size > 1 else label
         with ranks.together():
-            self._measure(mine, made, f"{label}, process 1 of {ranks.world_size}" if ranks.world_size > 1 else label)
+            self._measure(mine, made, shown)
         return [arrays or self._read(number) for number, arrays in enumerate(made)]
 
     def _measure(self, numbers, made, label):
         if not numbers:
             return
         total = sum(stop - start for start, stop in (self.chunks[number] for number in numbers))
-        with progress(total=total, unit="images", desc=label) as bar, Background() as reader:
+        hidden = {} if label else {"disable": True}
+        with progress(total=total, unit="images", desc=label, **hidden) as bar, Background() as reader:
             pending = reader.submit(self.images.read, *self.chunks[numbers[0]])
             for number, following in zip(numbers, [*numbers[1:], None], strict=True):
                 pixels = pending.result()

@@ -21,7 +21,7 @@ import metrics
 from basics import files
 from basics.console import EXIT_USER_ERROR, UserError
 from lmd import detection, distances, pictures, scoring
-from lmd.pictures import _groups, _read_pictures, _text
+from lmd.pictures import _groups, _read_pictures, shown_text
 from metrics import perceptual
 from storage import results_folder
 from storage.results_folder import ResultsFolder
@@ -414,7 +414,7 @@ def test_names_in_pictures_are_no_formulas(name):
     from matplotlib.text import Text
 
     given, shown = SHOWN[name]
-    text = _text(given)
+    text = shown_text(given)
     assert Text(0, 0, text)._preprocess_math(text) == (shown, False)
 
 

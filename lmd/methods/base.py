@@ -56,6 +56,7 @@ class Method(abc.ABC):
         learns: whether `fit_statistics` learns anything.
         settings: what its statistics and scores depend on besides model and images: keyword arguments of its class,
             JSON types.
+        fewest_images: images that `fit_statistics` needs at least.
     """
 
     name = None
@@ -63,6 +64,7 @@ class Method(abc.ABC):
     reasons = {}
     learns = False
     settings = {}
+    fewest_images = 0
 
     @abc.abstractmethod
     def evaluations(self, model):
@@ -92,7 +94,7 @@ class Method(abc.ABC):
             itself; a method that learns nothing, as here, is left as it was.
 
         Raises:
-            UserError: there are too few of them.
+            UserError: there are fewer of them than `fewest_images`, or their statistics are not finite.
         """
         return self
 
