@@ -4,7 +4,6 @@ A method that fails on a set of images, or on all, is marked with the reason; th
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 import time
@@ -83,95 +82,95 @@ class Bench:
         Raises:
             UserError: none of them could be scored.
         """
-        costs = {label: self._attempt(functools.partial(self._cost, method)) for label, method in chosen.items()}
-        order = sorted(chosen, key=lambda label: (costs[label][0] is None, costs[label][0]))
-        missing = {label: self._missing(chosen[label]) * max(1, costs[label][0] or 1) for label in order}
+        costs = {label: self._cost(method) for label, method in chosen.items()}
+        order = sorted(chosen, key=lambda label: (costs[label] is None, costs[label]))
+        missing = {label: self._missing(chosen[label]) * max(1, costs[label] or 1) for label in order}
         found = []
         with progress(total=sum(missing.values()), unit=" evaluations", unit_scale=True, desc="comparing") as bar:
             for label in order:
-                before, (evaluations, fault) = bar.n, costs[label]
-                each = max(1, evaluations or 1) * self.ranks.world_size
-                step = lambda images, each=each: bar.update(images * each)
+                before, each = bar.n, max(1, costs[label] or 1) * self.ranks.world_size
                 bar.set_postfix_str(label)
-                if fault:
-                    found += self._faulty(label, chosen[label], fault)
-                else:
-                    found += self._score(label, chosen[label], evaluations, step)
+                made = self._made(
+                    label, chosen[label], costs[label], lambda images, each=each: bar.update(images * each)
+                )
                 bar.total += bar.n - before - missing[label]  # what a fault left out is not waited for
+                for one in made:
+                    self._tell(one)
+                found += made
         if all(len(one.faults) == len(self.sets.foreign) for one in found):
             raise UserError(f"no method could be scored: {next(iter(found[0].faults.values()))}")
         return found
 
-    def _cost(self, method):
-        """Evaluations of a method for an image; what it needs besides, such as a metric's weights, is fetched."""
-        return self.ranks.in_turn(lambda: method.evaluations(self.model))
-
-    def _score(self, label, method, evaluations, step):
+    def _made(self, label, method, evaluations, step):
         """The candidates of one method: itself, and its parts where these are asked for."""
-        least, images = max(method.fewest_images, 1), self.sets.fit.images
-        if _learns(method) and len(images) < least:
-            fault = f"it needs at least {least:,} in-domain images to learn from, --fit has {len(images):,}"
-            return self._faulty(label, method, fault, evaluations)
-        times, reference = [], np.zeros((0, len(method.parts)))
-        if _learns(method):
-            statistics, fault = self._measure(method, self.sets.fit, step, times)
-            if not fault:
-                learn = lambda: method.fit_statistics(statistics).score_statistics(statistics)
-                reference, fault = self._attempt(learn)
-            if fault:
-                return self._faulty(label, method, fault, evaluations)
-        measured = {name: self._measure(method, one, step, times) for name, one in self._scored().items()}
-        seconds = sum(spent for spent, _ in times) / max(1, sum(count for _, count in times))
-        columns = {label: functools.partial(combined, reference)}
+        times = []  # (seconds, images)
+        measure = lambda one: self._measure(method, one, step, times)
+        columns = {label: None}
         if self.parts and len(method.parts) > 1:
-            columns |= {f"{label}[{part}]": lambda parts, k=k: parts[:, k] for k, part in enumerate(method.parts)}
-        return [
-            self._candidate(
-                column, method, evaluations, seconds, {n: _scores(method, make, *m) for n, m in measured.items()}
-            )
-            for column, make in columns.items()
-        ]
+            columns |= {f"{label}[{part}]": k for k, part in enumerate(method.parts)}
+        try:
+            if evaluations is None:
+                self._agreed(lambda: method.evaluations(self.model))  # which fails: here it is told why
+            reference = self._learn(method, measure)
+            known = measure(self.sets.in_domain)
+        except UserError as error:
+            faults, nothing = dict.fromkeys(self.sets.foreign, str(error)), dict.fromkeys(self.sets.foreign)
+            return [
+                Candidate(one, method.name, method.settings, evaluations, None, None, nothing, faults)
+                for one in columns
+            ]
+        foreign = {name: _outcome(measure, one) for name, one in self.sets.foreign.items()}
+        seconds = sum(spent for spent, _ in times) / sum(count for _, count in times)
+        made = []
+        for one, part in columns.items():
+            scores, faults = _scores(method, reference, part, {None: known, **foreign})
+            of = one, method.name, method.settings, evaluations, seconds
+            made.append(Candidate(*of, scores.pop(None), scores, faults))
+        return made
 
-    def _candidate(self, label, method, evaluations, seconds, scores):
-        """From the scores and faults of the in-domain images (under None) and of each set."""
-        known, fault = scores.pop(None)
-        faults = {name: fault or other for name, (_, other) in scores.items() if fault or other}
-        foreign = {name: values for name, (values, _) in scores.items()}
-        self._tell(label, faults)
-        return Candidate(label, method.name, method.settings, evaluations, seconds, known, foreign, faults)
+    def _learn(self, method, measure):
+        """What a method's parts are compared with (m, K), once it has learned; (0, K) where it needs nothing.
 
-    def _faulty(self, label, method, fault, evaluations=None):
-        """The candidate of a method that has no scores at all."""
-        faults = dict.fromkeys(self.sets.foreign, fault)
-        self._tell(label, faults)
-        nothing = dict.fromkeys(self.sets.foreign)
-        return [Candidate(label, method.name, method.settings, evaluations, None, None, nothing, faults)]
+        Raises:
+            UserError: there are too few images to learn from, or what the method says.
+        """
+        if not _learns(method):
+            return np.zeros((0, len(method.parts)))
+        least, count = max(method.fewest_images, 1), len(self.sets.fit.images)
+        if count < least:
+            raise UserError(f"it needs at least {least:,} in-domain images to learn from, and --fit has {count:,}")
+        statistics = measure(self.sets.fit)
+        return self._agreed(lambda: method.fit_statistics(statistics).score_statistics(statistics))
 
-    def _tell(self, label, faults):
-        for reason in dict.fromkeys(faults.values()):
-            of = [name for name, other in faults.items() if other == reason]
-            where = "" if len(of) == len(self.sets.foreign) else f" on {', '.join(of)}"
-            warn(f"{label} is left out{where}: {reason}")
+    def _tell(self, one):
+        """Warns of what a candidate lacks."""
+        for reason in dict.fromkeys(one.faults.values()):
+            names = [name for name, other in one.faults.items() if other == reason]
+            where = "" if len(names) == len(self.sets.foreign) else f" on {', '.join(names)}"
+            warn(f"{one.label} is left out{where}: {reason}")
 
-    # ------------------------------------------------------------------------------------------- statistics
+    # ---------------------------------------------------------------------------------------------- statistics
 
-    def _scored(self):
-        """The sets that are scored by name; the in-domain images are under None."""
-        return {None: self.sets.in_domain, **self.sets.foreign}
+    def _cost(self, method):
+        """Evaluations of a method for an image, None where it fails; what it needs besides, as weights, is fetched."""
+        outcome = _outcome(self._agreed, lambda: self.ranks.in_turn(lambda: method.evaluations(self.model)))
+        return None if isinstance(outcome, UserError) else outcome
 
     def _missing(self, method):
         """How many images are to be measured by a method."""
-        needed = [*([self.sets.fit] if _learns(method) else []), *self._scored().values()]
+        needed = [*([self.sets.fit] if _learns(method) else []), self.sets.in_domain, *self.sets.foreign.values()]
         return sum(self._measurement(method, one).missing for one in needed)
 
     def _measure(self, method, one, step, times):
-        """Statistics (N, F) of a set and None, or None and why there are none; adds (seconds, images) to `times`."""
+        """Statistics (N, F) of a set; adds (seconds, images) to `times`.
+
+        Raises:
+            UserError: on all ranks alike, as `Measurement.run`.
+        """
         measurement = self._measurement(method, one, step)
-        chunks, fault = self._attempt(lambda: measurement.run(None, self.ranks))
-        if fault:
-            return None, fault
+        chunks = self._agreed(lambda: measurement.run(None, self.ranks))
         times.append((sum(float(chunk["seconds"]) for chunk in chunks), len(one.images)))
-        return statistics_of(chunks), None
+        return statistics_of(chunks)
 
     def _measurement(self, method, one, step=None):
         origin = {"method": method.name, "settings": method.settings, "shift": one.shift, **self.origin}
@@ -180,17 +179,30 @@ class Bench:
         timed = _Timed(method, step)
         return Measurement(timed, self.model, one.images, self.origin["seed"], origin, folder, one.change, timed.keep)
 
-    def _attempt(self, work):
-        """What `work()` gives and None, or None and the user's error on any of the ranks; all of them call this."""
+    def _agreed(self, work):
+        """What `work()` gives; all ranks call this.
+
+        Raises:
+            UserError: on all of them, if one of them had it.
+        """
         result, fault = None, None
         try:
             result = work()
         except UserError as error:
             fault = str(error)
         except distributed.FailedElsewhere:
-            pass
-        fault = next(filter(None, self.ranks.gather(fault)), None)
-        return (None, fault) if fault else (result, None)
+            pass  # the other rank says why
+        if fault := next(filter(None, self.ranks.gather(fault)), None):
+            raise UserError(fault)
+        return result
+
+
+def _outcome(work, *arguments):
+    """What `work(*arguments)` gives, or the UserError that it raises."""
+    try:
+        return work(*arguments)
+    except UserError as error:
+        return error
 
 
 def _learns(method):
@@ -198,14 +210,34 @@ def _learns(method):
     return method.learns or len(method.parts) > 1
 
 
-def _scores(method, make, statistics, fault):
-    """Scores (N,) and None, or None and why there are none; `make` turns parts (N, K) into scores."""
-    if fault:
-        return None, fault
-    try:
-        scores = make(method.score_statistics(statistics))
-    except UserError as error:
-        return None, str(error)
-    if missing := int(np.isnan(scores).sum()):
-        return None, f"{missing:,} of {len(scores):,} scores are not a number (NaN)"
-    return scores, None
+def _scores(method, reference, part, measured):
+    """Scores of sets of images, and why there are none.
+
+    Args:
+        method: it has learned.
+        reference: (m, K), see `combination.combined`.
+        part: number of the part that is the score, or None for all combined.
+        measured: set -> statistics (N, F), or a UserError in their place; the in-domain images are under None.
+
+    Returns:
+        set -> (N,) or None; and set -> reason, also of sets whose scores have no in-domain ones beside them.
+    """
+    scores, faults = {}, {}
+    for name, statistics in measured.items():
+        outcome = statistics
+        if not isinstance(statistics, UserError):
+            outcome = _outcome(_score, method, reference, part, statistics)
+        scores[name] = None if isinstance(outcome, UserError) else outcome
+        if scores[name] is None:
+            faults[name] = str(outcome)
+    if known := faults.pop(None, None):
+        faults = {name: known for name in measured if name is not None}
+    return scores, faults
+
+
+def _score(method, reference, part, statistics):
+    parts = method.score_statistics(statistics)  # (N, K)
+    column = combined(reference, parts) if part is None else parts[:, part]
+    if missing := int(np.isnan(column).sum()):
+        raise UserError(f"{missing:,} of {len(column):,} scores are not a number (NaN)")
+    return column
