@@ -77,6 +77,15 @@ class Ranks:
         """The mean of a float over the ranks, the same on all."""
         return self._reduce([float(value)], "SUM")[0] / self.world_size
 
+    def gather(self, value):
+        """Plain data of all ranks, a list in their order, the same on all."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            import torch.distributed as dist
+
+            dist.all_gather_object(values, value, group=self.group)
+        return values
+
     def _reduce(self, values, operation):
         if self.world_size == 1:
             return values

@@ -1,26 +1,27 @@
 """What calibrate.py does: makes a detector from held-back images, and says what it sees and what it does not."""
 
 import dataclasses
+import functools
 import shutil
 from pathlib import Path
 
 import torch
 
 from basics import distributed, files, noise
-from basics.console import UserError, say, warn
+from basics.console import say, warn
 from configs.base import to_dict
 from lmd import calibration, methods, shifts
 from lmd.calibration import percent
 from lmd.card import bands, histogram, rarest_first
 from lmd.detector import Detector, content_keys_of
+from lmd.held_out import held_out
 from lmd.measurement import Measurement, statistics_of
 from lmd.methods.base import TrainedModel
 from lmd.reconstructor import rows_within
 from lmd.trained_model import load_model, weights_path
-from lmd.training import held_back
 from models import inference
 from storage import detector_folder
-from storage.checkpoints import data_of, find_checkpoint
+from storage.checkpoints import find_checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,42 +101,8 @@ def calibrate(job, device, ranks=distributed.ALONE):
 
 def _images(job, detector, ckpt_path):
     """The held-back images; refused where the model is known to have been trained on them."""
-    options = {"data_root": job.data_root, "max_images": job.max_images, "workers": job.workers}
-    images = detector.images_of(job.in_domain, **options)
-    known = data_of(ckpt_path) if Path(ckpt_path).suffix == ".pth" else None
-    if known is None:
-        _check_against_training_folder(job, detector, images)
-        return images
-    if known["fingerprint"] == images.fingerprint:
-        raise UserError(
-            f"the model was trained on the images of {job.in_domain}: on these it is surer than on new ones, and every "
-            "false-alarm rate would be wrong; give --in_domain images that were held back"
-        )
-    held = held_back(len(images))
-    kept = torch.ones(len(images), dtype=torch.bool)
-    kept[held] = False
-    if len(held) and images.part(kept.nonzero().flatten()).fingerprint == known["fingerprint"]:
-        say(f"{job.in_domain} is what the model was trained on: the {len(held):,} images held back then are used")
-        return images.part(held)
-    _check_against_training_folder(job, detector, images)
-    return images
-
-
-def _check_against_training_folder(job, detector, images):
-    """Compares with the images that the config names for training, if these are files here."""
-    source = job.config.data.dataset
-    if not Path(files.expand_home(source)).exists():
-        return
-    options = {"data_root": job.data_root, "workers": job.workers, "split": "train"}
-    trained = set(content_keys_of(detector.images_of(source, **options)).tolist())
-    shared = sum(key in trained for key in content_keys_of(images).tolist())
-    if 2 * shared > len(images):
-        raise UserError(
-            f"{shared:,} of the {len(images):,} images of {job.in_domain} are among those of {source}, which the model "
-            "was trained on; give --in_domain images that were held back"
-        )
-    if shared:
-        warn(f"{shared:,} of the {len(images):,} images of {job.in_domain} are in {source}, the training images, too")
+    load = functools.partial(detector.images_of, data_root=job.data_root, workers=job.workers)
+    return held_out(load, job.in_domain, "--in_domain", job.config, ckpt_path, job.max_images)
 
 
 def _origin(job, method, checkpoint, precision):
@@ -182,13 +149,9 @@ def blind_spots(detector, images, job, folder, origin, ranks=distributed.ALONE):
     count = min(job.card_images, len(images))
     chosen = images.part(torch.linspace(0, len(images) - 1, count).round().long())
     keys = content_keys_of(chosen)
-    partners = shifts.partner_positions(keys)
     spots = {}
     for kind in shifts.SHIFTS:
-
-        def change(pixels, indices, kind=kind):
-            return shifts.make(kind, pixels, keys[indices], chosen.take(partners[indices]))
-
+        change = shifts.change_of(kind, chosen, keys)
         measured = Measurement(
             detector.method, detector.model, chosen, job.seed, {**origin, "shift": kind}, folder / kind, change
         ).run(f"blind spots: {kind}", ranks)

@@ -133,6 +133,7 @@ def write(folder, results, reps, bootstrap):
     entries = {}
     for result in results:
         entry = {"roc_auc": result.roc_auc, "interval_95": result.interval, "bootstrap": bootstrap}
+        entry |= {name: getattr(result, name) for name in ("aupr_out", "aupr_in", "fpr95")}
         entries[result.metric] = {**entry, "options": result.options} if result.options else entry
     with files.alone(folder.path):  # tables and summary are of one run
         for result in results:

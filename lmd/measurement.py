@@ -55,11 +55,20 @@ class Measurement:
         size = max(8, min(_CHUNK, _CHUNK_VALUES // int(np.prod(self.images.shape))))
         return [(start, min(start + size, len(self.images))) for start in range(0, len(self.images), size)]
 
+    @property
+    def missing(self):
+        """How many images are not in the folder yet."""
+        return sum(
+            stop - start
+            for number, (start, stop) in enumerate(self.chunks)
+            if self.folder is None or not self._path(number).is_file()
+        )
+
     def run(self, label, ranks=distributed.ALONE):
         """Measures what is not in the folder yet; the ranks share the chunks, each makes every so manieth.
 
         Args:
-            label: of the progress bar.
+            label: of the progress bar, or None for no bar.
             ranks: the processes, all of which call this.
 
         Returns:
@@ -76,8 +85,8 @@ class Measurement:
         missing = ranks.on_main(self._missing)
         made = {}
         with ranks.together():
-            mine = missing[ranks.rank :: ranks.world_size]
-            self._measure(mine, made, f"{label}, process 1 of {ranks.world_size}" if ranks.world_size > 1 else label)
+            note = f", process 1 of {ranks.world_size}" if label and ranks.world_size > 1 else ""
+            self._measure(missing[ranks.rank :: ranks.world_size], made, label and f"{label}{note}")
         return [made.get(number) or self._light(self.read(number)) for number in range(len(self.chunks))]
 
     def _missing(self):
@@ -104,7 +113,8 @@ class Measurement:
         if not numbers:
             return
         total = sum(stop - start for start, stop in (self.chunks[number] for number in numbers))
-        with progress(total=total, unit="images", desc=label) as bar, Background() as reader:
+        hidden = {} if label else {"disable": True}
+        with progress(total=total, unit="images", desc=label, **hidden) as bar, Background() as reader:
             pending = reader.submit(self.images.read, *self.chunks[numbers[0]])
             for number, following in zip(numbers, [*numbers[1:], None], strict=True):
                 pixels = pending.result()

@@ -74,13 +74,14 @@ def _read_batch_pictures(path, picks):
     return pictures
 
 
-def _figure(width, height):
-
+def new_figure(width, height):
+    """An empty figure of so many inches."""
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # absl would show its notes on fonts
     return Figure(figsize=(width, height), layout="constrained")  # without pyplot: no window, no global state
 
 
 def to_png(figure):
+    """The bytes of its PNG file."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a box stands for it
@@ -88,7 +89,7 @@ def to_png(figure):
     return buffer.getvalue()
 
 
-def _text(name):
+def shown_text(name):
     """A name as matplotlib shows it as it is: printable, of bearable length, and $ no sign of a formula."""
     name = printable(name)
     return (name if len(name) <= 60 else f"{name[:40]}...{name[-17:]}").replace("$", r"\$")
@@ -97,7 +98,7 @@ def _text(name):
 def _roc(result):
     """The ROC curve, in-domain as the positive class."""
     fpr, tpr, _ = roc_curve(*labelled(result.tables))
-    figure = _figure(5, 5)
+    figure = new_figure(5, 5)
     axes = figure.add_subplot()
     axes.plot(fpr, tpr, color=COLOURS["pos"], linewidth=2, label=_auc_text(result), clip_on=False)
     axes.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1, label="chance")
@@ -119,11 +120,11 @@ def _histogram(result):
     """Both sides' scores in common bins, as shares of their side."""
     scores = {side: table["score"] for side, table in result.tables.items()}
     edges = np.histogram_bin_edges(np.concatenate(list(scores.values())), bins=50)
-    figure = _figure(7, 4)
+    figure = new_figure(7, 4)
     axes = figure.add_subplot()
     for side, values in scores.items():
         share = np.full(len(values), 100 / len(values))
-        label = f"{_text(result.names[side])} ({len(values)} images)"
+        label = f"{shown_text(result.names[side])} ({len(values)} images)"
         axes.hist(values, edges, weights=share, color=COLOURS[side], alpha=0.55, label=label)
     axes.set(title=_auc_text(result), ylabel="% of the side's images")
     axes.set_xlabel(f"score: median distance over repetitions ({result.label}; larger = more out-of-domain)")
@@ -135,12 +136,11 @@ def _histogram(result):
 def _grid(result, groups, pictures):
     """Originals, masked images and reconstructions: four groups, columns in the order of the score."""
     columns = max(len(picks) for picks in groups.values())
-    figure = _figure(max(2 * columns * 0.85 + 2, 9), 7)
+    figure = new_figure(max(2 * columns * 0.85 + 2, 9), 7)
     axes = figure.subplots(2, 2)
     for number, ((side, group), picks) in enumerate(groups.items()):
-        title = (
-            f"{_text(result.names[side])}, {group} out-of-domain ({'lowest' if group == 'least' else 'highest'} scores)"
-        )
+        end = "lowest" if group == "least" else "highest"
+        title = f"{shown_text(result.names[side])}, {group} out-of-domain ({end} scores)"
         scores = sorted(result.tables[side]["score"], reverse=group == "most")[: len(picks)]
         _group(axes.flat[number], [pictures[pick] for pick in picks], scores, columns)
         axes.flat[number].set_title(title, color=COLOURS[side])

@@ -13,6 +13,7 @@ from sklearn.metrics import roc_auc_score
 from basics import noise
 from basics.console import UserError, progress
 from lmd.distances import compare, median_score
+from lmd.separation import aupr_in, aupr_out, fpr95
 from storage.results_folder import SIDES
 
 
@@ -28,6 +29,7 @@ class Result:
             (N,) and distances (R, N); larger = further.
         roc_auc: in [0, 1]; 1 when every in-domain image is closer than every other.
         interval: 95% bootstrap interval of the ROC-AUC, or None where no resamples were asked for.
+        aupr_out, aupr_in, fpr95: see `separation`.
         options: what the distances depend on besides the images, JSON types, as in `metrics.Metric`.
         files: names of the files written beside the batches.
     """
@@ -38,6 +40,9 @@ class Result:
     tables: dict
     roc_auc: float
     interval: tuple | None
+    aupr_out: float
+    aupr_in: float
+    fpr95: float
     options: dict
     files: list
 
@@ -140,11 +145,12 @@ def _size(shape):
 
 
 def summarise(metric, names, tables, bootstrap):
-    """The `Result` of a metric: ROC-AUC with in-domain as the positive class, and its bootstrap interval."""
-    labels, closeness = labelled(tables)
-    interval = bootstrap_interval(tables["pos"]["score"], tables["neg"]["score"], bootstrap) if bootstrap else None
-    auc = float(roc_auc_score(labels, closeness))
-    return Result(metric.name, metric.label, names, tables, auc, interval, metric.options, [])
+    """The `Result` of a metric: ROC-AUC with in-domain as the positive class and its interval, AUPR and FPR95."""
+    auc = float(roc_auc_score(*labelled(tables)))
+    sides = tables["pos"]["score"], tables["neg"]["score"]
+    interval = bootstrap_interval(*sides, bootstrap) if bootstrap else None
+    others = aupr_out(*sides), aupr_in(*sides), fpr95(*sides)
+    return Result(metric.name, metric.label, names, tables, auc, interval, *others, metric.options, [])
 
 
 def labelled(tables):

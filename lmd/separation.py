@@ -1,4 +1,4 @@
-"""How well scores tell two sets of images apart: AUPR, FPR95, and whether one detector's ROC-AUC beats another's.
+"""How well scores tell two sets of images apart: ROC-AUC, AUPR, FPR95; and whether one ROC-AUC beats another.
 
 Scores are larger further out of domain, and out of domain is the positive class unless a name says otherwise, as in
 OpenOOD and pytorch-ood.
@@ -11,6 +11,23 @@ from scipy import special
 
 from basics.console import UserError
 from lmd.calibration import as_scores
+
+
+def roc_auc(in_domain, out_of_domain):
+    """ROC-AUC: the share of pairs in which the out-of-domain image has the larger score, ties counting half.
+
+    Args:
+        in_domain: (n,) scores.
+        out_of_domain: (m,) scores.
+
+    Returns:
+        float: in [0, 1].
+
+    Raises:
+        UserError: a side has no scores, or one is NaN.
+    """
+    in_domain, out_of_domain = _sides(in_domain, out_of_domain)
+    return float(_below(in_domain, out_of_domain).mean())
 
 
 def aupr_out(in_domain, out_of_domain):

@@ -46,6 +46,23 @@ def make(name, images, keys, partners=None):
     return shift(images, own, partners).contiguous()
 
 
+def change_of(name, images, keys):
+    """For `Measurement.change`: what makes the shifted version of a set's images.
+
+    Args:
+        name: one of `SHIFTS`.
+        images: an `ImageSet`.
+        keys: (N,) int64, the `noise.content_keys` of all of them.
+    """
+    partners = partner_positions(keys)
+
+    def change(pixels, indices):
+        others = images.take(partners[indices]) if name in PAIRED else None
+        return make(name, pixels, keys[indices], others)
+
+    return change
+
+
 def partner_positions(keys):
     """For each image another one of the set, by content alone: that with the next larger key, the first after the last.
 

@@ -22,7 +22,14 @@ _RESULTS = {
     "sides": table_of(TABLE),
 }
 
-_METRIC = {"roc_auc": SHARE, "interval_95": or_null(list_of(SHARE, 2)), "bootstrap": COUNT}
+_METRIC = {
+    "roc_auc": SHARE,
+    "interval_95": or_null(list_of(SHARE, 2)),
+    "bootstrap": COUNT,
+    "aupr_out": SHARE,
+    "aupr_in": SHARE,
+    "fpr95": SHARE,
+}
 
 
 RESULTS = "results.json"

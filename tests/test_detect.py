@@ -20,8 +20,8 @@ from sklearn.metrics import roc_auc_score
 import metrics
 from basics import files
 from basics.console import EXIT_USER_ERROR, UserError
-from lmd import detection, distances, pictures, scoring
-from lmd.pictures import _groups, _read_pictures, _text
+from lmd import detection, distances, pictures, scoring, separation
+from lmd.pictures import _groups, _read_pictures, shown_text
 from metrics import perceptual
 from storage import results_folder
 from storage.results_folder import ResultsFolder
@@ -206,7 +206,10 @@ def test_scores_csv(made):
 
 
 def test_results_json(made):
+    """AUPR and FPR95 are those of the scores in the table; out of domain is the positive class of FPR95."""
     result = detection.detect(made, ["MSE"], reps=3, plots=False)[0]
+    sides = [table["score"] for table in read_scores(made / "scores_MSE.csv").values()]
+    others = {name: getattr(separation, name)(*sides) for name in ("aupr_out", "aupr_in", "fpr95")}
     assert json.loads((made / "results.json").read_text()) == {
         "repetitions": 3,
         "images": {"pos": 10, "neg": 6},
@@ -216,8 +219,17 @@ def test_results_json(made):
             "pos": {"dataset": "CIFAR10", "images": 10, "batch_size": 4, "batches": 3},
             "neg": {"dataset": "some/photos", "images": 6, "batch_size": 3, "batches": 2},
         },
-        "metrics": {"MSE": {"roc_auc": result.roc_auc, "interval_95": list(result.interval), "bootstrap": 1000}},
+        "metrics": {
+            "MSE": {"roc_auc": result.roc_auc, "interval_95": list(result.interval), "bootstrap": 1000, **others}
+        },
     }
+
+
+def test_results_of_an_earlier_version_are_read(made):
+    """Which have no AUPR and FPR95."""
+    entry = {"roc_auc": 0.5, "interval_95": None, "bootstrap": 0}
+    (made / "results.json").write_text(json.dumps({"metrics": {"SSIM": entry}, "repetitions": 3}))
+    assert read_results(made)["metrics"]["SSIM"] == entry
 
 
 def test_sides_are_called_by_their_data_sets(made, published):
@@ -414,7 +426,7 @@ def test_names_in_pictures_are_no_formulas(name):
     from matplotlib.text import Text
 
     given, shown = SHOWN[name]
-    text = _text(given)
+    text = shown_text(given)
     assert Text(0, 0, text)._preprocess_math(text) == (shown, False)
 
 

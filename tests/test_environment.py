@@ -24,7 +24,7 @@ REQUIREMENTS = "requirements.txt", "requirements-learned.txt", "requirements-tes
 
 # ------------------------------------------------------------------------------------------------------- sources
 
-COMMANDS = "main", "recon", "detect", "calibrate", "predict"
+COMMANDS = "main", "recon", "detect", "calibrate", "predict", "compare"
 LAYERS = [  # from the top; a module imports those below its own layer, and those of its own folder
     COMMANDS,
     ("command_line",),

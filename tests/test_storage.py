@@ -887,6 +887,7 @@ RESULTS = {
     "a metric": ('{"metrics": {"MSE": 0.5}}', "metrics is .*, not a table, each a table"),
     "text": ('{"metrics": {"MSE": {"roc_auc": "=1+1"}}}', 'metrics.MSE.roc_auc is "=1\\+1", not a number from 0 to 1'),
     "not a number": ('{"metrics": {"MSE": {"roc_auc": NaN}}}', "metrics.MSE.roc_auc is NaN, not a number"),
+    "AUPR": ('{"metrics": {"MSE": {"aupr_in": 2}}}', "metrics.MSE.aupr_in is 2, not a number from 0 to 1"),
     "interval": ('{"metrics": {"MSE": {"interval_95": [0.1]}}}', "metrics.MSE.interval_95 is"),
     "negative": ('{"metrics": {}, "images": {"pos": -3}}', "images is .*, not a table, each a whole number"),
     "deep": ('{"metrics": {}, "settings": ' + 100_000 * "[" + 100_000 * "]" + "}", "it is nested too deeply"),

@@ -22,5 +22,10 @@ def create(name, **settings):
     Raises:
         UserError: there is no such method; the message lists them.
     """
+    return method_class(name)(**settings)
+
+
+def method_class(name):
+    """The class of the method called `name`, whose parameters are its settings; raises as `create`."""
     module, attribute = choose(name, METHODS, "method")
-    return getattr(importlib.import_module(module), attribute)(**settings)
+    return getattr(importlib.import_module(module), attribute)

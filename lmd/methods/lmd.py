@@ -11,13 +11,21 @@ import functools
 import numpy as np
 
 import metrics
+from basics.console import UserError, choose
 from basics.pixels import to_model_range
 from lmd.distances import compare, median_score
 from lmd.methods.base import Examined, Method
-from lmd.process import PUBLISHED, preset
+from lmd.process import PRESETS, PUBLISHED, preset
 from lmd.reconstructor import MaskOptions, Reconstructor
+from masks import MASK_TYPES
+from metrics import canonical
 
 _FAR = 1e6  # a distance that no pixel reaches
+_CHOICES = {  # names of settings -> what they may be
+    "sampler": {PUBLISHED: None, **PRESETS},
+    "mask_type": {name: make for name, make in MASK_TYPES.items() if name not in ("none", "file")},
+    "lift": dict.fromkeys(["mask", "noise", "both"]),
+}
 _LEAST_DOUBT = 0.2  # added to the standard deviation of a pixel's reconstructions; .1 to .3 find patches equally well
 
 
@@ -30,11 +38,24 @@ class LMD(Method):
         reps: repetitions of each image; by default the sampler's, 10 for the published one.
         mask_type: as --mask_type, but 'file'; random masks are the same for every image.
         num_blocks: blocks an edge of checkerboards; where it does not divide the image, the next lower that does.
+        lift: as --lift: 'mask'; 'noise', with which no pixel is known, whatever the mask type; or 'both'.
+
+    Raises:
+        UserError: an unknown name, or a number out of range.
     """
 
     name = "lmd"
 
-    def __init__(self, metrics=("MSE", "SSIM"), sampler="fast", reps=None, mask_type="checkerboard_alt", num_blocks=8):
+    def __init__(
+        self,
+        metrics=("MSE", "SSIM"),
+        sampler="fast",
+        reps=None,
+        mask_type="checkerboard_alt",
+        num_blocks=8,
+        lift="mask",
+    ):
+        metrics = [canonical(name) for name in metrics]
         self.parts = tuple(f"lmd_{name.lower()}" for name in metrics)
         self.reasons = {
             part: (
@@ -44,13 +65,29 @@ class LMD(Method):
             for part, name in zip(self.parts, metrics, strict=True)
         }
         self.settings = {
-            "metrics": list(metrics),
+            "metrics": metrics,
             "sampler": sampler,
             "reps": reps,
             "mask_type": mask_type,
             "num_blocks": num_blocks,
+            "lift": lift,
         }
+        self._check()
         self._prepared = functools.lru_cache(maxsize=1)(self._prepare)  # for the model last used
+
+    def _check(self):
+        options = self.settings
+        for name, known in _CHOICES.items():
+            choose(options[name], known, f"{name} of lmd")
+        if options["lift"] != "mask" and options["sampler"] == PUBLISHED:
+            raise UserError(
+                f"lmd: the lift '{options['lift']}' is not of the published sampler; choose another sampler"
+            )
+        for name in ("reps", "num_blocks"):
+            if options[name] is not None and not (isinstance(options[name], int) and options[name] >= 1):
+                raise UserError(f"lmd: {name} is {options[name]}; it must be a whole number of 1 at least")
+        if not options["metrics"]:
+            raise UserError("lmd: metrics are empty; name one at least, such as MSE")
 
     def evaluations(self, model):
         reconstruct, masks, _ = self._prepared(model)
@@ -95,10 +132,9 @@ class LMD(Method):
         config, reps, size = model.config.copy_and_resolve_references(), 10, model.config.data.image_size
         if self.settings["sampler"] != PUBLISHED:
             values, reps = preset(self.settings["sampler"], config)
-            config.sampling.update(values)
+            config.sampling.update({**values, "lift": self.settings["lift"]})
         blocks = next(n for n in range(self.settings["num_blocks"], 0, -1) if size % n == 0)
-        masks = MaskOptions(self.settings["mask_type"], num_blocks=blocks).stack(
-            size, self.settings["reps"] or reps, "lmd", "mask"
-        )
+        kind = "none" if self.settings["lift"] == "noise" else self.settings["mask_type"]
+        masks = MaskOptions(kind, num_blocks=blocks).stack(size, self.settings["reps"] or reps, "lmd", "mask")
         compared = [metrics.create(name, model.device) for name in self.settings["metrics"]]
         return Reconstructor(config, model.score, model.device, model.rows), masks, compared

@@ -1,0 +1,78 @@
+"""Compares detectors on one model: every method's scores of the same images in one table.
+
+    python compare.py --ckpt_path results/mine/ --fit photos/held_back/ --in_domain photos/test/ \\
+        --out_of_domain other/,SVHN,shifts --methods all --output results/compare/
+
+What was measured is kept in the output folder: with one more method or set only that is measured.  Methods with
+settings: --methods lmd:mask_type=center,lmd:mask_type=checkerboard_alt:num_blocks=4; the ablations of the LMD paper:
+--methods ablations.  On several GPUs: torchrun --nproc_per_node=8 compare.py ...
+"""
+
+import sys
+
+from absl import flags
+
+from basics import distributed, machine
+from basics.console import shell
+from command_line import define_config, define_path, run, value_of
+from configs.base import check
+
+FLAGS = flags.FLAGS
+_JOB_FLAGS = (  # fields of a `comparison.ComparisonJob` as they are
+    "ckpt_path", "fit", "in_domain", "out_of_domain", "output", "methods", "parts", "center_crop", "seed",
+    "max_images", "data_root", "workers", "memory_gb", "precision",
+)  # fmt: skip
+
+
+def define_flags():
+    """The command line; inside a function so that importing this module defines nothing."""
+    define_config("The config that the model was trained with, by default the checkpoint's own.", value_of("ckpt_path"))
+    define_path("ckpt_path", None, "The checkpoint, as --ckpt_path of recon.py.", required=True)
+    define_path(
+        "fit",
+        None,
+        "In-domain images that the model was not trained on, which methods learn from: a folder, a .txt list, a .npz "
+        "or .npy file, or the name of a data set (its test images).",
+        required=True,
+    )
+    define_path("in_domain", None, "Other such images, which are scored.", required=True)
+    flags.DEFINE_string(
+        "out_of_domain",
+        None,
+        "Foreign images: sources separated by commas. `shifts` stands for all kinds of foreign images made up from the "
+        "in-domain ones, `shifts:blur` for one of them.",
+        required=True,
+    )
+    define_path("output", None, "Folder of the results.", required=True)
+    flags.DEFINE_string(
+        "methods",
+        "all",
+        "Names separated by commas, each with its settings: lmd:mask_type=center:num_blocks=4; `all` of them, or the "
+        "`ablations` of the LMD paper. docs/reference.md lists them.",
+    )
+    flags.DEFINE_bool("parts", False, "Rows for the parts of methods that combine several, too, at no further cost.")
+    flags.DEFINE_bool("center_crop", True, "Crop files to their centre square; else squeeze them.")
+    flags.DEFINE_integer("seed", 0, "Key of the noise.", lower_bound=0)
+    flags.DEFINE_integer("max_images", None, "Take so many images of each source, evenly spread.", lower_bound=1)
+    define_path("data_root", "./data", "Where data sets lie, or are downloaded to.")
+    flags.DEFINE_integer("workers", None, "Threads that decode images.", lower_bound=1)
+    flags.DEFINE_float("memory_gb", None, "Memory for the network's activations.", lower_bound=0.0)
+    flags.DEFINE_string("precision", "auto", "fp32, tf32, bf16 or auto, as of recon.py.")
+    flags.DEFINE_string("device", "auto", "auto, cpu, cuda or cuda:i.")
+
+
+def main(argv):
+    from lmd import comparison
+
+    check(FLAGS.config)
+    command = shell("python", "compare.py", *sys.argv[1:])
+    job = comparison.ComparisonJob(FLAGS.config, command=command, **{name: FLAGS[name].value for name in _JOB_FLAGS})
+    with distributed.start(FLAGS.device) as (ranks, device):
+        if device.type == "cpu":
+            machine.keep_freed_memory()
+        comparison.compare(job, device, ranks)
+
+
+if __name__ == "__main__":
+    define_flags()
+    run(main)

@@ -1,0 +1,243 @@
+"""The scores of many methods on one model: measures what is not kept yet, the cheapest methods first.
+
+A method that fails on a set of images, or on all, is marked with the reason; the others go on.
+"""
+
+import dataclasses
+import hashlib
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+
+from basics import distributed
+from basics.console import UserError, progress, warn
+from basics.image_sets import ImageSet
+from lmd.combination import combined
+from lmd.measurement import Measurement, statistics_of
+from lmd.methods.base import Examined, TrainedModel
+from lmd.ranking import Candidate
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Set:
+    """Images, and what is made of them first: the name of a made-up shift and a `Measurement.change`, or None."""
+
+    images: ImageSet
+    shift: str | None = None
+    change: object = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sets:
+    """The images of a comparison: `Set` for fit, `in_domain` and each of `foreign` by name."""
+
+    fit: Set
+    in_domain: Set
+    foreign: dict
+
+
+class _Timed:
+    """A method whose `examine` measures the statistics alone, and the seconds that they took; for a `Measurement`."""
+
+    def __init__(self, method, done):
+        self.method, self.name, self.done = method, method.name, done
+        self.seconds = 0.0
+
+    def examine(self, model, images, keys):
+        start = time.perf_counter()
+        statistics = self.method.statistics(model, images, keys)  # on the CPU, so the device is done
+        self.seconds = time.perf_counter() - start
+        self.done(len(images))
+        return Examined(statistics)
+
+    def keep(self, pixels, examined, start):
+        return {"seconds": np.array(self.seconds)}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Bench:
+    """One model and the sets of images that all methods score.
+
+    Attributes:
+        model: a `methods.base.TrainedModel`.
+        sets: the images.
+        origin: what all measurements depend on besides method and images, JSON types.
+        folder: where they are kept.
+        ranks: the processes that share the work.
+        parts: as in `ComparisonJob`.
+    """
+
+    model: TrainedModel
+    sets: Sets
+    origin: dict
+    folder: Path
+    ranks: distributed.Ranks
+    parts: bool
+
+    def candidates(self, chosen):
+        """A `ranking.Candidate` of each of the methods, label -> `Method`; the cheapest are measured first.
+
+        Raises:
+            UserError: none of them could be scored.
+        """
+        costs = {label: self._cost(method) for label, method in chosen.items()}
+        order = sorted(chosen, key=lambda label: (costs[label] is None, costs[label]))
+        missing = {label: self._missing(chosen[label]) * max(1, costs[label] or 1) for label in order}
+        found = []
+        with progress(total=sum(missing.values()), unit=" evaluations", unit_scale=True, desc="comparing") as bar:
+            for label in order:
+                before, each = bar.n, max(1, costs[label] or 1) * self.ranks.world_size
+                bar.set_postfix_str(label)
+                made = self._made(
+                    label, chosen[label], costs[label], lambda images, each=each: bar.update(images * each)
+                )
+                bar.total += bar.n - before - missing[label]  # what a fault left out is not waited for
+                for one in made:
+                    self._tell(one)
+                found += made
+        if all(len(one.faults) == len(self.sets.foreign) for one in found):
+            raise UserError(f"no method could be scored: {next(iter(found[0].faults.values()))}")
+        return found
+
+    def _made(self, label, method, evaluations, step):
+        """The candidates of one method: itself, and its parts where these are asked for."""
+        times = []  # (seconds, images)
+        measure = lambda one: self._measure(method, one, step, times)
+        columns = {label: None}
+        if self.parts and len(method.parts) > 1:
+            columns |= {f"{label}[{part}]": k for k, part in enumerate(method.parts)}
+        try:
+            if evaluations is None:
+                self._agreed(lambda: method.evaluations(self.model))  # which fails: here it is told why
+            reference = self._learn(method, measure)
+            known = measure(self.sets.in_domain)
+        except UserError as error:
+            faults, nothing = dict.fromkeys(self.sets.foreign, str(error)), dict.fromkeys(self.sets.foreign)
+            return [
+                Candidate(one, method.name, method.settings, evaluations, None, None, nothing, faults)
+                for one in columns
+            ]
+        foreign = {name: _outcome(measure, one) for name, one in self.sets.foreign.items()}
+        seconds = sum(spent for spent, _ in times) / sum(count for _, count in times)
+        made = []
+        for one, part in columns.items():
+            scores, faults = _scores(method, reference, part, {None: known, **foreign})
+            of = one, method.name, method.settings, evaluations, seconds
+            made.append(Candidate(*of, scores.pop(None), scores, faults))
+        return made
+
+    def _learn(self, method, measure):
+        """What a method's parts are compared with (m, K), once it has learned; (0, K) where it needs nothing.
+
+        Raises:
+            UserError: there are too few images to learn from, or what the method says.
+        """
+        if not _learns(method):
+            return np.zeros((0, len(method.parts)))
+        least, count = max(method.fewest_images, 1), len(self.sets.fit.images)
+        if count < least:
+            raise UserError(f"it needs at least {least:,} in-domain images to learn from, and --fit has {count:,}")
+        statistics = measure(self.sets.fit)
+        return self._agreed(lambda: method.fit_statistics(statistics).score_statistics(statistics))
+
+    def _tell(self, one):
+        """Warns of what a candidate lacks."""
+        for reason in dict.fromkeys(one.faults.values()):
+            names = [name for name, other in one.faults.items() if other == reason]
+            where = "" if len(names) == len(self.sets.foreign) else f" on {', '.join(names)}"
+            warn(f"{one.label} is left out{where}: {reason}")
+
+    # ---------------------------------------------------------------------------------------------- statistics
+
+    def _cost(self, method):
+        """Evaluations of a method for an image, None where it fails; what it needs besides, as weights, is fetched."""
+        outcome = _outcome(self._agreed, lambda: self.ranks.in_turn(lambda: method.evaluations(self.model)))
+        return None if isinstance(outcome, UserError) else outcome
+
+    def _missing(self, method):
+        """How many images are to be measured by a method."""
+        needed = [*([self.sets.fit] if _learns(method) else []), self.sets.in_domain, *self.sets.foreign.values()]
+        return sum(self._measurement(method, one).missing for one in needed)
+
+    def _measure(self, method, one, step, times):
+        """Statistics (N, F) of a set; adds (seconds, images) to `times`.
+
+        Raises:
+            UserError: on all ranks alike, as `Measurement.run`.
+        """
+        measurement = self._measurement(method, one, step)
+        chunks = self._agreed(lambda: measurement.run(None, self.ranks))
+        times.append((sum(float(chunk["seconds"]) for chunk in chunks), len(one.images)))
+        return statistics_of(chunks)
+
+    def _measurement(self, method, one, step=None):
+        origin = {"method": method.name, "settings": method.settings, "shift": one.shift, **self.origin}
+        text = json.dumps([origin, one.images.fingerprint], sort_keys=True)
+        folder = self.folder / f"{method.name}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        timed = _Timed(method, step)
+        return Measurement(timed, self.model, one.images, self.origin["seed"], origin, folder, one.change, timed.keep)
+
+    def _agreed(self, work):
+        """What `work()` gives; all ranks call this.
+
+        Raises:
+            UserError: on all of them, if one of them had it.
+        """
+        result, fault = None, None
+        try:
+            result = work()
+        except UserError as error:
+            fault = str(error)
+        except distributed.FailedElsewhere:
+            pass  # the other rank says why
+        if fault := next(filter(None, self.ranks.gather(fault)), None):
+            raise UserError(fault)
+        return result
+
+
+def _outcome(work, *arguments):
+    """What `work(*arguments)` gives, or the UserError that it raises."""
+    try:
+        return work(*arguments)
+    except UserError as error:
+        return error
+
+
+def _learns(method):
+    """Whether a method needs in-domain images to learn from, or to combine its parts."""
+    return method.learns or len(method.parts) > 1
+
+
+def _scores(method, reference, part, measured):
+    """Scores of sets of images, and why there are none.
+
+    Args:
+        method: it has learned.
+        reference: (m, K), see `combination.combined`.
+        part: number of the part that is the score, or None for all combined.
+        measured: set -> statistics (N, F), or a UserError in their place; the in-domain images are under None.
+
+    Returns:
+        set -> (N,) or None; and set -> reason, also of sets whose scores have no in-domain ones beside them.
+    """
+    scores, faults = {}, {}
+    for name, statistics in measured.items():
+        outcome = statistics
+        if not isinstance(statistics, UserError):
+            outcome = _outcome(_score, method, reference, part, statistics)
+        scores[name] = None if isinstance(outcome, UserError) else outcome
+        if scores[name] is None:
+            faults[name] = str(outcome)
+    if known := faults.pop(None, None):
+        faults = {name: known for name in measured if name is not None}
+    return scores, faults
+
+
+def _score(method, reference, part, statistics):
+    parts = method.score_statistics(statistics)  # (N, K)
+    column = combined(reference, parts) if part is None else parts[:, part]
+    if missing := int(np.isnan(column).sum()):
+        raise UserError(f"{missing:,} of {len(column):,} scores are not a number (NaN)")
+    return column

@@ -1,0 +1,188 @@
+"""What compare.py does: scores the same images by many methods on one model, and puts them all into one table.
+
+What a method measures of a set of images is kept in the output folder, in files named by all that it depends on: method
+and settings, checkpoint, images.  So another run measures only what is new to it.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import datasets
+from basics import distributed, files, noise
+from basics.console import UserError, warn
+from configs.base import to_dict
+from lmd import shifts
+from lmd.candidates import Bench, Set, Sets
+from lmd.comparison_report import report
+from lmd.detector import content_keys_of
+from lmd.held_out import held_out, shared_with
+from lmd.methods.base import TrainedModel
+from lmd.methods.selection import select
+from lmd.ranking import tabulate
+from lmd.reconstructor import rows_within
+from lmd.trained_model import load_model, weights_path
+from models import inference
+from storage.checkpoints import find_checkpoint
+
+MADE_UP = "shifts"  # stands for all kinds of made-up foreign images; `shifts:blur` is one of them
+_SMALLEST = 8  # pixels an edge, of which `shifts` makes others
+_KEPT = "measured"  # folder in the output
+
+
+@dataclasses.dataclass(frozen=True)
+class ComparisonJob:
+    """What to compare, on what, and where to: what compare.py's flags say, under their names.
+
+    Attributes:
+        config: the config tree.
+        ckpt_path, data_root, workers, seed, memory_gb, precision: as in `reconstruction.Job`.
+        fit: the source of in-domain images that the methods learn from.
+        in_domain: the source of other in-domain images.
+        out_of_domain: sources of foreign images, separated by commas; see `MADE_UP`.
+        output: the folder of the results.
+        methods: see `methods.selection.select`.
+        parts: whether the parts of methods that combine several get rows of their own.
+        center_crop: as --id_center_crop of recon.py.
+        max_images: of each source, evenly spread.
+        command: the command line, which is kept.
+    """
+
+    config: object
+    ckpt_path: str
+    fit: str
+    in_domain: str
+    out_of_domain: str
+    output: str
+    methods: str = "all"
+    parts: bool = False
+    center_crop: bool = True
+    seed: int = 0
+    max_images: int | None = None
+    data_root: str = "./data"
+    workers: int | None = None
+    memory_gb: float | None = None
+    precision: str = "auto"
+    command: str = ""
+
+
+def compare(job, device, ranks=distributed.ALONE):
+    """Measures what is missing, writes the tables and the picture, and prints the tables.
+
+    Args:
+        job: a `ComparisonJob`.
+        device: torch.device.
+        ranks: the processes that share the work, all of which call this.
+
+    Returns:
+        ranking.Table.
+
+    Raises:
+        UserError: for bad input, or where no method could be scored at all.
+    """
+    chosen, sources = select(job.methods), foreign_sources(job.out_of_domain)
+    ckpt_path = find_checkpoint(job.ckpt_path)
+    precision = inference.resolve(job.precision, device)
+    with files.unchanged(weights_path(ckpt_path)) as checkpoint:
+        score, step = load_model(job.config, ckpt_path, device, precision)
+    model = TrainedModel(job.config, score, device, rows_within(job.memory_gb, job.config, device))
+    tree = to_dict(job.config)
+    origin = {
+        "checkpoint": checkpoint,
+        "config": {name: tree[name] for name in ("data", "model", "sampling")},
+        "seed": job.seed,
+        "precision": precision,
+        "noise": noise.SCHEME,
+    }
+    with ranks.owned(job.output):
+        sets = ranks.in_turn(lambda: _load(job, sources, ckpt_path))
+        bench = Bench(model, sets, origin, Path(job.output) / _KEPT, ranks, job.parts)
+        table = tabulate(bench.candidates(chosen), list(sets.foreign))
+        facts = _facts(job, sets, {"path": str(ckpt_path), "hash": checkpoint, "step": step}, precision)
+        ranks.on_main(lambda: report(job.output, table, facts))
+    return table
+
+
+def _facts(job, sets, checkpoint, precision):
+    """What compare.json says of how the table was made."""
+    described = lambda source, one: {"source": source, "fingerprint": one.images.fingerprint, "images": len(one.images)}
+    return {
+        "fit": described(job.fit, sets.fit),
+        "in_domain": described(job.in_domain, sets.in_domain),
+        "out_of_domain": {name: described(name, one) for name, one in sets.foreign.items()},
+        "checkpoint": checkpoint,
+        "precision": precision,
+        "seed": job.seed,
+        "command": job.command,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------- images
+
+
+def foreign_sources(text):
+    """The sources that --out_of_domain names, each once; `shifts` becomes `shifts:noise`, `shifts:blur`, ...
+
+    Raises:
+        UserError: there are none, a made-up shift is unknown, or a path has a comma.
+    """
+    if "," in text and Path(files.expand_home(text)).exists():
+        raise UserError(
+            f"--out_of_domain is a list separated by commas, and the path {text} has a comma in it; rename it, or link "
+            "to it by another name"
+        )
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    found = []
+    for name in names:
+        kind = name.removeprefix(f"{MADE_UP}:")
+        if name == MADE_UP:
+            found += [f"{MADE_UP}:{each}" for each in shifts.SHIFTS]
+        elif kind != name and kind not in shifts.SHIFTS:
+            raise UserError(f"unknown made-up shift '{kind}'; choose one of: {', '.join(shifts.SHIFTS)}")
+        else:
+            found.append(name)
+    if not found:
+        raise UserError(f"--out_of_domain names no images; list sources, or {MADE_UP} for made-up ones")
+    return list(dict.fromkeys(found))
+
+
+def _load(job, sources, ckpt_path):
+    """The `Sets`, checked against each other and against what the model was trained on."""
+    data = job.config.data
+    load = functools.partial(
+        datasets.load_any,
+        image_size=data.image_size,
+        num_channels=data.num_channels,
+        center_crop=job.center_crop,
+        category=data.get("category"),
+        data_root=job.data_root,
+        workers=job.workers,
+    )
+    fit = held_out(load, job.fit, "--fit", job.config, ckpt_path, job.max_images)
+    known = held_out(load, job.in_domain, "--in_domain", job.config, ckpt_path, job.max_images)
+    _check_apart(job, fit, known)
+    if data.image_size < _SMALLEST and any(name.startswith(f"{MADE_UP}:") for name in sources):
+        raise UserError(f"foreign images are made up of images of {_SMALLEST} pixels at least; leave {MADE_UP} out")
+    keys = content_keys_of(known)
+    foreign = {}
+    for name in sources:
+        kind = name.removeprefix(f"{MADE_UP}:")
+        if kind != name:
+            foreign[name] = Set(known, kind, shifts.change_of(kind, known, keys))
+            continue
+        foreign[name] = Set(load(name, max_images=job.max_images))
+        if foreign[name].images.fingerprint in (known.fingerprint, fit.fingerprint):
+            warn(f"the out-of-domain images {name} are in-domain images, too; their ROC-AUC says nothing")
+    return Sets(Set(fit), Set(known), foreign)
+
+
+def _check_apart(job, fit, known):
+    """Refuses scores of the very images that the methods learned from."""
+    shared = shared_with(known, fit)
+    if 2 * shared > len(known):
+        raise UserError(
+            f"{shared:,} of the {len(known):,} images of --in_domain {job.in_domain} are those of --fit {job.fit}: "
+            "methods know what they were fitted to, and every ROC-AUC would be too good; give other images to one"
+        )
+    if shared:
+        warn(f"{shared:,} of the {len(known):,} images of {job.in_domain} are in {job.fit}, which methods learn from")

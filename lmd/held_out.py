@@ -1,0 +1,68 @@
+"""Images that a model was not trained on: what a detector is fitted to and calibrated with."""
+
+from pathlib import Path
+
+import torch
+
+from basics import files
+from basics.console import UserError, say, warn
+from lmd.detector import content_keys_of
+from lmd.training import held_back
+from storage.checkpoints import data_of
+
+
+def held_out(load, source, flag, config, ckpt_path, max_images=None):
+    """The images of a source; refused where the model is known to have been trained on them.
+
+    Where they are the very images that the checkpoint was made from, those that training held back are taken.
+
+    Args:
+        load: called as load(source, **options) with options of `datasets.load`, gives an `ImageSet`.
+        source: of the images.
+        flag: that names the source, for messages.
+        config: the config tree that the model was trained with.
+        ckpt_path: the checkpoint.
+        max_images: as of `datasets.load`.
+
+    Raises:
+        UserError: more than half of them were trained on, or as `datasets.load`.
+    """
+    images = load(source, max_images=max_images)
+    known = data_of(ckpt_path) if Path(ckpt_path).suffix == ".pth" else None
+    if known is None:
+        _check_against_training_folder(load, source, flag, config, images)
+        return images
+    if known["fingerprint"] == images.fingerprint:
+        raise UserError(
+            f"the model was trained on the images of {source}: on these it is surer than on new ones, and every "
+            f"false-alarm rate would be wrong; give {flag} images that were held back"
+        )
+    held = held_back(len(images))
+    kept = torch.ones(len(images), dtype=torch.bool)
+    kept[held] = False
+    if len(held) and images.part(kept.nonzero().flatten()).fingerprint == known["fingerprint"]:
+        say(f"{source} is what the model was trained on: the {len(held):,} images held back then are used")
+        return images.part(held)
+    _check_against_training_folder(load, source, flag, config, images)
+    return images
+
+
+def _check_against_training_folder(load, source, flag, config, images):
+    """Compares with the images that the config names for training, if these are files here."""
+    trained_on = config.data.dataset
+    if not Path(files.expand_home(trained_on)).exists():
+        return
+    shared = shared_with(images, load(trained_on, split="train"))
+    if 2 * shared > len(images):
+        raise UserError(
+            f"{shared:,} of the {len(images):,} images of {source} are among those of {trained_on}, which the model "
+            f"was trained on; give {flag} images that were held back"
+        )
+    if shared:
+        warn(f"{shared:,} of the {len(images):,} images of {source} are in {trained_on}, the training images, too")
+
+
+def shared_with(images, others):
+    """How many images of an `ImageSet` are in another one, by their pixels."""
+    known = set(content_keys_of(others).tolist())
+    return sum(key in known for key in content_keys_of(images).tolist())

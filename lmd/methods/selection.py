@@ -1,0 +1,153 @@
+"""Which methods to compare, as text: names with settings, `all`, or the ablations of the LMD paper.
+
+    lmd:mask_type=center,lmd:mask_type=checkerboard_alt:num_blocks=4,lmd:metrics=[MSE,SSIM]
+
+Commas separate methods and colons settings; a value is a number, true, false, null, a word, or a list in brackets.
+"""
+
+import inspect
+import json
+import math
+import re
+from pathlib import Path
+
+import torch
+
+from basics.console import UserError, choose
+from lmd.methods import METHODS, create, method_class
+from metrics import perceptual, shift_tolerant, simclr
+
+ALL, ABLATIONS = "all", "ablations"
+_REST_OF_LIST = r"(?![^\[\]]*\])"  # what follows is not the rest of a list in brackets
+
+
+def select(text):
+    """The methods that a text names, each once.
+
+    Args:
+        text: see above.
+
+    Returns:
+        dict: label -> `base.Method`; a label is a name and the settings that were given.
+
+    Raises:
+        UserError: an unknown method or setting, or a value that it cannot have; the message lists the choices.
+    """
+    chosen = {}
+    for label, name, settings in _named(text):
+        method = _created(label, name, settings)
+        if all((method.name, method.settings) != (other.name, other.settings) for other in chosen.values()):
+            chosen[label] = method
+    if not chosen:
+        raise UserError(f"--methods names no method; choose some of: {ALL}, {ABLATIONS}, {', '.join(METHODS)}")
+    return chosen
+
+
+def ablations():
+    """The settings of `lmd` that its paper compares, one changed at a time: masks, blocks, repetitions, metrics, lifts.
+
+    Learned metrics are among them where their weights are there.
+    """
+    changed = {
+        "mask_type": ["center", "checkerboard", "random"],
+        "num_blocks": [2, 4, 16],  # 8 by default
+        "reps": [1, 2, 10],  # 4 by default
+        "metrics": ["MSE", "SSIM", *_learned()],
+        "lift": ["noise", "both"],
+    }
+    return [{}, *({name: value} for name, values in changed.items() for value in values)]
+
+
+def _learned():
+    """The learned metrics that need no download."""
+    hub = Path(torch.hub.get_dir()) / "checkpoints"
+    trunks = perceptual.LPIPS, perceptual.LPIPSVGG, perceptual.LPIPSSqueeze
+    found = [metric.name for metric in trunks if (hub / metric.trunk.file).is_file()]
+    try:
+        shift_tolerant.find_weights()
+        found.append(shift_tolerant.ShiftTolerantLPIPS.name)
+    except UserError:
+        pass
+    return [*found, simclr.SimCLR.name] if simclr.WEIGHTS.is_file() else found
+
+
+# ------------------------------------------------------------------------------------------------------- reading
+
+
+def _named(text):
+    """(label, name, settings) of each method."""
+    for word in filter(None, map(str.strip, re.split("," + _REST_OF_LIST, text))):
+        if word == ALL:
+            yield from ((name, name, {}) for name in METHODS)
+        elif word == ABLATIONS:
+            yield from ((_label("lmd", settings), "lmd", settings) for settings in ablations())
+        else:
+            name, *given = re.split(":" + _REST_OF_LIST, word)
+            settings = dict(_setting(word, part) for part in given)
+            yield _label(name, settings), name, settings
+
+
+def _label(name, settings):
+    return ":".join([name, *(f"{key}={_text(value)}" for key, value in settings.items())])
+
+
+def _text(value):
+    """A value as it is written."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_text, value))}]"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _setting(word, part):
+    name, equals, value = part.partition("=")
+    if not equals or not name.strip() or not value.strip():
+        raise UserError(f"--methods: '{word}': settings are written name=value, not '{part}'")
+    return name.strip(), _value(value.strip())
+
+
+def _value(text):
+    if text.startswith("[") and text.endswith("]"):
+        return [_value(part.strip()) for part in text[1:-1].split(",") if part.strip()]
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return value if value is None or isinstance(value, (bool, int, float, str)) else text
+
+
+def _created(label, name, settings):
+    """The method, its settings checked against what its class takes."""
+    choose(name, {ALL: None, ABLATIONS: None, **METHODS}, "method")
+    known = {key: field.default for key, field in inspect.signature(method_class(name)).parameters.items()}
+    values = {}
+    for key, value in settings.items():
+        if key not in known:
+            have = f"its settings are: {', '.join(known)}" if known else "it has no settings"
+            raise UserError(f"--methods: {label}: the method {name} has no setting '{key}'; {have}")
+        values[key] = _like(known[key], value, f"--methods: {label}: {key}")
+    return create(name, **values)
+
+
+def _like(default, value, where):
+    """A value of its default's type; of a list with one entry the entry will do."""
+    if isinstance(default, (tuple, list)):
+        return [
+            _like(default[0] if default else None, each, where)
+            for each in (value if isinstance(value, list) else [value])
+        ]
+    for kind, accepted, what in _KINDS:
+        if isinstance(default, kind):
+            if isinstance(value, bool) != (kind is bool) or not isinstance(value, accepted):
+                raise UserError(f"{where} is {what}, not {_text(value)}")
+            break
+    if isinstance(value, list) or (isinstance(value, float) and not math.isfinite(value)):
+        raise UserError(f"{where} is one number or word, not {_text(value)}")
+    return value
+
+
+_KINDS = (  # type of the default, types that its value may have, in words; the first that fits
+    (bool, bool, "true or false"),
+    (int, int, "a whole number"),
+    (float, (int, float), "a number"),
+    (str, str, "a word"),
+)
