@@ -94,8 +94,10 @@ class Bench:
                     label, chosen[label], costs[label], lambda images, each=each: bar.update(images * each)
                 )
                 bar.total += bar.n - before - missing[label]  # what a fault left out is not waited for
-                for one in made:
-                    self._tell(one)
+                if any(one.faults for one in made):
+                    bar.clear()  # so that the warning has its own line
+                    for one in made:
+                        self._tell(one)
                 found += made
         if all(len(one.faults) == len(self.sets.foreign) for one in found):
             raise UserError(f"no method could be scored: {next(iter(found[0].faults.values()))}")

@@ -70,7 +70,11 @@ def notes(table):
     merged = {}
     for (note, method), names in reasons.items():
         merged.setdefault((note, ", ".join(names)), []).append(method)
-    return [f"(!) {', '.join(methods)} on {names}: {note}" for (note, names), methods in merged.items()]
+    everyone = len(table.summaries)
+    return [
+        f"(!) {'all methods' if 1 < len(methods) == everyone else ', '.join(methods)} on {names}: {note}"
+        for (note, names), methods in merged.items()
+    ]
 
 
 def aligned(lines):

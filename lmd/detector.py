@@ -14,9 +14,8 @@ import torch
 
 import datasets
 from basics import distributed, noise
-from basics.console import UserError, warn
+from basics.console import UserError, printable, warn
 from basics.image_sets import ImageSet
-from basics.images import first_line
 from basics.machine import choose_device
 from configs.base import from_dict, to_dict
 from lmd import calibration, heat, methods
@@ -300,7 +299,8 @@ class Detector:
             detector.calibration = _checked(Calibration(**arrays), len(method.parts))
             detector.infer_threshold(description["rate"])
         except Exception as error:  # what is in the files may break anything
-            reason = error if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            reason = kind + printable(error)[:200]
             raise UserError(f"{path} holds no detector that can be used ({reason}); calibrate again") from error
         detector.description = {n: v for n, v in description.items() if n != "format"}
         return detector
