@@ -6,6 +6,7 @@ from basics.console import choose
 
 METHODS = {  # name: module and class, imported when asked for
     "lmd": ("lmd.methods.lmd", "LMD"),
+    "msma": ("lmd.methods.msma", "MSMA"),
 }
 
 

@@ -53,11 +53,13 @@ class Method(abc.ABC):
         parts: the names of the K parts of a score, which see different things.
         settings: what its statistics and scores depend on besides model and images: keyword arguments of its class,
             JSON types.
+        fewest_images: images that `fit_statistics` needs at least.
     """
 
     name = None
     parts = ()
     settings = {}
+    fewest_images = 0
 
     @abc.abstractmethod
     def evaluations(self, model):
@@ -87,7 +89,7 @@ class Method(abc.ABC):
             itself; a method that learns nothing, as here, is left as it was.
 
         Raises:
-            UserError: there are too few of them.
+            UserError: there are fewer of them than `fewest_images`, or their statistics are not finite.
         """
         return self
 
