@@ -5,6 +5,7 @@ import importlib
 from basics.console import choose
 
 METHODS = {  # name: module and class, imported when asked for
+    "diffpath": ("lmd.methods.diffpath", "DiffPath"),
     "lmd": ("lmd.methods.lmd", "LMD"),
     "msma": ("lmd.methods.msma", "MSMA"),
 }

@@ -51,6 +51,8 @@ class Method(abc.ABC):
     Attributes:
         name: its key in `methods.METHODS`.
         parts: the names of the K parts of a score, which see different things.
+        reasons: part -> (what a large score says of an image, what a small one says), in words.
+        learns: whether `fit_statistics` learns anything.
         settings: what its statistics and scores depend on besides model and images: keyword arguments of its class,
             JSON types.
         fewest_images: images that `fit_statistics` needs at least.
@@ -58,6 +60,8 @@ class Method(abc.ABC):
 
     name = None
     parts = ()
+    reasons = {}
+    learns = False
     settings = {}
     fewest_images = 0
 

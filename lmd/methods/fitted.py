@@ -14,6 +14,8 @@ class DensityMethod(Method):
         densities: name of a part -> its `densities.Density`, in the order of the parts.
     """
 
+    learns = True
+
     def __init__(self, densities):
         self.parts, self.densities = tuple(densities), densities
 
