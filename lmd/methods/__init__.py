@@ -5,9 +5,14 @@ import importlib
 from basics.console import choose
 
 METHODS = {  # name: module and class, imported when asked for
+    "combined": ("lmd.methods.combined", "Combined"),
+    "ddpm_ood": ("lmd.methods.ddpm_ood", "DDPMOOD"),
     "diffpath": ("lmd.methods.diffpath", "DiffPath"),
+    "eigenscore": ("lmd.methods.eigenscore", "EigenScore"),
     "lmd": ("lmd.methods.lmd", "LMD"),
     "msma": ("lmd.methods.msma", "MSMA"),
+    "projection_regret": ("lmd.methods.projection_regret", "ProjectionRegret"),
+    "ufcod": ("lmd.methods.ufcod", "UFCOD"),
 }
 
 

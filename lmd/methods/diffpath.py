@@ -47,33 +47,55 @@ class DiffPath(DensityMethod):
         }
         self.settings = {"form": form, "reach": reach, "steps": steps, "components": components}
 
+    @property
+    def width(self):
+        """Statistics of an image."""
+        return 2 * len(POWERS) * self.settings["steps"] - len(POWERS)
+
     def evaluations(self, model):
         return self.settings["steps"]
 
     def statistics(self, model, images, keys):
-        """Means over the pixels (B, 6 S - 3) of a path of S times.
-
-        They are those of eps, eps^2 and eps^3, each at the S times, then of d, d^2 and d^3, each between them.
-        """
-        reach, steps = self.settings["reach"], self.settings["steps"]
-        levels = network.levels_at(model, network.even_ratios(math.exp(-reach), math.exp(reach), steps))
-        x0 = to_model_range(images.to(model.device), model.config.data.centered)  # (B, C, H, W)
-
-        def moments(rows):
-            predicted = []
-            x = levels.alpha[0] * x0[rows.to(model.device)]  # (n, C, H, W)
-            sampling.invert(model.score, x, levels.t.cpu(), lambda t, x, eps, x0: predicted.append(eps))
-            eps = torch.stack(predicted, dim=1).flatten(2).double()  # (n, S, D)
-            both = eps, eps.diff(dim=1)
-            return torch.cat([values.pow(power).mean(dim=2) for values in both for power in POWERS], dim=1)
-
-        return network.in_chunks(model, len(images), moments).numpy()
+        """`path_moments`."""
+        return path_moments(model, images, self.settings["reach"], self.settings["steps"])
 
     def features(self, statistics):
-        split = len(POWERS) * self.settings["steps"]
-        eps = statistics[:, :split].reshape(len(statistics), len(POWERS), -1)  # (N, 3, S)
-        change = statistics[:, split:].reshape(len(statistics), len(POWERS), -1)  # (N, 3, S - 1)
-        return {self.parts[0]: self._features(eps, change)}
+        return {self.parts[0]: self._features(*split_moments(statistics, self.settings["steps"]))}
+
+
+def path_moments(model, images, reach, steps):
+    """What the predicted noise is like along the paths of images to noise.
+
+    Args:
+        model: a `base.TrainedModel`.
+        images: (B, C, H, W) uint8.
+        reach, steps: as in `DiffPath`.
+
+    Returns:
+        (B, 6 S - 3) float64, means over the pixels: of eps, eps^2 and eps^3, each at S times, then of d, d^2 and d^3,
+        each between them.
+
+    Raises:
+        UserError: see `network.levels_at`.
+    """
+    levels = network.levels_at(model, network.even_ratios(math.exp(-reach), math.exp(reach), steps))
+    x0 = to_model_range(images.to(model.device), model.config.data.centered)  # (B, C, H, W)
+
+    def moments(rows):
+        predicted = []
+        x = levels.alpha[0] * x0[rows.to(model.device)]  # (n, C, H, W)
+        sampling.invert(model.score, x, levels.t.cpu(), lambda t, x, eps, x0: predicted.append(eps))
+        eps = torch.stack(predicted, dim=1).flatten(2).double()  # (n, S, D)
+        both = eps, eps.diff(dim=1)
+        return torch.cat([values.pow(power).mean(dim=2) for values in both for power in POWERS], dim=1)
+
+    return network.in_chunks(model, len(images), moments).numpy()
+
+
+def split_moments(statistics, steps):
+    """`path_moments` (N, 6 S - 3) of S steps as those of eps (N, 3, S) and those of d (N, 3, S - 1)."""
+    parts = np.split(statistics, [len(POWERS) * steps], axis=1)
+    return [part.reshape(len(part), len(POWERS), -1) for part in parts]
 
 
 def _norms(eps, change):
