@@ -3,18 +3,25 @@
 What is expected is computed here in NumPy from the noise ratio g = b/a alone, by each SDE's own a and b.
 """
 
+import io
+
 import numpy as np
 import pytest
 import tiny
 import torch
-from helpers import GaussianScore
+from helpers import GaussianScore, filled_model, small
+from PIL import Image
+from scipy import stats
 
 import sde_lib
 from basics import noise
 from basics.console import UserError
-from lmd import methods
-from lmd.methods import network
+from basics.pixels import to_model_range
+from lmd import likelihood, methods
+from lmd.methods import complexity, network, nll
 from lmd.methods.base import TrainedModel
+from lmd.methods.complexity import lossless_bits
+from models.ddpm import Stage
 from models.score import ScoreModel
 
 SDES = {"vp": sde_lib.VPSDE(), "subvp": sde_lib.SubVPSDE(), "ve": sde_lib.VESDE()}
@@ -137,6 +144,31 @@ def test_chunks_shrink_where_memory_ends():
 # ---------------------------------------------------------------------------------------------------------- methods
 
 
+ONE_PASS = "cfs", "denoising_loss", "gepc", "msma", "nll", "scoped"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "vp/cifar10_ncsnpp_continuous.py",
+        "ve/cifar10_ncsnpp_deep_continuous.py",
+        "vp/cifar10_ddpmpp.py",
+        "ve/cifar10_ncsnpp.py",
+    ],
+)
+def test_every_kind_of_network(path):
+    """Colour, other blocks, images in [0, 1], discrete steps: finite, and the same in every batch."""
+    config = small(path)
+    model = TrainedModel(config, filled_model(config), tiny.CPU, 6)
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 3, 16, 16), dtype=np.uint8))
+    keys = noise.content_keys(pixels)
+    for name in ONE_PASS if config.training.continuous else set(ONE_PASS) - {"nll"}:
+        method = methods.create(name, **({"steps": 1} if name == "nll" else {}))
+        statistics = method.statistics(model, pixels, keys)
+        assert np.isfinite(statistics).all(), name
+        np.testing.assert_allclose(method.statistics(model, pixels[1:2], keys[1:2])[0], statistics[1], rtol=2e-3)
+
+
 @pytest.mark.parametrize("name", SDES)
 def test_msma(name):
     statistics, x0, _ = measured(methods.create("msma"), name)
@@ -151,3 +183,169 @@ def test_few_images_are_refused():
         method.fit(gaussian_model("vp"), pixels, keys)
     with pytest.raises(ValueError, match=r"keeps nothing called other\.means"):
         method.restore({"other.means": np.zeros(3)})
+
+
+@pytest.mark.parametrize("name", SDES)
+def test_denoising_loss(name):
+    method = methods.create("denoising_loss", levels=7)
+    statistics, x0, keys = measured(method, name)
+    z = normals(method, keys, 14).reshape(7, 2, -1, D)
+    ratios = np.geomspace(np.exp(-3), np.exp(3), 7)
+    expected = [
+        np.mean([np.square(exact_eps(name, g, x0, z) - z).mean(axis=1) for z in two], axis=0)
+        for g, two in zip(ratios, z, strict=True)
+    ]
+    np.testing.assert_allclose(statistics, np.transpose(expected), rtol=2e-3, atol=1e-5)
+
+    method.fit_statistics(np.random.default_rng(0).lognormal(size=(40, 7)))
+    constant = method.score_statistics(np.full((2, 7), 3.0))
+    times = SDES["vp"].time_at(-torch.from_numpy(ratios).log()).numpy()
+    early = np.searchsorted(times, 0.5)  # the integral over t up to half a step behind the last early level
+    expected = (np.mean(times[early - 1 : early + 1]) - times[0]) / (times[-1] - times[0])
+    assert 0 < early < 7
+    np.testing.assert_allclose(constant[:, 1], expected)
+    later, sooner = np.ones((2, 7)), np.ones((2, 7))
+    later[:, early:] *= 2
+    sooner[:, :early] *= 2
+    assert method.score_statistics(later)[0, 1] < expected < method.score_statistics(sooner)[0, 1]
+
+
+@pytest.mark.parametrize("name", SDES)
+def test_scoped(name):
+    """|s|^2 and v' J v with J = -(a^2 C + b^2)^-1; their ratio is -1 on average over the domain."""
+    method, ratios = methods.create("scoped"), (0.0148, 1.23)
+    statistics, x0, keys = measured(method, name)
+    draws = noise.KeyedNoise(noise.repetition_keys(noise.seed_keys("scoped", keys), range(2)), SHAPE)
+    probes = draws(1, "prior").sign().flatten(1).numpy().reshape(2, 5, D)
+    z = normals(method, keys, 2)
+    for i, g in enumerate(ratios):
+        a, b = level(name, g)
+        norms = np.square(exact_eps(name, g, x0, z[i]) / b).sum(axis=1)
+        curvature = -np.einsum("bi,ij,bj->b", probes[i], np.linalg.inv(a**2 * COV + b**2 * np.eye(D)), probes[i])
+        np.testing.assert_allclose(statistics[:, 2 * i : 2 * i + 2], np.stack([norms, curvature], axis=1), rtol=5e-3)
+    many = method.statistics(gaussian_model(name, rows=500), *images(400, seed=1))
+    np.testing.assert_allclose(many[:, 2].sum() / many[:, 3].sum(), -1, atol=0.1)  # images are rounded to 8 bits
+    method.fit_statistics(many)
+    single = [
+        density.score(values)
+        for density, values in zip(method.densities.values(), method.features(statistics).values(), strict=True)
+    ]
+    np.testing.assert_array_equal(method.score_statistics(statistics)[:, 0], np.maximum(*single))
+
+
+FLIPS = (2,), (1,), (1, 2)  # of (B, 4, 4)
+
+
+@pytest.mark.parametrize("name", SDES)
+def test_gepc(name):
+    method = methods.create("gepc")
+    statistics, x0, keys = measured(method, name)
+    maps = []
+    for g, z in zip((0.1, 0.5), normals(method, keys, 2), strict=True):
+        turn = lambda rows, axes: np.flip(rows.reshape(-1, 4, 4), axes).reshape(-1, D)
+        straight = exact_eps(name, g, x0, z)
+        squares = [
+            np.square(turn(exact_eps(name, g, turn(x0, axes), turn(z, axes)), axes) - straight) for axes in FLIPS
+        ]
+        maps.append(np.mean(squares, axis=0) / np.square(straight).mean(axis=1, keepdims=True))
+    largest = np.sort(maps, axis=2)[..., -5:]  # 30 % of 16 pixels
+    np.testing.assert_allclose(statistics, largest.mean(axis=2).T, rtol=1e-3)
+    pixels, keys = images(5)
+    distances = method.examine(gaussian_model(name), pixels, keys).distances
+    assert distances.dtype == torch.float32
+    np.testing.assert_allclose(distances.flatten(1), np.mean(maps, axis=0), rtol=2e-3, atol=1e-4)
+
+
+def test_gepc_of_symmetric_data():
+    """A network that commutes with all symmetries is consistent everywhere."""
+    model = gaussian_model("vp", cov=np.eye(D))
+    model.score.mean = torch.full((D,), 0.3)
+    assert methods.create("gepc").statistics(model, *images(3)).max() < 1e-9
+
+
+@pytest.mark.parametrize("name", SDES)
+def test_nll(name):
+    """Independent pixels, so that a probe gives the exact divergence; the marginal at the first level is the answer."""
+    method, variance = methods.create("nll"), np.linspace(0.1, 0.4, D) ** 2
+    pixels, keys = images(6)
+    model = gaussian_model(name, cov=np.diag(variance))
+    statistics = method.statistics(model, pixels, keys)
+    np.testing.assert_allclose(statistics[2:4], method.statistics(model, pixels[2:4], keys[2:4]), rtol=1e-4)
+
+    z = noise.KeyedNoise(noise.seed_keys("nll", keys), SHAPE)(0, "prior").flatten(1).numpy()
+    x = 2 * (pixels.flatten(1).numpy() + stats.norm.cdf(z)) / 256 - 1
+    smallest = 0.01 if name == "ve" else 1e-3  # what is smaller than the first level's noise cannot be seen
+    density = stats.norm.logpdf(x, MEAN, np.sqrt(variance + smallest**2)).sum(axis=1)
+    # the marginal at T is not quite the prior: VE keeps the mean, and VP and sub-VP 0.7 % of the image
+    np.testing.assert_allclose(statistics[:, 0], 7 - density / np.log(2) / D, atol=0.02)
+    np.testing.assert_array_equal(statistics[:, 1] * D, lossless_bits(pixels).min(axis=1))
+
+    bits = statistics[:, 0]
+    scores = method.fit_statistics(statistics[:3]).score_statistics(statistics)
+    expected = [bits, np.abs(bits - bits[:3].mean()), bits - statistics[:, 1]]
+    np.testing.assert_allclose(scores, np.transpose(expected))
+
+
+def test_nll_agrees_with_the_adaptive_solver():
+    """On correlated pixels with the same images and probes, to its tolerance."""
+    model, (pixels, keys) = gaussian_model("vp"), images(4)
+    x = to_model_range(pixels, centered=True)
+    probe = noise.KeyedNoise(keys, SHAPE)(1, "prior").sign()
+    expected, _, _ = likelihood.log_likelihood(model.score, model.score.sde, x, probe)
+    for steps, error in ((25, 0.1), (50, 0.01)):
+        np.testing.assert_allclose(nll.log_likelihood(model.score, x, probe, steps), expected, atol=error)
+    discrete = TrainedModel(model.config, ScoreModel(None, SDES["vp"], continuous=False), tiny.CPU, 3)
+    with pytest.raises(UserError, match="trained at 1000 discrete levels"):
+        methods.create("nll").statistics(discrete, pixels, keys)
+
+
+class Passing(torch.nn.Module):
+    """A network of two stages that hand on the image, and the doubled image."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = Stage(lambda h, temb: h), Stage(lambda h, temb: h[:, :1] + h[:, 1:], takes_skip=True)
+
+    def forward(self, x, labels):
+        h = self.down(x, None)
+        return 0 * self.up(h, None, h)
+
+
+@pytest.mark.parametrize("name", SDES)
+def test_cfs(name):
+    """A channel's mean and standard deviation, and the distance in units of the fitted variance."""
+    method, (pixels, keys) = methods.create("cfs"), images(30)
+    model = TrainedModel(tiny.config(), ScoreModel(Passing(), SDES[name]), tiny.CPU, 7)
+    statistics = method.statistics(model, pixels, keys)
+    a, b = level(name, np.exp(-2.5))
+    x = a * flat(pixels) + b * normals(method, keys, 1)[0]
+    moments = np.stack([x.mean(axis=1), x.std(axis=1)], axis=1)
+    expected = np.concatenate([moments, 2 * moments], axis=1)
+    np.testing.assert_allclose(statistics, expected, rtol=1e-4, atol=1e-5)
+    scores = method.fit_statistics(statistics).score_statistics(statistics)
+    z = (expected - expected.mean(axis=0)) / expected.std(axis=0)
+    np.testing.assert_allclose(scores[:, 0], np.square(z).sum(axis=1), rtol=1e-3)
+    assert not model.score.net.down._forward_hooks
+    with pytest.raises(UserError, match="this network has none"):
+        method.statistics(TrainedModel(tiny.config(), ScoreModel(None, SDES[name]), tiny.CPU, 7), pixels, keys)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_complexity(channels):
+    """The bits are those of files that give the image back; flat images and noise are both far from the pictures."""
+    rng, size = np.random.default_rng(0), 16
+    fitted = torch.from_numpy(tiny.pictures(60, size=size))[:, None].expand(-1, channels, -1, -1)
+    strange = torch.from_numpy(rng.integers(0, 256, (4, channels, size, size), dtype=np.uint8))
+    strange[2:] = strange[2:, :, :1, :1]
+    method = methods.create("complexity")
+    bits = method.statistics(None, strange, None)
+    for options, first in zip(complexity.FORMATS.values(), bits[0], strict=True):
+        file = io.BytesIO()
+        Image.fromarray(strange[0].permute(1, 2, 0).numpy().squeeze()).save(file, **options)
+        assert len(file.getvalue()) * 8 == first > 8 * channels * size**2  # noise cannot be compressed
+        back = np.asarray(Image.open(io.BytesIO(file.getvalue())))
+        np.testing.assert_array_equal(back, strange[0].permute(1, 2, 0).numpy().squeeze())
+    assert (bits[2:] < bits[:2].min(axis=0) / 2).all()
+    method.fit_statistics(method.statistics(None, fitted, None))
+    inside = method.score_statistics(method.statistics(None, fitted, None))
+    assert (method.score_statistics(bits).min(axis=0) > inside.max(axis=0)).all()

@@ -11,6 +11,8 @@ from basics import noise
 from basics.console import UserError
 from lmd import methods
 from lmd.methods.base import TrainedModel
+from lmd.methods.combined import Excess
+from lmd.methods.complexity import lossless_bits
 from lmd.methods.projection import END
 
 RATIOS = np.exp(np.linspace(-3, 3, 10))
@@ -136,15 +138,31 @@ def test_eigenscore(name):
 
 
 def test_combined_is_its_parts():
-    tree = tiny.config()
+    """What LMD and the path norms say stands there unchanged; the parts after them see both."""
     score = GaussianScore(SDES["subvp"], torch.zeros(64), torch.eye(64) / 9)
-    model, pixels = TrainedModel(tree, score, tiny.CPU, 7), torch.from_numpy(tiny.pictures(100))[:, None]
+    model, pixels = TrainedModel(tiny.config(), score, tiny.CPU, 7), torch.from_numpy(tiny.pictures(120))[:, None]
     keys = noise.seed_keys(0, noise.content_keys(pixels))
     method, parts = methods.create("combined"), [methods.create(name) for name in ("lmd", "diffpath")]
-    scores = method.fit(model, pixels, keys).score(model, pixels, keys)
+    statistics = method.statistics(model, pixels, keys)
+    scores = method.fit_statistics(statistics).score_statistics(statistics)
     expected = [part.fit(model, pixels, keys).score(model, pixels, keys) for part in parts]
-    np.testing.assert_allclose(scores, np.concatenate(expected, axis=1))
-    assert method.parts == ("lmd_mse", "lmd_ssim", "path_norms")
+    np.testing.assert_allclose(scores[:, :3], np.concatenate(expected, axis=1))
+    assert method.parts == ("lmd_mse", "lmd_ssim", "path_norms", "joint", "lmd_excess")
+    assert set(method.reasons) >= set(method.parts) - set(parts[0].parts)
     assert method.evaluations(model) == 30
+    joint = method.features(statistics)["joint"]
+    np.testing.assert_allclose(np.exp(joint[:, :2]), expected[0])
+    np.testing.assert_allclose(np.exp(joint[:, -1]), lossless_bits(pixels)[:, 0])
     examined = [each.examine(model, pixels[:3], keys[:3]) for each in (method, parts[0])]
     assert examined[0].reconstructions.equal(examined[1].reconstructions)
+    np.testing.assert_allclose(examined[0].statistics, statistics[:3], rtol=1e-5)
+
+
+def test_excess():
+    """Of a first number that is twice the second plus noise that depends on neither, the noise is left."""
+    rng = np.random.default_rng(0)
+    others, left = rng.normal(size=(5000, 3)), rng.normal(size=5000) / 10
+    values = np.column_stack([2 * others[:, 1] + left, others])
+    scores = Excess(4).fit(values).score(values)
+    assert np.corrcoef(scores, left)[0, 1] > 0.97
+    assert abs(np.corrcoef(scores, others[:, 1])[0, 1]) < 0.25

@@ -18,6 +18,11 @@ IMAGES_A_NUMBER = 5  # that a density needs at least: a full covariance of fewer
 _ROWS = 1024  # scored at a time against all fitted points, which bounds the memory
 
 
+def log(values):
+    """ln of numbers from 0 on, finite at 0; of norms and losses, which densities see so."""
+    return np.log(np.maximum(values, 1e-30))
+
+
 class Density(abc.ABC):
     """A density of F numbers.
 
@@ -56,7 +61,7 @@ class Density(abc.ABC):
         values = np.asarray(values, np.float64)
         if len(values) < self.fewest:
             raise UserError(
-                f"{self.kind} of {self.features} numbers an image needs at least {self.fewest} in-domain images, not "
+                f"{self.kind} of {values.shape[1]} numbers an image needs at least {self.fewest} in-domain images, not "
                 f"{len(values)}; give more images to fit"
             )
         if bad := int((~np.isfinite(values)).any(axis=1).sum()):
@@ -89,7 +94,8 @@ class Density(abc.ABC):
         shapes = {"centre": ("F",), "scale": ("F",), **self.shapes}
         if arrays.keys() != shapes.keys():
             raise ValueError(f"{self.kind} is kept as {', '.join(shapes)}, not {', '.join(arrays) or 'nothing'}")
-        lengths, arrays = {"F": self.features}, {name: np.asarray(arrays[name], np.float64) for name in shapes}
+        lengths = {} if self.features is None else {"F": self.features}
+        arrays = {name: np.asarray(arrays[name], np.float64) for name in shapes}
         for name, letters in shapes.items():
             value = arrays[name]
             same = value.ndim == len(letters) and all(
@@ -118,13 +124,13 @@ class Independent(Density):
     """The sum of squared standardised numbers, which independent Gaussians have as -2 ln density up to a constant.
 
     Args:
-        features: F.
+        features: F, or None for any.
         fewest: images that it needs at least; each number has its own mean and variance, so few are enough.
     """
 
     kind = "a mean and a variance"
 
-    def __init__(self, features, fewest=10):
+    def __init__(self, features=None, fewest=10):
         super().__init__(features)
         self._fewest = fewest
 

@@ -18,7 +18,7 @@ import sampling
 from basics.console import choose
 from basics.pixels import to_model_range
 from lmd.methods import network
-from lmd.methods.densities import GaussianMixture, KernelDensity
+from lmd.methods.densities import GaussianMixture, KernelDensity, log
 from lmd.methods.fitted import DensityMethod
 
 POWERS = 1, 2, 3
@@ -39,6 +39,7 @@ class DiffPath(DensityMethod):
     def __init__(self, form="norms", reach=3.0, steps=10, components=5):
         part, self._features, density = choose(form, FORMS, "form of diffpath")
         super().__init__({part: density(steps, components)})
+        self.numbers = self.densities[part].features  # of an image, that the density sees
         self.reasons = {
             part: (
                 "texture: what is noise in it to the model is unlike the domain's (an unlikely path to noise)",
@@ -99,7 +100,7 @@ def split_moments(statistics, steps):
 
 
 def _norms(eps, change):
-    return np.log(np.maximum(np.concatenate([eps[:, 1], change[:, 1]], axis=1), 1e-30))
+    return log(np.concatenate([eps[:, 1], change[:, 1]], axis=1))
 
 
 def _one(eps, change):

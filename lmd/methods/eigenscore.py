@@ -60,7 +60,8 @@ class EigenScore(DensityMethod):
         levels = network.levels_at(model, [ratio for ratio in self._ratios for _ in range(options["draws"])])
         start = torch.randn(options["eigenvalues"], *images.shape[1:], generator=noise.generator(self.name))
 
-        def eigenvalues(at, x, z):
+        def eigenvalues(at, x0, draw):
+            x = at.noisy(x0, draw(0, "prior"))
             return _largest(model.score, at, x, start.to(x.device), options["iterations"]).mean(dim=1)
 
         found = network.measure(model, images, levels, eigenvalues, keys, fold=2 * options["eigenvalues"])  # (B, L n)

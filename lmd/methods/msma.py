@@ -7,10 +7,8 @@ density of v under a Gaussian mixture of 2 to 20 components by cross-validation.
 b/a, the logarithms of the norms, at most 5 components.  Cost: 10 evaluations of the network.
 """
 
-import numpy as np
-
 from lmd.methods import network
-from lmd.methods.densities import GaussianMixture
+from lmd.methods.densities import GaussianMixture, log
 from lmd.methods.fitted import DensityMethod
 
 
@@ -36,15 +34,10 @@ class MSMA(DensityMethod):
     def statistics(self, model, images, keys):
         """The norms of the predicted noise (B, L), from the noisiest level on."""
 
-        def norms(at, x, z):
-            return at.eps(model.score, x).flatten(1).double().norm(dim=1)  # (n,)
+        def norms(at, x0, draw):
+            return at.eps(model.score, at.noisy(x0, 0)).flatten(1).double().norm(dim=1)  # (n,)
 
         return network.measure(model, images, network.levels_at(model, self._ratios), norms).numpy()
 
     def features(self, statistics):
         return {self.name: log(statistics)}
-
-
-def log(values):
-    """ln of numbers from 0 on, finite at 0."""
-    return np.log(np.maximum(values, 1e-30))

@@ -38,9 +38,8 @@ class Levels:
         return len(self.t)
 
     def noisy(self, x0, z):
-        """x_t of images (L, C, H, W) and noise of that shape, or None for alpha x0 alone; one level a row."""
-        x = per_image(self.alpha) * x0
-        return x if z is None else x + per_image(self.std) * z
+        """x_t of images x0 (L, C, H, W) and noise z of that shape, or 0; one level a row."""
+        return per_image(self.alpha) * x0 + per_image(self.std) * z
 
     def eps(self, score, x):
         """The noise (L, C, H, W) that a `models.score.Score` predicts in x (L, C, H, W), one level a row."""
@@ -126,10 +125,10 @@ def measure(model, images, levels, work, keys=None, fold=1):
         model: a `base.TrainedModel`.
         images: (B, C, H, W) uint8.
         levels: `Levels` (L,); the same level twice is two draws of the noise.
-        work: called as work(at, x, z) with the rows' `Levels` (n,), x (n, C, H, W) = `at.noisy(x0, z)` and z; returns
-            (n, ...).
-        keys: (B,) int64 of the noise, or None for z = None: images are scaled and not noised.
-        fold: images that the network sees for each row of x.
+        work: called as work(at, x0, draw) with the rows' `Levels` (n,), images x0 (n, C, H, W) in the model's range and
+            their `noise.KeyedNoise`; returns (n, ...).
+        keys: (B,) int64 of the noise, or None where none is drawn.
+        fold: images that the network sees for each row.
 
     Returns:
         (B, L, ...) on the CPU.
@@ -141,8 +140,8 @@ def measure(model, images, levels, work, keys=None, fold=1):
 
     def some(rows):
         image, at = (rows // count).to(model.device), levels[(rows % count).to(model.device)]
-        z = None if keys is None else noise.KeyedNoise(keys[rows], x0.shape[1:], model.device)(0, "prior")
-        return work(at, at.noisy(x0[image], z), z)
+        draw = None if keys is None else noise.KeyedNoise(keys[rows], x0.shape[1:], model.device)
+        return work(at, x0[image], draw)
 
     return in_chunks(model, len(images) * count, some, fold).unflatten(0, (len(images), count))
 
