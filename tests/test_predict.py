@@ -433,13 +433,8 @@ def test_the_command_measures(made, data, tmp_path):
     strict = [f"--output={tmp_path / 'b'}", "--false_discovery_rate=0.001"]
     rows = [
         ("predict", [*measure, f"--output={tmp_path / 'a'}", "--fail_on_outlier"], tmp_path, "utf-8"),
-        ("predict", [*measure, f"--output={tmp_path / 'b'}", "--false_discovery_rate=0.001"], tmp_path, "ascii"),
-        (
-            "predict",
-            [f"--output={tmp_path / 'b'}", "--false_discovery_rate=0.001", "--fail_on_outlier"],
-            tmp_path,
-            "ascii",
-        ),
+        ("predict", [*measure, *strict], tmp_path, "ascii"),
+        ("predict", [*strict, "--fail_on_outlier"], tmp_path, "ascii"),
     ]
     (first, said, err), second, third = tiny.forked(rows, tmp_path)
     assert first == 3, err
