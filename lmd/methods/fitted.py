@@ -14,7 +14,6 @@ class DensityMethod(Method):
         densities: name of a part -> its `densities.Density`, in the order of the parts.
     """
 
-
     def __init__(self, densities):
         self.parts, self.densities = tuple(densities), densities
 
