@@ -188,8 +188,8 @@ class Detector:
         Raises:
             UserError: the detector is not calibrated, or the method has no map.
         """
-        images = self.images_of(images)
-        keep = self.keep_maps if maps else None
+        self._calibrated()
+        images, keep = self.images_of(images), self.keep_maps if maps else None
         chunks = self.measurement(images, keep=keep).run("predicting")
         shown = np.concatenate([chunk["map"] for chunk in chunks]) if maps else None
         return self.decide(self.method.score_statistics(statistics_of(chunks)), shown)
