@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from basics import distributed, files, noise
-from basics.console import UserError, say, warn
+from basics.console import choose, say, warn
 from configs.base import to_dict
 from lmd import calibration, shifts
 from lmd.calibration import percent
@@ -16,6 +16,7 @@ from lmd.card import bands, histogram, rarest_first
 from lmd.detector import AUTO, Detector, content_keys_of
 from lmd.held_out import held_out
 from lmd.measurement import Measurement, statistics_of
+from lmd.methods import METHODS
 from lmd.methods.base import TrainedModel
 from lmd.methods.selection import select
 from lmd.reconstructor import rows_within
@@ -100,12 +101,8 @@ def calibrate(job, device, ranks=distributed.ALONE):
 
 def _method(text):
     """The one method that --method names; 'auto' as it is."""
-    if text == AUTO:
-        return AUTO
-    chosen = select(text)
-    if len(chosen) != 1:
-        raise UserError(f"--method names {len(chosen)} methods; a detector has one, compare.py compares several")
-    return next(iter(chosen.values()))
+    choose(text.split(":")[0], {AUTO: None, **METHODS}, "method (--method)")
+    return AUTO if text == AUTO else next(iter(select(text).values()))
 
 
 # ------------------------------------------------------------------------------------------------------- images

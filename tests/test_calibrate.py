@@ -35,7 +35,7 @@ def data(tmp_path_factory):
 
 
 def job(data, detector, **changes):
-    values = {"in_domain": str(data / "held.npz"), "card_images": 8, "settings": {"reps": 1}, **changes}
+    values = {"in_domain": str(data / "held.npz"), "card_images": 8, "method": "lmd:reps=1", **changes}
     values["command"] = "python calibrate.py"
     return CalibrationJob(tiny.config(), str(data / "checkpoint.pth"), detector=str(detector), **values)
 
@@ -135,7 +135,7 @@ def test_no_card_and_another_share(data, tmp_path, capsys):
             {"max_images": 49},
             r"^49 images are too few to calibrate with: the false-alarm rate could not ",
         ),
-        ({"method": "lmx"}, "^unknown method 'lmx'; choose one of: lmd"),
+        ({"method": "lmx"}, r"^unknown method \(--method\) 'lmx'; choose one of: auto, cfs, combined, "),
         ({"in_domain": "nowhere"}, "^unknown data set 'nowhere'"),
         ({"detector": "."}, r"^\. is there already and holds no detector; choose another --detector$"),
     ],
@@ -171,7 +171,7 @@ def test_what_training_held_back_is_used(trained, tmp_path, capsys):
     config = tiny.config(data__dataset=str(trained / "all.npz"))
     values = {
         "card_images": 0,
-        "settings": {"reps": 1},
+        "method": "lmd:reps=1",
         "in_domain": str(trained / "all.npz"),
         "detector": str(tmp_path / "mine"),
     }
@@ -214,7 +214,7 @@ def test_weights_that_do_not_say_what_they_were_trained_on(trained, tmp_path, mo
     source, weights = checkpoints.find_checkpoint(trained / "work"), tmp_path / "ema.safetensors"
     checkpoints.write_ema_weights(weights, source, create_model(config), tiny.to_dict(config), {})
     monkeypatch.setattr(LMD, "examine", None)
-    values = {"detector": str(tmp_path / "mine"), "card_images": 0, "settings": {"reps": 1}}
+    values = {"detector": str(tmp_path / "mine"), "card_images": 0, "method": "lmd:reps=1"}
     np.savez(tmp_path / "held.npz", TRAINED_ON[:80])
     with pytest.raises(UserError, match=r"^80 of the 80 images of "):
         calibrate(CalibrationJob(config, str(weights), in_domain=str(tmp_path / "held.npz"), **values))
