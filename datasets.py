@@ -136,8 +136,9 @@ def load_any(source, split="test", **options):
     if hasattr(source, "shape"):
         return load_memory("images", torch.as_tensor(source), preparation)
     source = list(source)
-    if all(isinstance(item, (str, Path)) for item in source):
-        return load_files("list", [str(item) for item in source], [Path(item) for item in source], preparation)
+    if source and all(isinstance(item, (str, Path)) for item in source):
+        paths = [Path(expand_home(str(item))) for item in source]
+        return load_files("list", [str(item) for item in source], paths, preparation)
     return load_pictures("pictures", source, preparation)
 
 

@@ -42,11 +42,16 @@ def load_memory(name, stored, preparation):
     """The set of images in a tensor (N, H, W) or (N, 1 | 3, H, W) uint8.
 
     Raises:
-        TypeError: other numbers or shapes.
+        TypeError: other numbers or shapes, or (N, H, W) that may be one image in colour.
+        UserError: there are none.
     """
     grey = stored.ndim == 3
     if stored.dtype != torch.uint8 or not (grey or (stored.ndim == 4 and stored.shape[1] in (1, 3))):
         raise TypeError(f"images are (N, H, W) or (N, 1 or 3, H, W) uint8, not {stored.dtype} {tuple(stored.shape)}")
+    if not len(stored):
+        raise UserError("there are no images; give at least one")
+    if grey and (stored.shape[2] == 3 or (len(stored) == 3 and preparation.num_channels == 3)):
+        raise TypeError(f"images of shape {tuple(stored.shape)} may be one in colour; give (1, 3, H, W) for that")
     planes = stored[:, None] if grey else stored
     if planes.shape[2] == planes.shape[3] and planes.shape[2] in (28, preparation.image_size):
         return load_small_images(name, planes, preparation)  # as an array file of that size

@@ -5,7 +5,6 @@ import functools
 import shutil
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from basics import distributed, files, noise
@@ -13,6 +12,7 @@ from basics.console import say, warn
 from configs.base import to_dict
 from lmd import calibration, methods, shifts
 from lmd.calibration import percent
+from lmd.card import bands, histogram, rarest_first
 from lmd.detector import Detector, content_keys_of
 from lmd.held_out import held_out
 from lmd.measurement import Measurement, statistics_of
@@ -20,10 +20,8 @@ from lmd.methods.base import TrainedModel
 from lmd.reconstructor import rows_within
 from lmd.trained_model import load_model, weights_path
 from models import inference
+from storage import detector_folder
 from storage.checkpoints import find_checkpoint
-
-BAND_RATES = 0.01, 0.05  # at which the band of the realised false-alarm rate is told
-_BINS = 12  # of the histogram
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +72,7 @@ def calibrate(job, device, ranks=distributed.ALONE):
     Raises:
         UserError: for bad input; a detector that was there stays.
     """
+    detector_folder.check_place(job.detector)
     method = methods.create(job.method, **job.settings)
     ckpt_path = find_checkpoint(job.ckpt_path)
     precision = inference.resolve(job.precision, device)
@@ -82,16 +81,17 @@ def calibrate(job, device, ranks=distributed.ALONE):
     model = TrainedModel(job.config, score, device, rows_within(job.memory_gb, job.config, device))
     detector = Detector(model, method, seed=job.seed, center_crop=job.center_crop)
     images = ranks.in_turn(lambda: _images(job, detector, ckpt_path))
+    calibration.flagged_ranks(detector.calibration_images(len(images), job.fit_share), job.false_alarm_rate)
     say(f"method {method.name}: {method.evaluations(model)} network evaluations an image, {precision}")
     origin = _origin(job, method, checkpoint, precision)
     unfinished = Path(f"{job.detector.rstrip('/')}.unfinished")
     with ranks.owned(unfinished):
         detector.fit(images, job.fit_share, unfinished / "statistics", origin, ranks)
-        _tell(detector, job)
-        detector.infer_threshold(job.false_alarm_rate)
+        _tell(detector)
+        detector.rate = job.false_alarm_rate
         spots = blind_spots(detector, images, job, unfinished / "blind_spots", origin, ranks)
         facts = _facts(job, detector, images, {"path": str(ckpt_path), "hash": checkpoint, "step": step}, spots)
-        ranks.on_main(lambda: detector.save(job.detector, **facts, card=card(detector, facts)))
+        ranks.on_main(lambda: detector.save(job.detector, **facts))
     ranks.on_main(lambda: shutil.rmtree(unfinished, ignore_errors=True))
     say(f"detector: {job.detector}")
 
@@ -122,7 +122,7 @@ def _origin(job, method, checkpoint, precision):
 # --------------------------------------------------------------------------------------------------- what it sees
 
 
-def _tell(detector, job):
+def _tell(detector):
     """Says what the calibration allows."""
     known = detector.calibration
     n, m = len(known.parts), len(known.reference)
@@ -135,34 +135,14 @@ def _tell(detector, job):
         say(line)
     if n < 99:
         warn(f"{n} calibration images cannot give a false-alarm rate of 1 %; hold back at least 99 for the p-values")
-    calibration.threshold(known.scores, job.false_alarm_rate)  # a rate that n cannot give is told before more work
-
-
-def bands(n):
-    """Lines on how far the realised false-alarm rate may be from the one that was asked for."""
-    lines = []
-    for rate in BAND_RATES:
-        if rate >= calibration.smallest_rate(n):
-            low, high = calibration.band(n, rate)
-            lines.append(f"at {percent(rate)} the realised rate lies between {low:.2%} and {high:.2%} (95 %)")
-    return lines
-
-
-def histogram(scores):
-    """The calibration scores as lines of text."""
-    counts, edges = np.histogram(scores, bins=_BINS)
-    widest = counts.max()
-    return [
-        f"  {low:10.4g} to {high:10.4g} {count:7,} {'#' * round(40 * count / widest)}"
-        for low, high, count in zip(edges, edges[1:], counts, strict=False)
-    ]
 
 
 def blind_spots(detector, images, job, folder, origin, ranks=distributed.ALONE):
     """The share of each kind of made-up foreign images that is caught at the detector's rate.
 
     Returns:
-        dict: name -> {"kind": in words, "caught": share, "images": their number}; empty where `job.card_images` is 0.
+        dict: name -> {"kind": in words, "caught": share, "images": their number, "rate": at which they are caught};
+        empty where `job.card_images` is 0.
     """
     if not job.card_images:
         return {}
@@ -177,15 +157,11 @@ def blind_spots(detector, images, job, folder, origin, ranks=distributed.ALONE):
         ).run(f"blind spots: {kind}", ranks)
         decided = detector.decide(detector.method.score_statistics(statistics_of(measured)))
         caught = float(decided.is_outlier.mean())
-        spots[kind] = {"kind": shifts.SHIFTS[kind][1], "caught": caught, "images": count}
+        spots[kind] = {"kind": shifts.SHIFTS[kind][1], "caught": caught, "images": count, "rate": detector.rate}
     say(f"made-up foreign images caught at {percent(detector.rate)}, {count} of each kind:")
-    for spot in sorted(spots.values(), key=_caught):
+    for spot in rarest_first(spots):
         say(f"  {spot['kind']:45} {spot['caught']:6.1%}")
     return spots
-
-
-def _caught(spot):
-    return spot["caught"]
 
 
 # ---------------------------------------------------------------------------------------------------- the folder
@@ -200,40 +176,3 @@ def _facts(job, detector, images, checkpoint, spots):
         "blind_spots": spots,
         "command": job.command,
     }
-
-
-def card(detector, facts):
-    """The detector's card, Markdown."""
-    known, data = detector.calibration, detector.model.config.data
-    n = len(known.parts)
-    rows = sorted(facts["blind_spots"].values(), key=_caught)
-    return "\n".join(
-        [
-            "# Detector",
-            "",
-            f"Decides whether an image belongs to the domain of {facts['images']['source']}.",
-            "",
-            f"- Method: {detector.method.name}, {detector.method.evaluations(detector.model)} network evaluations an "
-            f"image of {data.image_size}x{data.image_size} pixels, {data.num_channels} channel(s).",
-            f"- Calibrated with {n:,} images; {len(known.reference):,} others are what the method compares with.",
-            f"- Decides at {percent(detector.rate)}; smallest rate: {percent(calibration.smallest_rate(n))}.",
-            *(f"- {line[0].upper()}{line[1:]}." for line in bands(n)),
-            f"- Made by: `{facts['command']}`",
-            "",
-            "## Scores of the calibration images",
-            "",
-            "```",
-            *histogram(known.scores),
-            "```",
-            "",
-            "## Blind spots",
-            "",
-            f"Made-up foreign images, and the share of them that is caught at {percent(detector.rate)}. What is rarely",
-            "caught here is not seen.",
-            "",
-            "| kind | caught | images |",
-            "|---|---|---|",
-            *(f"| {spot['kind']} | {spot['caught']:.0%} | {spot['images']} |" for spot in rows),
-            "",
-        ]
-    )

@@ -74,6 +74,8 @@ def decide(rule):
     output = Path(rule.output)
     description, arrays = read_outcome(output)
     rule.check(len(arrays["calibration"]))
+    if rule.maps and "picture_heats" not in arrays:
+        raise UserError("the detector's method has no map; leave --maps out")
     flagged, rate = rule.flags(arrays["p_value"], description["rate"])
     sentences = _sentences(rule, rate, flagged, description["folder_p_value"])
     parts = {name: arrays[f"part_{name}"] for name in description["parts"]}
@@ -153,17 +155,18 @@ def _picture(values, place):
 
 
 def _write_maps(folder, arrays, flagged, names):
-    """Writes a picture of each flagged image of which there is one, its unusual pixels in red."""
-    if "picture_heats" not in arrays:
-        raise UserError("the detector's method has no map; leave --maps out")
-    written = 0
+    """Writes a picture of each flagged image of which there is one, its unusual pixels in red; others' are removed."""
+    files.mark(folder)
+    written = set()
     for place, row in enumerate(arrays["picture_rows"].tolist()):
         if flagged[row]:
             original, heat = _picture(arrays["picture_originals"], place), arrays["picture_heats"][place]
             stem = "".join(c if c.isalnum() else "_" for c in Path(names[row]).stem)[:40]
+            written.add(folder / f"{row:06d}_{stem}.png")
             files.write_png(folder / f"{row:06d}_{stem}.png", Image.fromarray(overlay(original, heat)))
-            written += 1
-    say(f"maps: {folder} ({written:,} of {int(flagged.sum()):,} flagged images)")
+    for path in set(folder.glob(f"{6 * '[0-9]'}*_*.png")) - written:
+        path.unlink()
+    say(f"maps: {folder} ({len(written):,} of {int(flagged.sum()):,} flagged images)")
 
 
 def overlay(picture, heat):

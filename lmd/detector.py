@@ -14,11 +14,12 @@ import torch
 
 import datasets
 from basics import distributed, noise
-from basics.console import UserError
+from basics.console import UserError, printable, warn
 from basics.image_sets import ImageSet
 from basics.machine import choose_device
 from configs.base import from_dict, to_dict
 from lmd import calibration, heat, methods
+from lmd.card import card
 from lmd.combination import combined
 from lmd.measurement import Measurement, statistics_of
 from lmd.methods.base import TrainedModel
@@ -28,6 +29,7 @@ from storage import detector_folder
 from storage.checkpoints import config_of, find_checkpoint, write_network
 
 FEWEST = 50  # calibration images below which a detector is no use
+_FEWEST_EACH = 10  # of these to learn from, and to give p-values
 DEFAULT_RATE = 0.05
 
 
@@ -101,11 +103,7 @@ class Detector:
             UserError: there are too few images, or as `Measurement.run`.
         """
         images = self.images_of(held_back)
-        if len(images) < FEWEST:
-            raise UserError(
-                f"{len(images)} images are too few to calibrate with: the false-alarm rate could not be known; give at "
-                f"least {FEWEST}, better 1,000"
-            )
+        self.calibration_images(len(images), fit_share)
         chunks = self.measurement(images, folder, origin, keep=_pixel_sums).run("calibrating", ranks)
         statistics = statistics_of(chunks)
         learning = self._learning(images, fit_share)
@@ -116,17 +114,42 @@ class Detector:
         self.calibration = Calibration(scores[learning], parts, pixels)
         calibration.threshold(self.calibration.scores, 0.5)  # NaN and infinite scores are refused
         self.rate = max(self.rate, calibration.smallest_rate(len(parts)))
+        source = held_back if isinstance(held_back, (str, Path)) else images.name
+        self.description = {
+            "images": {"source": str(source), "fingerprint": images.fingerprint, "count": len(images)},
+            "treatment": images.treatment,
+        }
         return self
+
+    def calibration_images(self, count, fit_share=0.5):
+        """How many of `count` images give p-values; the method learns from the others.
+
+        Raises:
+            UserError: there are too few of either, or the share is out of range.
+        """
+        if count < FEWEST:
+            raise UserError(
+                f"{count} images are too few to calibrate with: the false-alarm rate could not be known; give at "
+                f"least {FEWEST}, better 1,000"
+            )
+        if not self.method.fewest_images and len(self.method.parts) == 1:
+            return count
+        if not 0 < fit_share < 1:
+            raise UserError(f"--fit_share must lie between 0 and 1, not at {fit_share:g}")
+        learning = round(fit_share * count)
+        if min(learning, count - learning) < _FEWEST_EACH:
+            raise UserError(
+                f"--fit_share {fit_share:g} of {count} images leaves {learning} to learn from and {count - learning} "
+                f"for the p-values; both need at least {_FEWEST_EACH}"
+            )
+        return count - learning
 
     def _learning(self, images, share):
         """Which of the images the method learns from (N,) bool: chosen by their content, not by their place."""
-        if not self.method.learns and len(self.method.parts) == 1:
-            return np.zeros(len(images), bool)
-        if not 0 < share < 1:
-            raise UserError(f"--fit_share must lie between 0 and 1, not at {share:g}")
+        count = len(images) - self.calibration_images(len(images), share)
         keys = noise.seed_keys("fit", content_keys_of(images)).numpy()
         learning = np.zeros(len(images), bool)
-        learning[np.argsort(keys, kind="stable")[: round(share * len(images))]] = True
+        learning[np.argsort(keys, kind="stable")[:count]] = True
         return learning
 
     def infer_threshold(self, false_alarm_rate):
@@ -178,7 +201,7 @@ class Detector:
         columns = [calibration.two_sided(known[:, k], parts[:, k]) for k in range(parts.shape[1])]
         worst = np.argmin(columns, axis=0)  # (N,)
         large = parts[np.arange(len(parts)), worst] >= np.median(known, axis=0)[worst]
-        return [self.method.reasons[self.method.parts[k]][0 if up else 1] for k, up in zip(worst, large, strict=True)]
+        return [self.method.reason(self.method.parts[k], up) for k, up in zip(worst, large, strict=True)]
 
     def keep_maps(self, pixels, examined, start):
         """For `Measurement.keep`: the maps of a chunk."""
@@ -188,7 +211,10 @@ class Detector:
 
     def map_of(self, distances):
         """How unusual each pixel is (B, H, W) in standard deviations, from `Examined.distances`."""
-        return heat.standardised(distances, self._calibrated().pixels)
+        moments = self._calibrated().pixels
+        if not moments.size:
+            raise UserError("the detector knows nothing of single pixels; leave --maps out, or calibrate again")
+        return heat.standardised(distances, moments)
 
     def measurement(self, images, folder=None, origin=None, **options):
         """The `Measurement` of an `ImageSet` by this detector's method."""
@@ -220,30 +246,31 @@ class Detector:
 
         Args:
             path: the folder; a detector that is there is replaced.
-            facts: further fields of its description (`images`, `checkpoint`, `blind_spots`, `command`, `card`).
+            facts: further fields of its description (`checkpoint`, `blind_spots`, `command`).
         """
         known = self._calibrated()
         config, network = to_dict(self.model.config), self.model.score.net
         arrays = {f"method_{name}": value for name, value in self.method.fitted().items()}
         arrays |= {field.name: getattr(known, field.name) for field in dataclasses.fields(known)}
-        card = facts.pop("card", f"# A detector\n\nMethod {self.method.name}, {len(known.parts)} calibration images.\n")
         description = {
+            "treatment": {},
+            "images": {},
+            "checkpoint": {},
+            "blind_spots": {},
+            "command": "",
+            **self.description,
+            **facts,
             "method": self.method.name,
             "settings": self.method.settings,
             "seed": self.seed,
             "precision": network.precision,
             "rate": self.rate,
             "center_crop": self.center_crop,
-            "images": {},
-            "checkpoint": {},
-            "blind_spots": {},
-            "command": "",
             "versions": _versions(),
-            **facts,
         }
         step = description["checkpoint"].get("step", 0)
         write_weights = lambda file: write_network(file, network.net, config, step)
-        detector_folder.write(path, description, write_weights, arrays, card)
+        detector_folder.write(path, description, write_weights, arrays, card(self, description))
         self.description = description
 
     @classmethod
@@ -258,18 +285,24 @@ class Detector:
         Raises:
             UserError: the folder is damaged or incomplete, or of a later version.
         """
+        path = detector_folder.located(path)
         description, arrays = detector_folder.read(path)
-        weights = Path(path) / detector_folder.WEIGHTS
-        model = open_model(weights, device=device, precision=description["precision"], memory_gb=memory_gb)
+        device = choose_device(device) if isinstance(device, str) else device
+        precision = _precision_on(device, description["precision"])
+        model = open_model(path / detector_folder.WEIGHTS, device=device, precision=precision, memory_gb=memory_gb)
         try:
             method = methods.create(description["method"], **description["settings"])
+            method.evaluations(model)  # it makes its masks: settings that it cannot use show here
             learned = [name for name in arrays if name.startswith("method_")]
             method.restore({name.removeprefix("method_"): arrays.pop(name) for name in learned})
             detector = cls(model, method, seed=description["seed"], center_crop=description["center_crop"])
             detector.calibration = _checked(Calibration(**arrays), len(method.parts))
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{path} holds no calibration of the method it names ({error}); calibrate again") from error
-        detector.rate, detector.description = description["rate"], description
+            detector.infer_threshold(description["rate"])
+        except Exception as error:  # what is in the files may break anything
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            reason = kind + printable(error)[:200]
+            raise UserError(f"{path} holds no detector that can be used ({reason}); calibrate again") from error
+        detector.description = {n: v for n, v in description.items() if n != "format"}
         return detector
 
 
@@ -285,9 +318,17 @@ def _checked(known, parts):
             raise ValueError(f"{name} is {value.shape}, not (n, {parts})")
     if not len(known.parts) or (parts > 1 and not len(known.reference)):
         raise ValueError("it has no calibration scores")
-    if known.pixels.shape not in ((0,), (2,)):
-        raise ValueError(f"pixels are {known.pixels.shape}, not (2,)")
+    if known.pixels.shape not in ((0,), (2,)) or not (known.pixels[1:] > 0).all():
+        raise ValueError(f"pixels are {known.pixels.tolist()[:3]}, no mean and standard deviation")
     return known
+
+
+def _precision_on(device, precision):
+    """The precision that a detector was calibrated in, or fp32 on a device that does not have it, which is told."""
+    if precision == "tf32" and device.type == "cpu":
+        warn("calibrated in tf32, which a CPU does not have: scores are computed in fp32, and differ a little")
+        return "fp32"
+    return precision
 
 
 def _versions():

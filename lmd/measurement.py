@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from basics import distributed, files, noise
+from basics import distributed, noise
 from basics.background import Background
-from basics.console import UserError, progress
-from storage.arrays import read_arrays, write_arrays
+from basics.console import UserError, progress, say
+from basics.image_sets import InMemory
+from storage.arrays import OtherOrigin, read_arrays, write_arrays
 
 _CHUNK = 256  # images at most that are examined together
 _CHUNK_VALUES = 1 << 20  # and numbers of these images at most
@@ -29,11 +30,13 @@ class Measurement:
         model: a `methods.base.TrainedModel`.
         images: an `ImageSet`.
         seed: of the images' noise.
-        origin: what the numbers depend on, JSON types; a file of another origin is refused.
+        origin: what the numbers depend on besides the images, JSON types; a chunk of another origin, or of other
+            images, is measured anew.
         folder: where the chunks are kept, or None for nowhere.
         change: called as change(images (B, C, H, W) uint8, indices (B,)), gives the images to measure in their place.
         keep: called as keep(pixels, examined, start) with a chunk's images and a `methods.base.Examined`, gives further
             arrays to be kept of the chunk; or None, where the statistics are all.
+        shown: how the names of the arrays begin that stay in the files, where there are any, as they may be large.
     """
 
     method: object
@@ -44,6 +47,7 @@ class Measurement:
     folder: Path | None = None
     change: Callable | None = None
     keep: Callable | None = None
+    shown: str = "picture_"
 
     @property
     def chunks(self):
@@ -68,22 +72,42 @@ class Measurement:
             ranks: the processes, all of which call this.
 
         Returns:
-            list of dicts, one a chunk: `statistics` (B, F), and what `keep` gave.  Without a folder, alone.
+            list of dicts, one a chunk: `statistics` (B, F), and what `keep` gave, but for what stays in the files.
 
         Raises:
-            UserError: an image can no longer be read, the numbers are not finite, or a file of a chunk is damaged or
-                of another origin.
+            UserError: an image can no longer be read, the numbers are not finite, or a file of a chunk is damaged.
         """
-        if ranks.world_size > 1 and self.folder is None:
-            raise ValueError("several processes share their chunks through a folder")
-        with ranks.together():  # nobody writes before all have seen what is missing
-            made = [self._read(number) for number in range(len(self.chunks))]
-        missing = [number for number, arrays in enumerate(made) if arrays is None]
-        mine = missing[ranks.rank :: ranks.world_size]
-        shown = f"{label}, process 1 of {ranks.world_size}" if label and ranks.world_size > 1 else label
+        if ranks.world_size > 1:
+            if self.folder is None:
+                raise ValueError("several processes share their chunks through a folder")
+            ranks.check_same(self.images.fingerprint, "images")
+        # One process looks: another might see already what a third has made since, and share out the rest otherwise.
+        missing = ranks.on_main(self._missing)
+        made = {}
         with ranks.together():
-            self._measure(mine, made, shown)
-        return [arrays or self._read(number) for number, arrays in enumerate(made)]
+            note = f", process 1 of {ranks.world_size}" if label and ranks.world_size > 1 else ""
+            self._measure(missing[ranks.rank :: ranks.world_size], made, label and f"{label}{note}")
+        return [made.get(number) or self._light(self.read(number)) for number in range(len(self.chunks))]
+
+    def _missing(self):
+        """The numbers of the chunks to measure; says which are measured anew."""
+        if self.folder is None:
+            return list(range(len(self.chunks)))
+        missing, others = [], 0
+        for number in range(len(self.chunks)):
+            try:
+                missing += [number] if self.read(number) is None else []
+            except OtherOrigin:
+                missing.append(number)
+                others += 1
+        if others:
+            of = f"{others} of {len(self.chunks)} parts"
+            say(f"{self.folder}: {of} were measured from other images, or otherwise, and are measured anew")
+        return missing
+
+    def _light(self, arrays):
+        """What of a chunk's arrays is kept in memory."""
+        return arrays if self.folder is None else {n: v for n, v in arrays.items() if not n.startswith(self.shown)}
 
     def _measure(self, numbers, made, label):
         if not numbers:
@@ -96,7 +120,7 @@ class Measurement:
                 pixels = pending.result()
                 if following is not None:
                     pending = reader.submit(self.images.read, *self.chunks[following])
-                made[number] = self._examine(number, pixels)
+                made[number] = self._light(self._examine(number, pixels))
                 bar.update(len(pixels))
 
     def _examine(self, number, pixels):
@@ -121,22 +145,21 @@ class Measurement:
             write_arrays(self._path(number), self._origin(number), **arrays)
         return arrays
 
-    def _read(self, number):
-        return None if self.folder is None else read_arrays(self._path(number), self._origin(number))
+    def read(self, number):
+        """All arrays of a chunk, from its file; None where there is none."""
+        return read_arrays(self._path(number), self._origin(number))
 
     def _path(self, number):
         return Path(self.folder) / f"chunk_{number}.npz"
 
     def _origin(self, number):
-        return {**self.origin, "images": self.images.fingerprint, "chunk": list(self.chunks[number])}
+        """What a chunk is made from: of a set in memory its own images, so that others may be added behind them."""
+        rows, images = self.chunks[number], self.images
+        if isinstance(images.store, InMemory):
+            images = images.part(torch.arange(*rows))
+        return {**self.origin, "images": images.fingerprint, "chunk": list(rows)}
 
 
 def statistics_of(chunks):
     """All statistics (N, F) of what `Measurement.run` gave."""
     return np.concatenate([chunk["statistics"] for chunk in chunks])
-
-
-def start_folder(folder):
-    """Makes the folder of chunks, marked so that it is not read as images; returns its path."""
-    files.mark(folder)
-    return Path(folder)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from basics import distributed
+from basics.console import say
 from lmd import calibration
 from lmd import report as reports
 from lmd.deciding import Rule, decide
@@ -14,7 +15,8 @@ from lmd.measurement import statistics_of
 from storage.predictions import write_outcome
 
 _CHUNKS = "chunks"  # folder in the output that holds what was measured
-_PICTURED_RATE = 0.05  # images of a chunk with p-values up to five times this have their pictures kept
+_PICTURED_RATE = 0.05  # images with p-values up to five times this have their pictures kept
+_FEW = 256  # images of a folder up to which some have pictures whatever their p-values
 _HEAT = 2.0, 8.0  # standard deviations from which a pixel is coloured, and that are coloured fully
 
 
@@ -53,11 +55,21 @@ def predict(job, device, ranks=distributed.ALONE):
     job.rule.check(len(detector.calibration.parts))
     options = {"data_root": job.data_root, "max_images": job.max_images, "workers": job.workers}
     images = ranks.in_turn(lambda: detector.images_of(job.images, **options))
+    say(_treated(images))
     output = Path(job.rule.output)
-    keep, origin = _Pictures(detector), {"detector": detector.description["files"]}
+    keep, origin = _Pictures(detector, len(images)), {"detector": detector.description["files"]}
     with ranks.owned(output):
-        chunks = detector.measurement(images, output / _CHUNKS, origin, keep=keep).run("predicting", ranks)
-        return ranks.on_main(lambda: _conclude(job, detector, images, chunks))
+        measurement = detector.measurement(images, output / _CHUNKS, origin, keep=keep)
+        statistics = statistics_of(measurement.run("predicting", ranks))
+        return ranks.on_main(lambda: _conclude(job, detector, measurement, statistics))
+
+
+def _treated(images):
+    """A line on what becomes of images of other sizes and colours."""
+    channels, height, width = images.shape
+    how = "cropped to the centre square" if images.treatment["shape"] == "crop" else "squeezed"
+    colours = "grey" if channels == 1 else "RGB"
+    return f"{len(images):,} images of '{images.name}': what is otherwise is {how}, {width}x{height} pixels, {colours}"
 
 
 # ----------------------------------------------------------------------------------------------------- pictures
@@ -66,39 +78,44 @@ def predict(job, device, ranks=distributed.ALONE):
 class _Pictures:
     """For `Measurement.keep`: pictures of a chunk's most unusual images, and in words what is unusual about each."""
 
-    def __init__(self, detector):
-        self.detector = detector
+    def __init__(self, detector, count):
+        self.detector, self.few = detector, count <= _FEW
 
     def __call__(self, pixels, examined, start):
         parts = self.detector.method.score_statistics(examined.statistics)
         decided = self.detector.decide(parts)
         rows = np.sort(reports.pictured(decided.p_value, decided.score, _PICTURED_RATE))
+        if not self.few:
+            rows = rows[decided.p_value[rows] <= 5 * _PICTURED_RATE]
         kept = {"picture_rows": rows + start, "picture_originals": pixels[rows].numpy()}
         if examined.reconstructions is not None:
             kept["picture_reconstructions"] = (examined.reconstructions[rows] * 255).round().byte().numpy()
-        if examined.distances is not None:
+        if examined.distances is not None and self.detector.calibration.pixels.size:
             low, high = _HEAT
             heat = (self.detector.map_of(examined.distances[rows]) - low) / (high - low)
             kept["picture_heats"] = (heat.clip(0, 1) * 255).round().astype(np.uint8)
         return kept
 
 
-def _most_unusual(chunks, p_value, score):
-    """The pictures of the whole folder's most unusual images, from those of its chunks."""
-    names = [name for name in chunks[0] if name.startswith("picture_")]
-    kept = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in names}
-    wanted = reports.pictured(p_value, score, _PICTURED_RATE)
-    places = np.flatnonzero(np.isin(kept["picture_rows"], wanted))
-    return {name: values[places] for name, values in kept.items()}
+def _most_unusual(measurement, decided):
+    """The pictures of the whole folder's most unusual images, from the files of its chunks."""
+    wanted = reports.pictured(decided.p_value, decided.score, _PICTURED_RATE)
+    pieces = []
+    for number, (start, stop) in enumerate(measurement.chunks):
+        if number == 0 or ((wanted >= start) & (wanted < stop)).any():
+            arrays = measurement.read(number)
+            chosen = np.isin(arrays["picture_rows"], wanted)
+            pieces.append({name: v[chosen] for name, v in arrays.items() if name.startswith(measurement.shown)})
+    return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
-def _conclude(job, detector, images, chunks):
+def _conclude(job, detector, measurement, statistics):
     """Writes what was measured of all images, then decides."""
-    parts = detector.method.score_statistics(statistics_of(chunks))
+    images, parts = measurement.images, detector.method.score_statistics(statistics)
     decided, known = detector.decide(parts), detector.calibration.scores
     arrays = {"score": decided.score, "p_value": decided.p_value, "calibration": known}
     arrays |= {f"part_{name}": values for name, values in decided.parts.items()}
-    arrays |= _most_unusual(chunks, decided.p_value, decided.score)
+    arrays |= _most_unusual(measurement, decided)
     description = {
         "files": images.labels or [f"image {row}" for row in range(len(images))],
         "skipped": [[str(path), reason] for path, reason in images.skipped],
@@ -117,6 +134,7 @@ def _conclude(job, detector, images, chunks):
 def _facts(job, detector, images):
     """How the results were made, JSON types."""
     made = detector.description
+    rates = [spot["rate"] for spot in made["blind_spots"].values()]
     return {
         "images": {"source": str(job.images), "name": images.name, "fingerprint": images.fingerprint},
         "command": job.command,
@@ -129,5 +147,5 @@ def _facts(job, detector, images):
         "calibrated by": made["command"],
         "versions": made["versions"],
         "blind_spots": made["blind_spots"],
-        "blind_spot_rate": made["rate"],
+        "blind_spot_rate": rates[0] if rates else made["rate"],
     }

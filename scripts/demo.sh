@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Lift, Map, Detect on the images and the model that ship with the repository: is this Fashion-MNIST or MNIST?
+# Then a detector that decides about single images: which of the pictures in demo/incoming are no clothes?
 #
 #   bash scripts/demo.sh
 #
@@ -14,6 +15,8 @@ SAMPLER=${SAMPLER:-fast}
 REPS=${REPS:-4} # reconstructions per image
 STEPS=${STEPS:-} # network evaluations per reconstruction, if not the sampler's own
 METRICS=${METRICS:-MSE,SSIM,STLPIPS}
+HELD_BACK=${HELD_BACK:-500}    # images that calibrate the detector
+CARD_IMAGES=${CARD_IMAGES:-10} # of which each kind of made-up foreign image is made
 
 started=$SECONDS
 bash create_environment.sh --learned
@@ -28,6 +31,13 @@ folder=$WORKDIR/checkerboard_alt_blocks8_reps$REPS
 "$PYTHON" detect.py --result_path "$folder" --reps "$REPS" --metric "$METRICS"
 scored=$SECONDS
 
+"$PYTHON" calibrate.py --ckpt_path "$CHECKPOINT" --in_domain demo/held_back.npz --detector "$WORKDIR/detector" \
+  --max_images "$HELD_BACK" --card_images "$CARD_IMAGES"
+calibrated=$SECONDS
+"$PYTHON" predict.py --detector "$WORKDIR/detector" --images demo/incoming --output "$WORKDIR/incoming"
+predicted=$SECONDS
+
 echo "environment $((installed - started)) s, reconstruction $((reconstructed - installed)) s," \
-  "scoring $((scored - reconstructed)) s"
+  "scoring $((scored - reconstructed)) s, calibration $((calibrated - scored)) s, decisions $((predicted - calibrated)) s"
 echo "pictures: $folder/*.png"
+echo "report: $WORKDIR/incoming/report.html"

@@ -1,10 +1,9 @@
-"""Packs the demo's images: the first test images of Fashion-MNIST and MNIST, as they are (28x28 grey).
+"""Packs the demo's images from the test sets of Fashion-MNIST and MNIST, as they are (28x28 grey).
 
     python scripts/pack_demo.py --data_root data
 
-reads both test sets in torchvision's layout (downloading what is missing) and writes `demo/fashion_mnist.npz` and
-`demo/mnist.npz`, each one array `images`, uint8 (256, 28, 28).  Both files are in the repository, so nobody needs to
-run this; `demo/README.md` names sources and licences.
+reads both test sets in torchvision's layout (downloading what is missing) and writes into `demo/` what `FILES` and
+`FOLDER` say.  All is in the repository, so nobody needs to run this; `demo/README.md` names sources and licences.
 """
 
 import argparse
@@ -13,6 +12,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -20,30 +20,38 @@ sys.path.insert(0, str(ROOT))
 
 import datasets  # noqa: E402
 from basics.console import UserError, fail, say  # noqa: E402
-from basics.files import write_bytes  # noqa: E402
+from basics.files import write_bytes, write_png  # noqa: E402
 
-FILES = {"FashionMNIST": "fashion_mnist.npz", "MNIST": "mnist.npz"}
+FILES = {  # file: data set, and which of its test images
+    "fashion_mnist.npz": ("FashionMNIST", 0, 256),
+    "mnist.npz": ("MNIST", 0, 256),
+    "held_back.npz": ("FashionMNIST", 256, 756),
+}
+FOLDER = "incoming"  # of PNG files, a picture each
+PICTURES = {"clothes": ("FashionMNIST", 756, 780), "digit": ("MNIST", 256, 268)}  # start of the name: as FILES
 
 
-def pack(name, count, data_root, path):
-    """Writes the first `count` test images of a named grey data set to `path`."""
+def read(data_root, name, start, stop):
+    """Test images start..stop-1 of a named grey data set: (B, 28, 28) uint8."""
     images = datasets.load(name, split="test", image_size=28, num_channels=1, data_root=data_root)
-    pixels = images.read(0, count)[:, 0].numpy()  # (count, 28, 28) uint8
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, images=pixels)
-    write_bytes(path, buffer.getvalue())
-    say(f"{path}: {len(pixels)} images, {path.stat().st_size / 1000:.0f} kB")
+    return images.read(start, stop)[:, 0].numpy()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_root", default="data", help="folder with FashionMNIST/raw and MNIST/raw")
     parser.add_argument("--out", type=Path, default=ROOT / "demo", help="folder to write to")
-    parser.add_argument("--count", type=int, default=256, help="images of each set")
-    flags = parser.parse_args()
+    options = parser.parse_args()
     try:
-        for name, file in FILES.items():
-            pack(name, flags.count, flags.data_root, flags.out / file)
+        for file, which in FILES.items():
+            buffer = io.BytesIO()
+            np.savez_compressed(buffer, images=read(options.data_root, *which))
+            write_bytes(options.out / file, buffer.getvalue())
+            say(f"{options.out / file}: {which[2] - which[1]} images")
+        for stem, which in PICTURES.items():
+            for number, pixels in enumerate(read(options.data_root, *which)):
+                write_png(options.out / FOLDER / f"{stem}_{number:02d}.png", Image.fromarray(pixels))
+        say(f"{options.out / FOLDER}: {', '.join(f'{stop - a} of {stem}' for stem, (_, a, stop) in PICTURES.items())}")
     except UserError as error:
         fail(error)
 

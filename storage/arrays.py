@@ -12,6 +12,10 @@ from basics.files import write_bytes
 from basics.zip_files import check_zip
 
 
+class OtherOrigin(UserError):
+    """Whole arrays, made from something else than was asked for."""
+
+
 def write_arrays(path, settings, **arrays):
     """Writes NumPy arrays and what they were made from as an .npz file, atomically.
 
@@ -47,7 +51,8 @@ def read_arrays(path, settings, shapes=None):
         dict: name -> array, without `settings` and `digest`; or None.
 
     Raises:
-        UserError: the file is damaged, was changed, was made from something else or by an earlier version.
+        OtherOrigin: the file was made from something else.
+        UserError: it is damaged, was changed, or was made by an earlier version.
     """
     path = Path(path)
     if not path.is_file():
@@ -66,7 +71,7 @@ def read_arrays(path, settings, shapes=None):
     if fault:
         raise UserError(f"{path} {fault}; {_MAKE_AGAIN}")
     if differing:
-        raise UserError(
+        raise OtherOrigin(
             f"{path} was made from something else ({'; '.join(differing[:3])}); delete it or choose another folder"
         )
     if shapes is not None and not _fit(arrays, shapes):

@@ -5,7 +5,6 @@ scores of the calibration images and what the method learned, `card.md` says it 
 lists the hash of every other file, so that a changed or missing one is named.
 """
 
-import json
 import secrets
 import shutil
 from pathlib import Path
@@ -14,8 +13,8 @@ import numpy as np
 
 from basics import files
 from basics.console import UserError, remedy
-from storage.arrays import read_arrays, write_arrays
-from storage.json_schema import COUNT, FLAG, POSITIVE, SHARE, TABLE, TEXT, parse_json, table_of
+from storage.arrays import read_arrays, shortened, write_arrays
+from storage.json_schema import COUNT, FLAG, POSITIVE, SHARE, TABLE, TEXT, check_fields, parse_json, table_of
 
 FORMAT = 1  # what a version of this program that reads another will refuse
 DESCRIPTION, WEIGHTS, CALIBRATION, CARD = "detector.json", "model.safetensors", "calibration.npz", "card.md"
@@ -36,6 +35,8 @@ _FIELDS = {
     "command": TEXT,
     "files": table_of(TEXT),
 }
+_SPOT = {"kind": TEXT, "caught": SHARE, "images": POSITIVE, "rate": SHARE}  # of `blind_spots`
+_SETTING_MOST = 10_000  # of a number among the settings: none is larger, and far larger ones would take all memory
 
 
 def write(path, description, write_weights, arrays, card):
@@ -52,9 +53,8 @@ def write(path, description, write_weights, arrays, card):
         UserError: something else stands there, or it cannot be written; what was there before stays.
     """
     path = Path(path)
-    if path.exists() and not (path / DESCRIPTION).is_file():
-        raise UserError(f"{path} is there already and holds no detector; choose another --detector")
-    made = _beside(path)
+    check_place(path)
+    made = path.absolute().with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         made.mkdir(parents=True)
         write_weights(made / WEIGHTS)
@@ -69,15 +69,29 @@ def write(path, description, write_weights, arrays, card):
         shutil.rmtree(made, ignore_errors=True)
 
 
-def _beside(path):
-    """A folder's name beside another that nobody else takes."""
-    return path.absolute().with_name(f".{path.name}.{secrets.token_hex(4)}")
+def check_place(path):
+    """Refuses to write a detector where something else stands; an empty folder will do.
+
+    Raises:
+        UserError: it does.
+    """
+    path = Path(path)
+    if path.is_dir() and ((path / DESCRIPTION).is_file() or not any(path.iterdir())):
+        return
+    if path.exists() or path.is_symlink():
+        raise UserError(f"{path} is there already and holds no detector; choose another --detector")
+
+
+def _replaced(path):
+    """Where the detector that stood at `path` is for the moment in which another takes its place."""
+    return path.absolute().with_name(f".{path.name}.replaced")
 
 
 def _replace(made, path):
     """Puts the folder `made` in the place of `path`; what stood there is gone then."""
-    old = _beside(path)
+    old = _replaced(path)
     if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
         path.rename(old)
     try:
         made.rename(path)
@@ -86,6 +100,12 @@ def _replace(made, path):
             old.rename(path)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def located(path):
+    """The folder to read: `path`, or the whole detector that stood there until a run was killed while replacing it."""
+    path = Path(path)
+    return _replaced(path) if not path.exists() and _replaced(path).is_dir() else path
 
 
 def read(path):
@@ -103,7 +123,11 @@ def read(path):
         file = path / name
         if not file.is_file():
             raise UserError(f"{file} is missing: the detector was copied in part; copy the whole folder again")
-        if files.file_hash(file) != digest:
+        try:
+            found = files.file_hash(file)
+        except OSError as error:
+            raise UserError(f"{file} cannot be read ({error.strerror}); change its permissions") from error
+        if found != digest:
             raise UserError(f"{file} was changed or damaged after the detector was made; copy the whole folder again")
     arrays = read_arrays(path / CALIBRATION, {})
     for name, values in arrays.items():
@@ -121,15 +145,33 @@ def _read_description(path):
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read ({error}); copy the whole folder again") from error
     try:
-        newest = json.loads(text)["format"]
-        if newest != FORMAT:
+        if (written := parse_json(text, {"format": POSITIVE}, required=["format"])["format"]) != FORMAT:
             raise UserError(
-                f"{path} was written in format {newest!r}, this version reads {FORMAT}; use the version that wrote it, "
+                f"{path} was written in format {written}, this version reads {FORMAT}; use the version that wrote it, "
                 "or calibrate again"
             )
         description = parse_json(text, _FIELDS, required=_FIELDS)
-        if {WEIGHTS, CALIBRATION, CARD} != description["files"].keys():
-            raise ValueError("it lists other files")
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(f"{file} is damaged ({error}); copy the whole folder again") from error
+        _check(description)
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(f"{file} is damaged ({reason}); copy the whole folder again") from error
     return description
+
+
+def _check(description):
+    """Refuses what fits `_FIELDS` and is no description for all that.
+
+    Raises:
+        ValueError: says what.
+    """
+    if {WEIGHTS, CALIBRATION, CARD} != description["files"].keys():
+        raise ValueError("it lists other files")
+    for name, spot in description["blind_spots"].items():
+        check_fields(spot, _SPOT, required=_SPOT, where=f"blind_spots.{shortened(name)}.")
+    check_fields(description["checkpoint"], {"step": COUNT}, where="checkpoint.")
+    level = [description["settings"]]
+    while level:
+        value = level.pop()
+        level += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        if isinstance(value, (int, float)) and not abs(value) <= _SETTING_MOST:
+            raise ValueError(f"settings hold {shortened(value)}")

@@ -11,18 +11,18 @@ import numpy as np
 
 from basics import files
 from basics.console import UserError
-from storage.arrays import read_arrays, write_arrays
-from storage.json_schema import LIST, POSITIVE, SHARE, TABLE, TEXT, parse_json
+from storage.arrays import OtherOrigin, read_arrays, write_arrays
+from storage.json_schema import POSITIVE, SHARE, TABLE, TEXT, list_of, parse_json
 from storage.tables import write_csv
 
 PREDICTIONS, SKIPPED, SUMMARY, REPORT = "predictions.csv", "skipped.csv", "summary.json", "report.html"
 _NAMES, _ARRAYS = "outcome.json", "outcome.npz"
 _FIELDS = {
-    "files": LIST,
-    "skipped": LIST,
+    "files": list_of(TEXT),
+    "skipped": list_of(list_of(TEXT, 2)),
     "facts": TABLE,
-    "parts": LIST,
-    "reasons": LIST,
+    "parts": list_of(TEXT),
+    "reasons": list_of(TEXT),
     "rate": SHARE,
     "folder_p_value": SHARE,
     "calibration_images": POSITIVE,
@@ -68,13 +68,25 @@ def read_outcome(folder):
         raise UserError(f"there are no predictions in {folder} (no {_NAMES}); {remedy}") from error
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); {remedy}") from error
-    arrays = read_arrays(folder / _ARRAYS, {"of": files.file_hash(path)})
+    try:
+        arrays = read_arrays(folder / _ARRAYS, {"of": files.file_hash(path)})
+    except OtherOrigin as error:
+        raise UserError(f"{path} was changed, or the run that wrote it was stopped; {remedy}") from error
     if arrays is None:
         raise UserError(f"{folder / _ARRAYS} is missing; {remedy}")
-    count = len(description["files"])
-    if any(arrays.get(name, np.zeros(0)).shape != (count,) for name in ("score", "p_value")):
-        raise UserError(f"{folder / _ARRAYS} does not hold a score and a p-value of {count} images; {remedy}")
+    _check(folder / _ARRAYS, description, arrays, remedy)
     return description, arrays
+
+
+def _check(path, description, arrays, remedy):
+    """Refuses arrays that lack what is to be decided by."""
+    count = len(description["files"])
+    sizes = dict.fromkeys(("score", "p_value", *(f"part_{part}" for part in description["parts"])), count)
+    sizes["calibration"] = description["calibration_images"]
+    for name, size in sizes.items():
+        values = arrays.get(name, np.zeros(0))
+        if values.shape != (size,) or values.dtype.kind != "f" or not np.isfinite(values).all():
+            raise UserError(f"{path} does not hold {size} finite numbers called {name}; {remedy}")
 
 
 def write_summary(folder, summary):

@@ -1,6 +1,7 @@
 """Fixtures of several test modules."""
 
 import pytest
+import tiny
 from picture_files import save
 
 from basics import image_sets
@@ -14,6 +15,12 @@ def folder(tmp_path):
         save(tmp_path / "pictures" / name, index)
     (tmp_path / "pictures" / "notes.txt").write_text("no picture")
     return tmp_path / "pictures"
+
+
+@pytest.fixture(scope="session")
+def detector_folder(tmp_path_factory):
+    """A calibrated detector, not to be changed; the checkpoint that it was made from is gone."""
+    return tiny.write_detector(tmp_path_factory.mktemp("detector") / "mine")
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,7 @@ import command_line
 
 LATER = [
     "torch", "lmd.training", "lmd.evaluation", "lmd.reconstruction", "lmd.detection", "models.inference",
+    "lmd.calibrating", "lmd.predicting",
 ]  # fmt: skip
 
 

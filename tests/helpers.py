@@ -58,12 +58,14 @@ def filled_model(config):
 class GaussianScore(Score):
     """The exact score of data N(mean, cov), mean (D,), under an SDE: -(alpha^2 cov + std^2 I)^-1 (x - alpha mean)."""
 
+    continuous = True
+
     def __init__(self, sde, mean, cov):
         self.sde, self.mean = sde, mean
         self.variances, self.axes = torch.linalg.eigh(cov)
 
     def __call__(self, x, t):
-        alpha, std = self.sde.marginal(t[:1])
+        alpha, std = (value[:, None] for value in self.sde.marginal(t))  # (B, 1) or (1, 1)
         along = (x.flatten(1) - alpha * self.mean) @ self.axes  # (B, D)
         return -((along / (alpha**2 * self.variances + std**2)) @ self.axes.T).view_as(x)
 

@@ -13,6 +13,7 @@ import models
 from basics import noise
 from configs.base import to_dict
 from lmd import reconstruction, training
+from lmd.detector import Detector, open_model
 from lmd.reconstructor import MaskOptions
 from losses import create_state
 from storage import checkpoints
@@ -76,6 +77,16 @@ def write_checkpoint(path, tree=None, seed=3):
     net = models.create_model(tree)
     randomise(net, seed)
     checkpoints.write_checkpoint(path, create_state(tree, net), to_dict(tree), tree.seed)
+    return path
+
+
+def write_detector(path, count=100):
+    """A detector's folder, of random weights and `pictures`; returns its path."""
+    checkpoint = write_checkpoint(path.with_suffix(".pth"))
+    detector = Detector(open_model(checkpoint, device="cpu")).fit(pictures(count))
+    spots = {"noise": {"kind": "noisy", "caught": 0.25, "images": 8, "rate": 0.05}}
+    detector.save(path, blind_spots=spots, command="python calibrate.py")
+    checkpoint.unlink()
     return path
 
 

@@ -6,6 +6,13 @@ from basics.console import choose
 
 METHODS = {  # name: module and class, imported when asked for
     "lmd": ("lmd.methods.lmd", "LMD"),
+    "cfs": ("lmd.methods.cfs", "CFS"),
+    "complexity": ("lmd.methods.complexity", "Complexity"),
+    "denoising_loss": ("lmd.methods.denoising_loss", "DenoisingLoss"),
+    "gepc": ("lmd.methods.gepc", "GEPC"),
+    "msma": ("lmd.methods.msma", "MSMA"),
+    "nll": ("lmd.methods.nll", "NLL"),
+    "scoped": ("lmd.methods.scoped", "Scoped"),
 }
 
 

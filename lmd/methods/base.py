@@ -53,16 +53,14 @@ class Method(abc.ABC):
         name: its key in `methods.METHODS`.
         parts: the names of the K parts of a score, which see different things.
         reasons: part -> (what a large score says of an image, what a small one says), in words.
-        learns: whether `fit_statistics` learns anything.
         settings: what its statistics and scores depend on besides model and images: keyword arguments of its class,
             JSON types.
-        fewest_images: images that `fit_statistics` needs at least.
+        fewest_images: images that `fit_statistics` needs at least; 0 where it learns nothing.
     """
 
     name = None
     parts = ()
     reasons = {}
-    learns = False
     settings = {}
     fewest_images = 0
 
@@ -101,6 +99,10 @@ class Method(abc.ABC):
     @abc.abstractmethod
     def score_statistics(self, statistics):
         """Statistics (N, F) to scores (N, K), a column for each of `parts`; larger = further out of the domain."""
+
+    def reason(self, part, large):
+        """In words, what a large or a small score of a part says of an image."""
+        return self.reasons[part][0 if large else 1] if part in self.reasons else f"unusual by {part}"
 
     def fit(self, model, images, keys):
         """`fit_statistics` of a batch.  Arguments as `statistics`."""

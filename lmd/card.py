@@ -1,0 +1,82 @@
+"""What a detector is and does, as text: for the screen and for its card."""
+
+import numpy as np
+
+from lmd import calibration
+from lmd.calibration import percent
+
+BAND_RATES = 0.01, 0.05  # at which the band of the realised false-alarm rate is told
+_BINS = 12  # of the histogram
+
+
+def bands(n):
+    """Lines on how far the realised false-alarm rate may be from the one that was asked for."""
+    lines = []
+    for rate in BAND_RATES:
+        if rate >= calibration.smallest_rate(n):
+            low, high = calibration.band(n, rate)
+            lines.append(f"at {percent(rate)} the realised rate lies between {low:.2%} and {high:.2%} (95 %)")
+    return lines
+
+
+def histogram(scores):
+    """The calibration scores as lines of text."""
+    counts, edges = np.histogram(scores, bins=_BINS)
+    widest = counts.max()
+    return [
+        f"  {low:10.4g} to {high:10.4g} {count:7,} {'#' * round(40 * count / widest)}"
+        for low, high, count in zip(edges, edges[1:], counts, strict=False)
+    ]
+
+
+def rarest_first(spots):
+    """The entries of `blind_spots`, what is rarely caught first."""
+    return sorted(spots.values(), key=lambda spot: spot["caught"])
+
+
+def card(detector, description):
+    """The card of a `detector.Detector`, Markdown.
+
+    Args:
+        detector: a calibrated one.
+        description: the fields of its folder's `detector.json`.
+    """
+    known, data = detector.calibration, detector.model.config.data
+    n = len(known.parts)
+    lines = [
+        "# Detector",
+        "",
+        f"Decides whether an image belongs to the domain of {description['images'].get('source', 'some images')}.",
+        "",
+        f"- Method: {detector.method.name}, {detector.method.evaluations(detector.model)} network evaluations an "
+        f"image of {data.image_size}x{data.image_size} pixels, {data.num_channels} channel(s).",
+        f"- Calibrated with {n:,} images; {len(known.reference):,} others are what the method compares with.",
+        f"- Decides at {percent(detector.rate)}; smallest rate: {percent(calibration.smallest_rate(n))}.",
+        *(f"- {line[0].upper()}{line[1:]}." for line in bands(n)),
+        *([f"- Made by: `{description['command']}`"] if description["command"] else []),
+        "",
+        "## Scores of the calibration images",
+        "",
+        "```",
+        *histogram(known.scores),
+        "```",
+        "",
+    ]
+    return "\n".join(lines + _blind_spots(description["blind_spots"]))
+
+
+def _blind_spots(spots):
+    if not spots:
+        return []
+    rate = next(iter(spots.values()))["rate"]
+    return [
+        "## Blind spots",
+        "",
+        f"Made-up foreign images, and the share of them that is caught at {percent(rate)}. What is rarely caught here",
+        "is not seen.",
+        "",
+        "| kind | caught | images |",
+        "|---|---|---|",
+        *(f"| {spot['kind']} | {spot['caught']:.0%} | {spot['images']} |" for spot in rarest_first(spots)),
+        "",
+    ]
