@@ -209,7 +209,7 @@ def _outcome(work, *arguments):
 
 def _learns(method):
     """Whether a method needs in-domain images to learn from, or to combine its parts."""
-    return method.learns or len(method.parts) > 1
+    return method.fewest_images > 0 or len(method.parts) > 1
 
 
 def _scores(method, reference, part, measured):

@@ -29,10 +29,9 @@ class Brightness(Method):
 
     name = "brightness"
     parts = ("brightness",)
-    learns = True
     measured = []  # numbers of images, a call each
 
-    def __init__(self, power=1.0, fewest=0, broken=""):
+    def __init__(self, power=1.0, fewest=1, broken=""):
         self.settings = {"power": power, "fewest": fewest, "broken": broken}
         self.fewest_images = fewest
 
