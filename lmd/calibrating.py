@@ -8,15 +8,16 @@ from pathlib import Path
 import torch
 
 from basics import distributed, files, noise
-from basics.console import say, warn
+from basics.console import UserError, say, warn
 from configs.base import to_dict
-from lmd import calibration, methods, shifts
+from lmd import calibration, shifts
 from lmd.calibration import percent
 from lmd.card import bands, histogram, rarest_first
 from lmd.detector import Detector, content_keys_of
 from lmd.held_out import held_out
 from lmd.measurement import Measurement, statistics_of
 from lmd.methods.base import TrainedModel
+from lmd.methods.selection import select
 from lmd.reconstructor import rows_within
 from lmd.trained_model import load_model, weights_path
 from models import inference
@@ -33,8 +34,7 @@ class CalibrationJob:
         ckpt_path, data_root, max_images, workers, seed, memory_gb, precision: as in `reconstruction.Job`.
         in_domain: the source of the held-back images.
         detector: the folder to write.
-        method: a name in `methods.METHODS`.
-        settings: of the method.
+        method: a name in `methods.METHODS`, with settings where they are not to be the default ones: `lmd:reps=10`.
         false_alarm_rate: at which the detector decides, and the blind spots are measured.
         fit_share: see `Detector.fit`.
         card_images: calibration images of which each kind of made-up foreign image is made; 0 for none.
@@ -47,7 +47,6 @@ class CalibrationJob:
     in_domain: str
     detector: str
     method: str = "lmd"
-    settings: dict = dataclasses.field(default_factory=dict)
     false_alarm_rate: float = 0.05
     fit_share: float = 0.5
     card_images: int = 100
@@ -73,7 +72,7 @@ def calibrate(job, device, ranks=distributed.ALONE):
         UserError: for bad input; a detector that was there stays.
     """
     detector_folder.check_place(job.detector)
-    method = methods.create(job.method, **job.settings)
+    method = _method(job.method)
     ckpt_path = find_checkpoint(job.ckpt_path)
     precision = inference.resolve(job.precision, device)
     with files.unchanged(weights_path(ckpt_path)) as checkpoint:
@@ -94,6 +93,14 @@ def calibrate(job, device, ranks=distributed.ALONE):
         ranks.on_main(lambda: detector.save(job.detector, **facts))
     ranks.on_main(lambda: shutil.rmtree(unfinished, ignore_errors=True))
     say(f"detector: {job.detector}")
+
+
+def _method(text):
+    """The one method that --method names."""
+    chosen = select(text)
+    if len(chosen) != 1:
+        raise UserError(f"--method names {len(chosen)} methods; a detector has one, compare.py compares several")
+    return next(iter(chosen.values()))
 
 
 # ------------------------------------------------------------------------------------------------------- images

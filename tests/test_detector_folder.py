@@ -100,7 +100,7 @@ CRAFTED = {  # field: value, message; a field that is not there yet is added
     "metrics": ("settings", {"metrics": ["PSNR"]}, "unknown metric 'PSNR'"),
     "metrics' type": ("settings", {"metrics": 5}, "can be used"),
     "other metrics": ("settings", {"metrics": ["MSE"]}, r"reference is \(50, 2\), not \(n, 1\)"),
-    "sampler": ("settings", {"sampler": "slow"}, "unknown preset 'slow'"),
+    "sampler": ("settings", {"sampler": "slow"}, "unknown sampler of lmd 'slow'"),
     "no blocks": ("settings", {"num_blocks": 0}, "can be used"),
     "blocks": ("settings", {"num_blocks": "8"}, "can be used"),
     "too many blocks": ("settings", {"num_blocks": 10**12}, "settings hold 1000000000000"),
