@@ -35,7 +35,12 @@ def define_flags():
         required=True,
     )
     define_path("detector", None, "The folder to write; a detector that is there is replaced.", required=True)
-    flags.DEFINE_string("method", "lmd", "What an image is judged by; docs/reference.md lists the methods.")
+    flags.DEFINE_string(
+        "method",
+        "auto",
+        "What an image is judged by, with settings if need be, as of compare.py; docs/reference.md lists the methods. "
+        "auto: combined where there are enough images, else lmd.",
+    )
     flags.DEFINE_float("false_alarm_rate", 0.05, "At which the detector decides; predict.py can choose another.")
     flags.DEFINE_float(
         "fit_share", 0.5, "Share of the images that the method learns from; the others give the p-values."

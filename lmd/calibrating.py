@@ -13,7 +13,7 @@ from configs.base import to_dict
 from lmd import calibration, shifts
 from lmd.calibration import percent
 from lmd.card import bands, histogram, rarest_first
-from lmd.detector import Detector, content_keys_of
+from lmd.detector import AUTO, Detector, content_keys_of
 from lmd.held_out import held_out
 from lmd.measurement import Measurement, statistics_of
 from lmd.methods.base import TrainedModel
@@ -34,7 +34,8 @@ class CalibrationJob:
         ckpt_path, data_root, max_images, workers, seed, memory_gb, precision: as in `reconstruction.Job`.
         in_domain: the source of the held-back images.
         detector: the folder to write.
-        method: a name in `methods.METHODS`, with settings where they are not to be the default ones: `lmd:reps=10`.
+        method: a name in `methods.METHODS`, with settings where they are not to be the default ones: `lmd:reps=10`; or
+            'auto', see `Detector.choose_method`.
         false_alarm_rate: at which the detector decides, and the blind spots are measured.
         fit_share: see `Detector.fit`.
         card_images: calibration images of which each kind of made-up foreign image is made; 0 for none.
@@ -46,7 +47,7 @@ class CalibrationJob:
     ckpt_path: str
     in_domain: str
     detector: str
-    method: str = "lmd"
+    method: str = AUTO
     false_alarm_rate: float = 0.05
     fit_share: float = 0.5
     card_images: int = 100
@@ -80,6 +81,8 @@ def calibrate(job, device, ranks=distributed.ALONE):
     model = TrainedModel(job.config, score, device, rows_within(job.memory_gb, job.config, device))
     detector = Detector(model, method, seed=job.seed, center_crop=job.center_crop)
     images = ranks.in_turn(lambda: _images(job, detector, ckpt_path))
+    detector.choose_method(len(images), job.fit_share)
+    method = detector.method
     calibration.flagged_ranks(detector.calibration_images(len(images), job.fit_share), job.false_alarm_rate)
     say(f"method {method.name}: {method.evaluations(model)} network evaluations an image, {precision}")
     origin = _origin(job, method, checkpoint, precision)
@@ -96,7 +99,9 @@ def calibrate(job, device, ranks=distributed.ALONE):
 
 
 def _method(text):
-    """The one method that --method names."""
+    """The one method that --method names; 'auto' as it is."""
+    if text == AUTO:
+        return AUTO
     chosen = select(text)
     if len(chosen) != 1:
         raise UserError(f"--method names {len(chosen)} methods; a detector has one, compare.py compares several")

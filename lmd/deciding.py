@@ -12,7 +12,15 @@ from lmd import calibration
 from lmd import report as reports
 from lmd.calibration import percent
 from lmd.report import BlindSpot, Picture, Report
-from storage.predictions import PREDICTIONS, REPORT, SKIPPED, read_outcome, write_predictions, write_summary
+from storage.predictions import (
+    PREDICTIONS,
+    REPORT,
+    SKIPPED,
+    check_outcome,
+    read_outcome,
+    write_predictions,
+    write_summary,
+)
 from storage.tables import write_csv
 
 _NAMED = 3  # flagged images that are named on the screen
@@ -58,6 +66,7 @@ def decide_again(rule):
     """Decides anew about what `rule.output` holds; see `decide`."""
     if not Path(rule.output).is_dir():
         raise UserError(f"there is no folder {rule.output}; give --detector and --images to fill it")
+    check_outcome(rule.output)  # before the folder is marked as this program's
     with files.owned(rule.output):
         return decide(rule)
 

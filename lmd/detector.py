@@ -28,6 +28,7 @@ from lmd.trained_model import load_model
 from storage import detector_folder
 from storage.checkpoints import config_of, find_checkpoint, write_network
 
+AUTO = "auto"
 FEWEST = 50  # calibration images below which a detector is no use
 _FEWEST_EACH = 10  # of these to learn from, and to give p-values
 DEFAULT_RATE = 0.05
@@ -77,14 +78,15 @@ class Detector:
 
     Args:
         model: a `methods.base.TrainedModel`, see `open_model`.
-        method: a name in `methods.METHODS`, or a `methods.base.Method`.
+        method: a name in `methods.METHODS`, or a `methods.base.Method`; 'auto' for the strongest that the images which
+            calibrate it allow, see `choose_method`.
         seed: of the images' noise.
         center_crop: crop images to their centre square; else squeeze them.
     """
 
-    def __init__(self, model, method="lmd", *, seed=0, center_crop=True):
+    def __init__(self, model, method=AUTO, *, seed=0, center_crop=True):
         self.model, self.seed, self.center_crop = model, seed, center_crop
-        self.method = methods.create(method) if isinstance(method, str) else method
+        self.method = methods.create(method) if isinstance(method, str) and method != AUTO else method
         self.rate = DEFAULT_RATE
         self.calibration = None
         self.description = {}  # of the folder that it was loaded from
@@ -103,6 +105,7 @@ class Detector:
             UserError: there are too few images, or as `Measurement.run`.
         """
         images = self.images_of(held_back)
+        self.choose_method(len(images), fit_share)
         self.calibration_images(len(images), fit_share)
         chunks = self.measurement(images, folder, origin, keep=_pixel_sums).run("calibrating", ranks)
         statistics = statistics_of(chunks)
@@ -120,6 +123,17 @@ class Detector:
             "treatment": images.treatment,
         }
         return self
+
+    def choose_method(self, count, fit_share=0.5):
+        """Where the method is 'auto': `combined` if `count` images are enough for it, else `lmd`, which learns nothing.
+
+        The path of `combined` is one of continuous times, so models of discrete ones get `lmd`, too.
+        """
+        if self.method != AUTO:
+            return
+        combination = methods.create("combined")
+        enough = round(fit_share * count) >= combination.fewest_images and self.model.config.training.continuous
+        self.method = combination if enough else methods.create("lmd")
 
     def calibration_images(self, count, fit_share=0.5):
         """How many of `count` images give p-values; the method learns from the others.
@@ -174,8 +188,8 @@ class Detector:
         Raises:
             UserError: the detector is not calibrated, or the method has no map.
         """
-        images = self.images_of(images)
-        keep = self.keep_maps if maps else None
+        self._calibrated()
+        images, keep = self.images_of(images), self.keep_maps if maps else None
         chunks = self.measurement(images, keep=keep).run("predicting")
         shown = np.concatenate([chunk["map"] for chunk in chunks]) if maps else None
         return self.decide(self.method.score_statistics(statistics_of(chunks)), shown)

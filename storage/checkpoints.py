@@ -179,7 +179,18 @@ def write_network(path, net, config, step, notes=()):
     buffers = dict(net.named_buffers())
     weights = {name: value.cpu().contiguous() for name, value in net.state_dict().items() if name not in buffers}
     metadata = {"config": json.dumps(config), "step": str(step), **dict(notes)}
-    write_bytes(path, save(weights, metadata))
+    write_bytes(path, _in_order(save(weights, metadata)))
+
+
+def _in_order(data):
+    """The bytes of a safetensors file with its header sorted: of the same weights the same file.
+
+    The library writes its metadata in another order each time.
+    """
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header = header.ljust(-len(header) % 8 + len(header))  # tensors begin at multiples of eight bytes
+    return len(header).to_bytes(8, "little") + header + data[8 + size :]
 
 
 def read_ema_weights(path, lazily=False):

@@ -17,6 +17,7 @@ from storage.tables import write_csv
 
 PREDICTIONS, SKIPPED, SUMMARY, REPORT = "predictions.csv", "skipped.csv", "summary.json", "report.html"
 _NAMES, _ARRAYS = "outcome.json", "outcome.npz"
+_REMEDY = "run predict.py with --detector and --images again"
 _FIELDS = {
     "files": list_of(TEXT),
     "skipped": list_of(list_of(TEXT, 2)),
@@ -54,31 +55,39 @@ def write_outcome(folder, description, arrays):
     write_arrays(folder / _ARRAYS, {"of": files.file_hash(folder / _NAMES)}, **arrays)
 
 
+def check_outcome(folder):
+    """Refuses a folder in which there are no predictions.
+
+    Raises:
+        UserError: there are none.
+    """
+    if not (Path(folder) / _NAMES).is_file():
+        raise UserError(f"there are no predictions in {folder} (no {_NAMES}); {_REMEDY}")
+
+
 def read_outcome(folder):
     """What `write_outcome` wrote: description and arrays.
 
     Raises:
         UserError: there is none, or it is damaged.
     """
+    check_outcome(folder)
     folder, path = Path(folder), Path(folder) / _NAMES
-    remedy = "run predict.py with --detector and --images again"
     try:
         description = parse_json(path.read_text(encoding="utf-8"), _FIELDS, required=_FIELDS)
-    except FileNotFoundError as error:
-        raise UserError(f"there are no predictions in {folder} (no {_NAMES}); {remedy}") from error
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}); {remedy}") from error
+        raise UserError(f"{path} is damaged ({error}); {_REMEDY}") from error
     try:
         arrays = read_arrays(folder / _ARRAYS, {"of": files.file_hash(path)})
     except OtherOrigin as error:
-        raise UserError(f"{path} was changed, or the run that wrote it was stopped; {remedy}") from error
+        raise UserError(f"{path} was changed, or the run that wrote it was stopped; {_REMEDY}") from error
     if arrays is None:
-        raise UserError(f"{folder / _ARRAYS} is missing; {remedy}")
-    _check(folder / _ARRAYS, description, arrays, remedy)
+        raise UserError(f"{folder / _ARRAYS} is missing; {_REMEDY}")
+    _check(folder / _ARRAYS, description, arrays)
     return description, arrays
 
 
-def _check(path, description, arrays, remedy):
+def _check(path, description, arrays):
     """Refuses arrays that lack what is to be decided by."""
     count = len(description["files"])
     sizes = dict.fromkeys(("score", "p_value", *(f"part_{part}" for part in description["parts"])), count)
@@ -86,7 +95,7 @@ def _check(path, description, arrays, remedy):
     for name, size in sizes.items():
         values = arrays.get(name, np.zeros(0))
         if values.shape != (size,) or values.dtype.kind != "f" or not np.isfinite(values).all():
-            raise UserError(f"{path} does not hold {size} finite numbers called {name}; {remedy}")
+            raise UserError(f"{path} does not hold {size} finite numbers called {name}; {_REMEDY}")
 
 
 def write_summary(folder, summary):

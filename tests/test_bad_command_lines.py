@@ -1,4 +1,4 @@
-"""Wrong command lines of the three commands: one line that says what to do, exit code 2, nothing written."""
+"""Wrong command lines of the commands: one line that says what to do, exit code 2, nothing written."""
 
 import os
 import re
@@ -15,6 +15,9 @@ TRAIN = ["main", "--mode=train", "--workdir=out", "--device=cpu"]
 EVAL = ["main", "--mode=eval", "--workdir=out", "--device=cpu", CONFIG]
 RECON = ["recon", CONFIG, "--workdir=out", "--ckpt_path=k.pth", "--in_domain=photos.npz", "--device=cpu"]
 DETECT = ["detect", "--device=cpu"]
+CALIBRATE = ["calibrate", CONFIG, "--ckpt_path=k.pth", "--in_domain=photos.npz", "--detector=out", "--device=cpu"]
+PREDICT = ["predict", "--output=out", "--detector=nowhere", "--images=photos.npz", "--device=cpu"]
+DECIDE = ["predict", "--output=out"]
 CONFIGS = {  # file -> what is in it
     "syntax.py": "def get_config(:\n",
     "raises.py": "import math\n\n\ndef get_config():\n    return math.sqrt(-1)\n",
@@ -126,6 +129,34 @@ ROWS = {
     "a word too many": ([*DETECT, "--result_path=.", "\x1b[31m"], r"unexpected argument '\\x1b\[31m'; flags are"),
     "no flags": (["main"], "--config is needed"),
     "no flags of detect": (["detect"], "--result_path is needed; --help says what it is"),
+    # calibrate.py and predict.py
+    "no flags of calibrate": (["calibrate"], "--ckpt_path is needed|--config is needed"),
+    "no detector to write": ([*CALIBRATE[:4], "--device=cpu"], "--detector is needed; --help says what it is"),
+    "no held-back images": ([*CALIBRATE[:3], "--detector=out"], "--in_domain is needed; --help says what it is"),
+    "empty detector": ([*CALIBRATE, "--detector="], "flag --detector is empty; give it a value or leave it out"),
+    "detector that is a file": ([*CALIBRATE, "--detector=photos.npz"], "photos.npz is there already and holds no det"),
+    "detector that is a folder": ([*CALIBRATE, "--detector=."], r"\. is there already and holds no detector"),
+    "no checkpoint of calibrate": (CALIBRATE, "there is no checkpoint at k.pth; check the path"),
+    "its config": (["calibrate", "--ckpt_path=k.pth", *CALIBRATE[3:]], "there is no checkpoint at k.pth"),
+    "unknown method": ([*CALIBRATE, "--method=lmx"], "unknown method 'lmx'; choose one of: lmd"),
+    "rate nan": ([*CALIBRATE, "--false_alarm_rate=nan"], "flag --false_alarm_rate=nan: a number within 64 bits"),
+    "negative card": ([*CALIBRATE, "--card_images=-1"], "--card_images=-1: -1 is not a non-negative integer"),
+    "calibrate's device": ([*CALIBRATE, "--device=gpu"], "unknown device 'gpu'; choose"),
+    "no flags of predict": (["predict"], "--output is needed; --help says what it is"),
+    "nothing to decide about": (DECIDE, "there is no folder out; give --detector and --images to fill it"),
+    "no predictions": (["predict", "--output=."], r"there are no predictions in \. \(no outcome\.json\); run predict"),
+    "output is a file": (["predict", "--output=photos.npz"], "there is no folder photos.npz"),
+    "no such detector": (PREDICT, r"there is no detector in nowhere \(no detector\.json\); make one by calibrate\.py"),
+    "images missing": ([*DECIDE, "--detector=d"], "--images is missing; give both --detector and --images, or"),
+    "detector missing": ([*DECIDE, "--images=d"], "--detector is missing; give both"),
+    "two ways to flag": (
+        [*PREDICT, "--false_alarm_rate=0.1", "--false_discovery_rate=0.1"], "are two ways to flag; leave one out",
+    ),
+    "workers of nothing": ([*DECIDE, "--workers=2"], "--workers has no effect without --detector and --images; leave"),
+    "device of nothing": ([*DECIDE, "--device=cpu"], "--device has no effect without --detector and --images"),
+    "few of nothing": ([*DECIDE, "--max_images=2"], "--max_images has no effect without --detector and --images"),
+    "rate in words": ([*DECIDE, "--false_alarm_rate=low"], "--false_alarm_rate=low"),
+    "a word too many for predict": ([*DECIDE, "photos.npz"], "unexpected argument 'photos.npz'; flags are written"),
     "flag file": ([*TRAIN, "--flagfile=nowhere"], "Unable to open flagfile: .*'nowhere'"),
     "flag file that is a folder": ([*TRAIN, "--flagfile=."], "Unable to open flagfile"),
     "binary flag file": ([*TRAIN, "--flagfile=photos.npz"], "decode"),

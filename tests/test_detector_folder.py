@@ -119,7 +119,7 @@ CRAFTED = {  # field: value, message; a field that is not there yet is added
     "its kind": ("blind_spots", {"n": {**SPOT, "kind": 3}}, r"blind_spots\.\S+kind is 3, not text"),
     "its share": ("blind_spots", {"n": {**SPOT, "caught": float("nan")}}, "caught is NaN, not a number from 0 to 1"),
     "its images": ("blind_spots", {"n": {**SPOT, "images": "3"}}, "images is .*, not a whole number"),
-    "no rate of it": ("blind_spots", {"n": {"kind": "k", "caught": 0, "images": 3}}, r"blind_spots\.\S+rate is missing"),
+    "no rate of it": ("blind_spots", {"n": {"kind": "k", "caught": 0, "images": 3}}, "rate is missing"),
     "steps": ("checkpoint", {"step": "many"}, r"checkpoint\.step is .*, not a whole number"),
     "nested": ("images", {"source": nested(40)}, "it is nested too deeply"),
 }  # fmt: skip

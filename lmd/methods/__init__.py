@@ -5,14 +5,20 @@ import importlib
 from basics.console import choose
 
 METHODS = {  # name: module and class, imported when asked for
-    "lmd": ("lmd.methods.lmd", "LMD"),
     "cfs": ("lmd.methods.cfs", "CFS"),
+    "combined": ("lmd.methods.combined", "Combined"),
     "complexity": ("lmd.methods.complexity", "Complexity"),
+    "ddpm_ood": ("lmd.methods.ddpm_ood", "DDPMOOD"),
     "denoising_loss": ("lmd.methods.denoising_loss", "DenoisingLoss"),
+    "diffpath": ("lmd.methods.diffpath", "DiffPath"),
+    "eigenscore": ("lmd.methods.eigenscore", "EigenScore"),
     "gepc": ("lmd.methods.gepc", "GEPC"),
+    "lmd": ("lmd.methods.lmd", "LMD"),
     "msma": ("lmd.methods.msma", "MSMA"),
     "nll": ("lmd.methods.nll", "NLL"),
+    "projection_regret": ("lmd.methods.projection_regret", "ProjectionRegret"),
     "scoped": ("lmd.methods.scoped", "Scoped"),
+    "ufcod": ("lmd.methods.ufcod", "UFCOD"),
 }
 
 

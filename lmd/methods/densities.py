@@ -145,6 +145,13 @@ class Independent(Density):
         return np.square(values).sum(axis=1)
 
 
+class Average(Independent):
+    """The mean of the standardised numbers: how far they lie above the domain's, all together."""
+
+    def _score(self, values):
+        return values.mean(axis=1)
+
+
 class GaussianMixture(Density):
     """The negative log density under a mixture of Gaussians with full covariances.
 

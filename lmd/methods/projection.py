@@ -1,0 +1,60 @@
+"""Images noised to a level and denoised again in a few deterministic steps, and how far that takes them."""
+
+import numpy as np
+
+import metrics
+import sampling
+from basics import noise
+from basics.pixels import to_data_range, to_model_range
+from lmd.distances import compare
+from lmd.methods import network
+
+END = 0.05  # the noise ratio b / a of the last evaluation, whose predicted clean image is the result
+
+
+class Projection:
+    """Noise to a level and denoise by DDIM (arXiv 2010.02502), at times even in ln(b / a).
+
+    Args:
+        model: a `base.TrainedModel`.
+        ratio: b / a of the level, above `END`.
+        steps: evaluations of the network, at least 1.
+
+    Raises:
+        UserError: see `network.levels_at`.
+    """
+
+    def __init__(self, model, ratio, steps):
+        self._model, self._levels = model, network.levels_at(model, network.even_ratios(ratio, END, steps))
+        predictor = sampling.ExponentialIntegrator(model.score.sde, eta=0.0)
+        self._scheme = sampling.Scheme(predictor, self._levels.t.cpu())
+
+    def __call__(self, images, keys):
+        """The projected images.
+
+        Args:
+            images: (B, C, H, W) uint8, or float in [0, 1].
+            keys: (B,) int64, of the noise.
+
+        Returns:
+            (B, C, H, W) float32 in [0, 1], on the CPU.
+        """
+        model, centered = self._model, self._model.config.data.centered
+
+        def some(rows):
+            x0 = to_model_range(images[rows].to(model.device), centered)
+            z = noise.KeyedNoise(keys[rows], x0.shape[1:], model.device)(0, "prior")
+            x = self._levels.alpha[0] * x0 + self._levels.std[0] * z
+            return to_data_range(sampling.integrate(model.score, x, self._scheme, None), centered).clamp(0, 1)
+
+        return network.in_chunks(model, len(images), some)
+
+
+def distances(names, images, others, device):
+    """Distances between images (B, C, H, W) in [0, 1] and R others of each, by M metrics of `metrics.METRICS`.
+
+    Returns:
+        (M, R, B) float64.
+    """
+    compared = [metrics.create(name, device) for name in names]
+    return compare(compared, images, others, device).astype(np.float64)

@@ -1,0 +1,279 @@
+"""calibrate.py: what it prints and stores, which images it refuses, and that a stopped run ends the same."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from scipy import stats
+
+from basics.console import UserError
+from lmd import Detector, calibrating, shifts
+from lmd.calibrating import CalibrationJob
+from lmd.card import bands, histogram
+from lmd.detector import content_keys_of
+from lmd.methods.lmd import LMD
+from lmd.training import held_back
+from models import create_model
+from storage import checkpoints
+
+TRAINED_ON = tiny.pictures(600, seed=20)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Held-back images and a checkpoint of random weights."""
+    folder = tmp_path_factory.mktemp("data")
+    tiny.write_checkpoint(folder / "checkpoint.pth")
+    tiny.write_pictures(folder / "held.npz", 100)
+    return folder
+
+
+def job(data, detector, **changes):
+    values = {"in_domain": str(data / "held.npz"), "card_images": 8, "settings": {"reps": 1}, **changes}
+    values["command"] = "python calibrate.py"
+    return CalibrationJob(tiny.config(), str(data / "checkpoint.pth"), detector=str(detector), **values)
+
+
+def calibrate(job):
+    calibrating.calibrate(job, tiny.CPU)
+
+
+@pytest.fixture(scope="module")
+def made(data, tmp_path_factory):
+    """A detector's folder and what was printed while it was made."""
+    path, out, err = tmp_path_factory.mktemp("made") / "mine", io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        calibrate(job(data, path))
+    return path, out.getvalue(), err.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------- what it tells
+
+
+def test_what_it_prints_and_stores(made):
+    path, out, err = made
+    low, high = stats.beta.ppf([0.025, 0.975], 2, 49)  # k = floor(0.05 * 51)
+    band = f"at 5 % the realised rate lies between {low:.2%} and {high:.2%} (95 %)"
+    lines = out.splitlines()
+    assert "method lmd: 5 network evaluations an image, fp32" in lines
+    assert "calibrated with n = 50 images (50 others are what the method compares with); smallest " in out
+    assert "smallest false-alarm rate: 1.96078 %" in out
+    assert band in lines
+    assert "at 1 %" not in out
+    assert "warning: 50 calibration images cannot give a false-alarm rate of 1 %; hold back at least 99" in err
+    assert lines[-1] == f"detector: {path}"
+    assert [entry.name for entry in path.parent.iterdir()] == ["mine"]
+    detector, card = Detector.load(path, device="cpu"), (path / "card.md").read_text()
+    for text in (
+        band[1:],
+        *histogram(detector.calibration.scores),
+        "smallest rate: 1.96078 %",
+        "n image of 8x8 pixels",
+    ):
+        assert text in card
+    description = json.loads((path / "detector.json").read_text())
+    assert description["images"]["count"] == 100
+    assert description["checkpoint"]["path"].endswith("checkpoint.pth")
+    assert description["command"] == "python calibrate.py"
+    assert description["rate"] == 0.05
+
+
+def test_blind_spots(made, data):
+    """The shares are those of the detector's own answers."""
+    path, out, _ = made
+    detector = Detector.load(path, device="cpu")
+    spots = detector.description["blind_spots"]
+    assert spots.keys() == shifts.SHIFTS.keys()
+    assert len(spots) == 12
+    printed = [float(share) for share in re.findall(r"^  .{45} +([0-9.]+)%$", out, re.M)]
+    assert printed == sorted(round(100 * spot["caught"], 1) for spot in spots.values())
+    images = detector.images_of(str(data / "held.npz"))
+    chosen = images.take(torch.linspace(0, 99, 8).round().long())
+    keys = content_keys_of(images.part(torch.linspace(0, 99, 8).round().long()))
+    for kind in ("inverted", "halves"):
+        shifted = shifts.make(kind, chosen, keys, chosen[shifts.partner_positions(keys)])
+        assert spots[kind]["caught"] == detector.predict(shifted).is_outlier.mean()
+        assert spots[kind]["images"] == 8
+        assert f"| {spots[kind]['kind']} | {spots[kind]['caught']:.0%} | 8 |" in (path / "card.md").read_text()
+
+
+def test_bands_and_histogram():
+    assert [line.split(" the ")[0] for line in bands(99)] == ["at 1 %", "at 5 %"]
+    low, high = stats.beta.ppf([0.025, 0.975], 10, 991)
+    assert bands(1000)[0] == f"at 1 % the realised rate lies between {low:.2%} and {high:.2%} (95 %)"
+    assert bands(18) == []
+    lines = histogram(np.arange(24.0))
+    assert [line.split()[3:] for line in lines] == 12 * [["2", 40 * "#"]]
+    assert len(histogram(np.ones(5))) == 12
+
+
+def test_no_card_and_another_share(data, tmp_path, capsys):
+    calibrate(job(data, tmp_path / "mine", card_images=0, fit_share=0.2, false_alarm_rate=0.2))
+    assert "made-up" not in capsys.readouterr().out
+    detector = Detector.load(tmp_path / "mine", device="cpu")
+    assert (len(detector.calibration.reference), len(detector.calibration.parts)) == (20, 80)
+    assert detector.rate == 0.2
+    assert "Blind spots" not in (tmp_path / "mine" / "card.md").read_text()
+
+
+# ------------------------------------------------------------------------------------------ refused before work
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"false_alarm_rate": 0.01}, r"^n = 50 cannot give 1 %; calibrate with at least 99$"),
+        ({"false_alarm_rate": 1.0}, r"^a false-alarm rate lies between 0 and 1, not at 1\.0; 0\.01 means 1 %$"),
+        ({"fit_share": 1.5}, r"^--fit_share must lie between 0 and 1, not at 1\.5$"),
+        (
+            {"max_images": 49},
+            r"^49 images are too few to calibrate with: the false-alarm rate could not ",
+        ),
+        ({"method": "lmx"}, "^unknown method 'lmx'; choose one of: lmd"),
+        ({"in_domain": "nowhere"}, "^unknown data set 'nowhere'"),
+        ({"detector": "."}, r"^\. is there already and holds no detector; choose another --detector$"),
+    ],
+)
+def test_refused_before_work(changes, message, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(LMD, "examine", None)
+    with pytest.raises(UserError, match=message):
+        calibrate(dataclasses.replace(job(data, tmp_path / "mine"), **changes))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_gives_nan(data, tmp_path, monkeypatch):
+    plain = LMD._distances
+    monkeypatch.setattr(LMD, "_distances", lambda *arguments: plain(*arguments) * np.nan)
+    with pytest.raises(UserError, match=r"^what the method lmd measures is NaN or infinite: the model's weights"):
+        calibrate(job(data, tmp_path / "mine"))
+    assert not (tmp_path / "mine").exists()
+
+
+# ------------------------------------------------------------------------------------------- images trained on
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Work folder of a model that was trained on 540 of 600 images, and those images."""
+    folder = tmp_path_factory.mktemp("trained")
+    np.savez(folder / "all.npz", TRAINED_ON)
+    tiny.train(tiny.config(data__dataset=str(folder / "all.npz"), training__n_iters=2), folder / "work")
+    return folder
+
+
+def test_what_training_held_back_is_used(trained, tmp_path, capsys):
+    config = tiny.config(data__dataset=str(trained / "all.npz"))
+    values = {
+        "card_images": 0,
+        "settings": {"reps": 1},
+        "in_domain": str(trained / "all.npz"),
+        "detector": str(tmp_path / "mine"),
+    }
+    calibrate(CalibrationJob(config, str(trained / "work"), **values))
+    assert f"{trained}/all.npz is what the model was trained on: the 60 images held back then are used\n" in (
+        capsys.readouterr().out
+    )
+    detector = Detector.load(tmp_path / "mine", device="cpu")
+    expected = detector.images_of(TRAINED_ON[held_back(600).numpy()])
+    assert detector.description["images"]["fingerprint"] == expected.fingerprint
+
+
+def kept():
+    """Those that the model has seen."""
+    return np.delete(TRAINED_ON, held_back(600).numpy(), axis=0)
+
+
+@pytest.mark.parametrize(
+    ("images", "named", "message"),
+    [
+        (kept(), "", r"^the model was trained on the images of \S+: on these it is surer than on new ones"),
+        (kept()[::-1], "data", r"^540 of the 540 images of \S+ are among those of \S+, which the model was"),
+        (np.concatenate([kept()[:60], tiny.pictures(40)]), "data", r"^60 of the 100 images of \S+ are among those of "),
+    ],
+)  # fmt: skip
+def test_images_trained_on_are_refused(images, named, message, trained, tmp_path, monkeypatch):
+    """By the checkpoint's fingerprint, or by what is in the folder that its config names."""
+    monkeypatch.setattr(LMD, "examine", None)
+    np.savez(tmp_path / "held.npz", images)
+    config = tiny.config(data__dataset=str(trained / "all.npz") if named else "nowhere")
+    values = {"in_domain": str(tmp_path / "held.npz"), "detector": str(tmp_path / "mine")}
+    with pytest.raises(UserError, match=message):
+        calibrate(CalibrationJob(config, str(trained / "work"), **values))
+    assert not (tmp_path / "mine").exists()
+
+
+def test_weights_that_do_not_say_what_they_were_trained_on(trained, tmp_path, monkeypatch):
+    """Those of an EMA-only file: the folder that its config names is compared; a few images of it are warned of."""
+    config = tiny.config(data__dataset=str(trained / "all.npz"))
+    source, weights = checkpoints.find_checkpoint(trained / "work"), tmp_path / "ema.safetensors"
+    checkpoints.write_ema_weights(weights, source, create_model(config), tiny.to_dict(config), {})
+    monkeypatch.setattr(LMD, "examine", None)
+    values = {"detector": str(tmp_path / "mine"), "card_images": 0, "settings": {"reps": 1}}
+    np.savez(tmp_path / "held.npz", TRAINED_ON[:80])
+    with pytest.raises(UserError, match=r"^80 of the 80 images of "):
+        calibrate(CalibrationJob(config, str(weights), in_domain=str(tmp_path / "held.npz"), **values))
+    monkeypatch.undo()
+    err = io.StringIO()
+    np.savez(tmp_path / "held.npz", np.concatenate([TRAINED_ON[:10], tiny.pictures(50)]))
+    with contextlib.redirect_stderr(err):
+        calibrate(CalibrationJob(config, str(weights), in_domain=str(tmp_path / "held.npz"), **values))
+    assert (
+        f"warning: 10 of the 60 images of {tmp_path}/held.npz are in {trained}/all.npz, the training " in err.getvalue()
+    )
+
+
+# ------------------------------------------------------------------------------------------- killed and continued
+
+KILLED = """
+import os, signal, sys
+import test_calibrate
+from pathlib import Path
+from basics import files
+
+data, place = map(Path, sys.argv[1:])
+flush = os.fsync
+for write in (2, 9, 16):  # the first blind spot, another, the detector's own files
+    if child := os.fork():
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        continue
+    done = []
+
+    def fsync(handle):
+        done.append(handle)
+        if len(done) == write:
+            os.kill(os.getpid(), signal.SIGKILL)
+        flush(handle)
+
+    files.os.fsync = fsync
+    test_calibrate.calibrate(test_calibrate.job(data, place / str(write) / "mine"))
+"""
+
+
+def test_killed_and_continued(made, data, tmp_path, monkeypatch):
+    code, _, err = tiny.command("-c", KILLED, data, tmp_path)
+    assert code == 0, err
+    for folder in sorted(tmp_path.iterdir(), key=lambda path: int(path.name)):
+        assert not (folder / "mine").exists()
+        assert (folder / "mine.unfinished").is_dir()
+        if folder.name == "16":
+            monkeypatch.setattr(LMD, "_reconstruct", None)  # all is there
+        calibrate(job(data, folder / "mine"))
+        assert tiny.snapshot(folder / "mine") == tiny.snapshot(made[0])
+        assert not (folder / "mine.unfinished").exists()
+
+
+def test_other_settings_than_the_run_that_was_stopped(made, data, tmp_path, capsys, monkeypatch):
+    """It is told, and what no longer fits is measured anew."""
+    monkeypatch.setattr(calibrating, "blind_spots", tiny.failing(5))
+    with pytest.raises(OSError, match="Input/output error"):
+        calibrate(job(data, tmp_path / "mine", seed=1))
+    monkeypatch.undo()
+    calibrate(job(data, tmp_path / "mine"))
+    assert "mine.unfinished/statistics: 1 of 1 parts were measured from other images, or oth" in capsys.readouterr().out
+    assert tiny.snapshot(tmp_path / "mine") == tiny.snapshot(made[0])
