@@ -8,6 +8,7 @@ import torch
 
 from basics import distributed, files, noise
 from basics.console import UserError, say, warn
+from basics.preparation import spread
 from configs.base import to_dict
 from lmd import calibration, methods, shifts
 from lmd.calibration import percent
@@ -80,7 +81,7 @@ def calibrate(job, device, ranks=distributed.ALONE):
     model = TrainedModel(job.config, score, device, rows_within(job.memory_gb, job.config, device))
     detector = Detector(model, method, seed=job.seed, center_crop=job.center_crop)
     images = ranks.in_turn(lambda: _images(job, detector, ckpt_path))
-    calibration.flagged_ranks(detector.calibration_images(len(images), job.fit_share), job.false_alarm_rate)
+    _check_rate(detector, len(images), job)
     say(f"method {method.name}: {method.evaluations(model)} network evaluations an image, {precision}")
     origin = _origin(job, method, checkpoint, precision)
     unfinished = Path(f"{job.detector.rstrip('/')}.unfinished")
@@ -100,25 +101,48 @@ def calibrate(job, device, ranks=distributed.ALONE):
 
 def _images(job, detector, ckpt_path):
     """The held-back images; refused where the model is known to have been trained on them."""
-    options = {"data_root": job.data_root, "max_images": job.max_images, "workers": job.workers}
-    images = detector.images_of(job.in_domain, **options)
+    images = detector.images_of(job.in_domain, data_root=job.data_root, workers=job.workers)  # all, to be recognised
     known = data_of(ckpt_path) if Path(ckpt_path).suffix == ".pth" else None
-    if known is None:
-        _check_against_training_folder(job, detector, images)
-        return images
-    if known["fingerprint"] == images.fingerprint:
+    if known is not None and known["fingerprint"] == images.fingerprint:
         raise UserError(
             f"the model was trained on the images of {job.in_domain}: on these it is surer than on new ones, and every "
             "false-alarm rate would be wrong; give --in_domain images that were held back"
         )
     held = held_back(len(images))
-    kept = torch.ones(len(images), dtype=torch.bool)
-    kept[held] = False
-    if len(held) and images.part(kept.nonzero().flatten()).fingerprint == known["fingerprint"]:
+    if known is not None and len(held) and _without(images, held).fingerprint == known["fingerprint"]:
         say(f"{job.in_domain} is what the model was trained on: the {len(held):,} images held back then are used")
-        return images.part(held)
+        return _some(images.part(held), job.max_images)
+    images = _some(images, job.max_images)
     _check_against_training_folder(job, detector, images)
     return images
+
+
+def _without(images, rows):
+    kept = torch.ones(len(images), dtype=torch.bool)
+    kept[rows] = False
+    return images.part(kept.nonzero().flatten())
+
+
+def _some(images, wanted):
+    """`wanted` of the images, evenly spread; all of them where that is None or more."""
+    rows = spread(len(images), wanted)
+    if len(rows) == len(images):
+        return images
+    say(f"'{images.name}': {len(rows):,} of {len(images):,} images are used, evenly spread (--max_images)")
+    return images.part(torch.tensor(rows))
+
+
+def _check_rate(detector, count, job):
+    """Refuses a rate that `count` images cannot give, before any work."""
+    n = detector.calibration_images(count, job.fit_share)
+    try:
+        calibration.flagged_ranks(n, job.false_alarm_rate)
+    except UserError as error:
+        if n == count or not 0 < job.false_alarm_rate < 1:
+            raise
+        raise UserError(
+            f"{error} for the p-values, which {n:,} of these {count:,} images give (--fit_share)"
+        ) from error
 
 
 def _check_against_training_folder(job, detector, images):
