@@ -29,13 +29,17 @@ def define_flags():
     define_config("The config that the model was trained with, by default the checkpoint's own.", value_of("ckpt_path"))
     define_path("ckpt_path", None, "The checkpoint, as --ckpt_path of recon.py.", required=True)
     define_path(
-        "fit",
+        "in_domain",
         None,
-        "In-domain images that the model was not trained on, which methods learn from: a folder, a .txt list, a .npz "
-        "or .npy file, or the name of a data set (its test images).",
+        "In-domain images that the model was not trained on: a folder, a .txt list, a .npz or .npy file, or the name "
+        "of a data set (its test images).",
         required=True,
     )
-    define_path("in_domain", None, "Other such images, which are scored.", required=True)
+    define_path(
+        "fit",
+        None,
+        "Other such images, which methods learn from; by default half of --in_domain, which is then not scored.",
+    )
     flags.DEFINE_string(
         "out_of_domain",
         None,

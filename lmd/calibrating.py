@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from basics import distributed, files, noise
-from basics.console import choose, say, warn
+from basics.console import UserError, choose, say, warn
 from configs.base import to_dict
 from lmd import calibration, shifts
 from lmd.calibration import percent
@@ -84,7 +84,7 @@ def calibrate(job, device, ranks=distributed.ALONE):
     images = ranks.in_turn(lambda: _images(job, detector, ckpt_path))
     detector.choose_method(len(images), job.fit_share)
     method = detector.method
-    calibration.flagged_ranks(detector.calibration_images(len(images), job.fit_share), job.false_alarm_rate)
+    _check_rate(detector, len(images), job)
     say(f"method {method.name}: {method.evaluations(model)} network evaluations an image, {precision}")
     origin = _origin(job, method, checkpoint, precision)
     unfinished = Path(f"{job.detector.rstrip('/')}.unfinished")
@@ -112,6 +112,19 @@ def _images(job, detector, ckpt_path):
     """The held-back images; refused where the model is known to have been trained on them."""
     load = functools.partial(detector.images_of, data_root=job.data_root, workers=job.workers)
     return held_out(load, job.in_domain, "--in_domain", job.config, ckpt_path, job.max_images)
+
+
+def _check_rate(detector, count, job):
+    """Refuses a rate that `count` images cannot give, before any work."""
+    n = detector.calibration_images(count, job.fit_share)
+    try:
+        calibration.flagged_ranks(n, job.false_alarm_rate)
+    except UserError as error:
+        if n == count or not 0 < job.false_alarm_rate < 1:
+            raise
+        raise UserError(
+            f"{error} for the p-values, which {n:,} of these {count:,} images give (--fit_share)"
+        ) from error
 
 
 def _origin(job, method, checkpoint, precision):

@@ -19,6 +19,8 @@ from lmd.measurement import Measurement, statistics_of
 from lmd.methods.base import Examined, TrainedModel
 from lmd.ranking import Candidate
 
+_CHUNK_EVALUATIONS = 100_000  # of the network at most for images that are measured together: what a kill loses
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Set:
@@ -84,7 +86,7 @@ class Bench:
         """
         costs = {label: self._cost(method) for label, method in chosen.items()}
         order = sorted(chosen, key=lambda label: (costs[label] is None, costs[label]))
-        missing = {label: self._missing(chosen[label]) * max(1, costs[label] or 1) for label in order}
+        missing = {label: self._missing(chosen[label], costs[label]) * max(1, costs[label] or 1) for label in order}
         found = []
         with progress(total=sum(missing.values()), unit=" evaluations", unit_scale=True, desc="comparing") as bar:
             for label in order:
@@ -106,7 +108,7 @@ class Bench:
     def _made(self, label, method, evaluations, step):
         """The candidates of one method: itself, and its parts where these are asked for."""
         times = []  # (seconds, images)
-        measure = lambda one: self._measure(method, one, step, times)
+        measure = lambda one: self._measure(self._measurement(method, one, evaluations, step), times)
         columns = {label: None}
         if self.parts and len(method.parts) > 1:
             columns |= {f"{label}[{part}]": k for k, part in enumerate(method.parts)}
@@ -158,28 +160,28 @@ class Bench:
         outcome = _outcome(self._agreed, lambda: self.ranks.in_turn(lambda: method.evaluations(self.model)))
         return None if isinstance(outcome, UserError) else outcome
 
-    def _missing(self, method):
+    def _missing(self, method, evaluations):
         """How many images are to be measured by a method."""
         needed = [*([self.sets.fit] if _learns(method) else []), self.sets.in_domain, *self.sets.foreign.values()]
-        return sum(self._measurement(method, one).missing for one in needed)
+        return sum(self._measurement(method, one, evaluations).missing for one in needed)
 
-    def _measure(self, method, one, step, times):
+    def _measurement(self, method, one, evaluations, step=None):
+        origin = {"method": method.name, "settings": method.settings, "shift": one.shift, **self.origin}
+        text = json.dumps([origin, one.images.fingerprint], sort_keys=True)
+        folder = self.folder / f"{method.name}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        timed, most = _Timed(method, step), _CHUNK_EVALUATIONS // max(1, evaluations or 1)
+        where = {"seed": self.origin["seed"], "origin": origin, "folder": folder}
+        return Measurement(timed, self.model, one.images, **where, change=one.change, keep=timed.keep, most=most or 1)
+
+    def _measure(self, measurement, times):
         """Statistics (N, F) of a set; adds (seconds, images) to `times`.
 
         Raises:
             UserError: on all ranks alike, as `Measurement.run`.
         """
-        measurement = self._measurement(method, one, step)
         chunks = self._agreed(lambda: measurement.run(None, self.ranks))
-        times.append((sum(float(chunk["seconds"]) for chunk in chunks), len(one.images)))
+        times.append((sum(float(chunk["seconds"]) for chunk in chunks), len(measurement.images)))
         return statistics_of(chunks)
-
-    def _measurement(self, method, one, step=None):
-        origin = {"method": method.name, "settings": method.settings, "shift": one.shift, **self.origin}
-        text = json.dumps([origin, one.images.fingerprint], sort_keys=True)
-        folder = self.folder / f"{method.name}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-        timed = _Timed(method, step)
-        return Measurement(timed, self.model, one.images, self.origin["seed"], origin, folder, one.change, timed.keep)
 
     def _agreed(self, work):
         """What `work()` gives; all ranks call this.

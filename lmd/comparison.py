@@ -10,7 +10,7 @@ from pathlib import Path
 
 import datasets
 from basics import distributed, files, noise
-from basics.console import UserError, warn
+from basics.console import UserError, say, warn
 from configs.base import to_dict
 from lmd import shifts
 from lmd.candidates import Bench, Set, Sets
@@ -37,10 +37,10 @@ class ComparisonJob:
     Attributes:
         config: the config tree.
         ckpt_path, data_root, workers, seed, memory_gb, precision: as in `reconstruction.Job`.
-        fit: the source of in-domain images that the methods learn from.
-        in_domain: the source of other in-domain images.
+        in_domain: the source of the in-domain images.
         out_of_domain: sources of foreign images, separated by commas; see `MADE_UP`.
         output: the folder of the results.
+        fit: the source of other in-domain images, which the methods learn from; None for half of `in_domain`.
         methods: see `methods.selection.select`.
         parts: whether the parts of methods that combine several get rows of their own.
         center_crop: as --id_center_crop of recon.py.
@@ -50,10 +50,10 @@ class ComparisonJob:
 
     config: object
     ckpt_path: str
-    fit: str
     in_domain: str
     out_of_domain: str
     output: str
+    fit: str | None = None
     methods: str = "all"
     parts: bool = False
     center_crop: bool = True
@@ -107,7 +107,7 @@ def _facts(job, sets, checkpoint, precision):
     """What compare.json says of how the table was made."""
     described = lambda source, one: {"source": source, "fingerprint": one.images.fingerprint, "images": len(one.images)}
     return {
-        "fit": described(job.fit, sets.fit),
+        "fit": described(job.fit or f"{job.in_domain} (half of it)", sets.fit),
         "in_domain": described(job.in_domain, sets.in_domain),
         "out_of_domain": {name: described(name, one) for name, one in sets.foreign.items()},
         "checkpoint": checkpoint,
@@ -158,9 +158,13 @@ def _load(job, sources, ckpt_path):
         data_root=job.data_root,
         workers=job.workers,
     )
-    fit = held_out(load, job.fit, "--fit", job.config, ckpt_path, job.max_images)
     known = held_out(load, job.in_domain, "--in_domain", job.config, ckpt_path, job.max_images)
-    _check_apart(job, fit, known)
+    if job.fit is None:
+        fit, known = _halves(known)
+        say(f"methods learn from {len(fit):,} of the images of {job.in_domain}; the other {len(known):,} are scored")
+    else:
+        fit = held_out(load, job.fit, "--fit", job.config, ckpt_path, job.max_images)
+        _check_apart(job, fit, known)
     if data.image_size < _SMALLEST and any(name.startswith(f"{MADE_UP}:") for name in sources):
         raise UserError(f"foreign images are made up of images of {_SMALLEST} pixels at least; leave {MADE_UP} out")
     keys = content_keys_of(known)
@@ -176,13 +180,27 @@ def _load(job, sources, ckpt_path):
     return Sets(Set(fit), Set(known), foreign)
 
 
+def _halves(images):
+    """Two parts of an `ImageSet`, chosen by the images' content, not by their place.
+
+    Raises:
+        UserError: there is one image alone.
+    """
+    if len(images) < 2:
+        raise UserError(f"--in_domain has {len(images)} image, of which no half can be learned from; give --fit, too")
+    order = noise.seed_keys("fit", content_keys_of(images)).argsort(stable=True)
+    half = len(images) // 2
+    return images.part(order[:half].sort().values), images.part(order[half:].sort().values)
+
+
 def _check_apart(job, fit, known):
     """Refuses scores of the very images that the methods learned from."""
     shared = shared_with(known, fit)
     if 2 * shared > len(known):
         raise UserError(
             f"{shared:,} of the {len(known):,} images of --in_domain {job.in_domain} are those of --fit {job.fit}: "
-            "methods know what they were fitted to, and every ROC-AUC would be too good; give other images to one"
+            "methods know what they were fitted to, and every ROC-AUC would be too good; give other images, or "
+            "leave --fit out: half of the in-domain images are learned from then"
         )
     if shared:
         warn(f"{shared:,} of the {len(known):,} images of {job.in_domain} are in {job.fit}, which methods learn from")

@@ -146,7 +146,7 @@ def draw(table):
 
 def _draw_cost(axes, summaries):
     for rank, row in summaries:
-        place = {"textcoords": "offset points", "xytext": (5 + 9 * (rank % 3), -3), "fontsize": 8}
+        place = {"textcoords": "offset points", "xytext": (6, -3), "fontsize": 8}
         axes.plot([row["evaluations"]] * 2, [row["minimum"], row["mean"]], "_-", color=f"C{rank % 10}", linewidth=1)
         axes.plot(row["evaluations"], row["mean"], "o", color=f"C{rank % 10}")
         axes.annotate(str(rank), (row["evaluations"], row["mean"]), color=f"C{rank % 10}", **place)
@@ -171,4 +171,4 @@ def _draw_map(axes, table, methods, names):
         axes.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
     axes.set_xticks(range(len(names)), map(shown_text, names), rotation=60, ha="right", fontsize=8)
     axes.set_yticks(range(len(methods)), map(shown_text, methods.values()), fontsize=8)
-    axes.set_title("ROC-AUC: green is told from the domain, red is taken for more typical than it", fontsize=10)
+    axes.set_title("ROC-AUC of each set", fontsize=10)

@@ -6,6 +6,7 @@ import torch
 
 from basics import files
 from basics.console import UserError, say, warn
+from basics.preparation import spread
 from lmd.detector import content_keys_of
 from lmd.training import held_back
 from storage.checkpoints import data_of
@@ -27,24 +28,35 @@ def held_out(load, source, flag, config, ckpt_path, max_images=None):
     Raises:
         UserError: more than half of them were trained on, or as `datasets.load`.
     """
-    images = load(source, max_images=max_images)
+    images = load(source)  # all of them, to be recognised
     known = data_of(ckpt_path) if Path(ckpt_path).suffix == ".pth" else None
-    if known is None:
-        _check_against_training_folder(load, source, flag, config, images)
-        return images
-    if known["fingerprint"] == images.fingerprint:
+    if known is not None and known["fingerprint"] == images.fingerprint:
         raise UserError(
             f"the model was trained on the images of {source}: on these it is surer than on new ones, and every "
             f"false-alarm rate would be wrong; give {flag} images that were held back"
         )
     held = held_back(len(images))
-    kept = torch.ones(len(images), dtype=torch.bool)
-    kept[held] = False
-    if len(held) and images.part(kept.nonzero().flatten()).fingerprint == known["fingerprint"]:
+    if known is not None and len(held) and _without(images, held).fingerprint == known["fingerprint"]:
         say(f"{source} is what the model was trained on: the {len(held):,} images held back then are used")
-        return images.part(held)
+        return _some(images.part(held), max_images)
+    images = _some(images, max_images)
     _check_against_training_folder(load, source, flag, config, images)
     return images
+
+
+def _without(images, rows):
+    kept = torch.ones(len(images), dtype=torch.bool)
+    kept[rows] = False
+    return images.part(kept.nonzero().flatten())
+
+
+def _some(images, wanted):
+    """`wanted` of the images, evenly spread; all of them where that is None or more."""
+    rows = spread(len(images), wanted)
+    if len(rows) == len(images):
+        return images
+    say(f"'{images.name}': {len(rows):,} of {len(images):,} images are used, evenly spread (--max_images)")
+    return images.part(torch.tensor(rows))
 
 
 def _check_against_training_folder(load, source, flag, config, images):

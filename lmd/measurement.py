@@ -1,7 +1,7 @@
 """What a method finds out about a whole set of images, chunk by chunk, kept in files so that a stopped run goes on.
 
-The chunks are fixed by the images alone, so the numbers are the same to the bit wherever a run was stopped, and
-whatever number of processes shared it.
+The chunks are fixed by the images and by what measuring one costs, so the numbers are the same to the bit wherever a
+run was stopped, and whatever number of processes shared it.
 """
 
 import dataclasses
@@ -37,6 +37,7 @@ class Measurement:
         keep: called as keep(pixels, examined, start) with a chunk's images and a `methods.base.Examined`, gives further
             arrays to be kept of the chunk; or None, where the statistics are all.
         shown: how the names of the arrays begin that stay in the files, where there are any, as they may be large.
+        most: images of a chunk at most, or None for `_CHUNK`; there are 8 at least.
     """
 
     method: object
@@ -48,11 +49,12 @@ class Measurement:
     change: Callable | None = None
     keep: Callable | None = None
     shown: str = "picture_"
+    most: int | None = None
 
     @property
     def chunks(self):
         """The rows of each chunk, a list of (start, stop)."""
-        size = max(8, min(_CHUNK, _CHUNK_VALUES // int(np.prod(self.images.shape))))
+        size = max(8, min(self.most or _CHUNK, _CHUNK, _CHUNK_VALUES // int(np.prod(self.images.shape))))
         return [(start, min(start + size, len(self.images))) for start in range(0, len(self.images), size)]
 
     @property

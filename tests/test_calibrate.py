@@ -128,7 +128,10 @@ def test_no_card_and_another_share(data, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"false_alarm_rate": 0.01}, r"^n = 50 cannot give 1 %; calibrate with at least 99$"),
+        (
+            {"false_alarm_rate": 0.01},
+            r"^n = 50 cannot give 1 %; calibrate with at least 99 for the p-values, which 50 of these 100 images give",
+        ),
         ({"false_alarm_rate": 1.0}, r"^a false-alarm rate lies between 0 and 1, not at 1\.0; 0\.01 means 1 %$"),
         ({"fit_share": 1.5}, r"^--fit_share must lie between 0 and 1, not at 1\.5$"),
         (
@@ -169,19 +172,17 @@ def trained(tmp_path_factory):
 
 def test_what_training_held_back_is_used(trained, tmp_path, capsys):
     config = tiny.config(data__dataset=str(trained / "all.npz"))
-    values = {
-        "card_images": 0,
-        "method": "lmd:reps=1",
-        "in_domain": str(trained / "all.npz"),
-        "detector": str(tmp_path / "mine"),
-    }
-    calibrate(CalibrationJob(config, str(trained / "work"), **values))
+    values = {"card_images": 0, "method": "lmd:reps=1", "detector": str(tmp_path / "mine")}
+    job = CalibrationJob(config, str(trained / "work"), str(trained / "all.npz"), **values)
+    calibrate(job)
     assert f"{trained}/all.npz is what the model was trained on: the 60 images held back then are used\n" in (
         capsys.readouterr().out
     )
     detector = Detector.load(tmp_path / "mine", device="cpu")
     expected = detector.images_of(TRAINED_ON[held_back(600).numpy()])
     assert detector.description["images"]["fingerprint"] == expected.fingerprint
+    calibrate(dataclasses.replace(job, max_images=50))
+    assert "'all': 50 of 60 images are used, evenly spread (--max_images)\n" in capsys.readouterr().out
 
 
 def kept():
@@ -205,6 +206,9 @@ def test_images_trained_on_are_refused(images, named, message, trained, tmp_path
     values = {"in_domain": str(tmp_path / "held.npz"), "detector": str(tmp_path / "mine")}
     with pytest.raises(UserError, match=message):
         calibrate(CalibrationJob(config, str(trained / "work"), **values))
+    if not named:  # a choice of them is recognised as well
+        with pytest.raises(UserError, match=message):
+            calibrate(CalibrationJob(config, str(trained / "work"), **values, max_images=100))
     assert not (tmp_path / "mine").exists()
 
 

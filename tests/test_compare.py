@@ -14,7 +14,7 @@ from test_commands import HELP
 
 from basics import noise
 from basics.console import UserError
-from lmd import comparison, measurement, methods, separation, shifts
+from lmd import comparison, methods, separation, shifts
 from lmd.combination import combined
 from lmd.comparison_report import aligned, every_set, notes
 from lmd.methods.base import Method, TrainedModel
@@ -209,8 +209,8 @@ def test_settings_arrive():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "--methods names no method; choose some of: all, ablations, lmd"),
-        ("lmx", "unknown method 'lmx'; choose one of: all, ablations, lmd"),
+        ("", "--methods names no method; choose some of: all, ablations, "),
+        ("lmx", "unknown method 'lmx'; choose one of: all, ablations, "),
         (
             "lmd:mask=center",
             "lmd has no setting 'mask'; its settings are: metrics, sampler, reps, mask_type, num_blocks",
@@ -327,7 +327,8 @@ def test_only_what_is_new_is_measured(data, tmp_path, brightness):
 
 
 def test_a_stopped_run_loses_one_chunk(data, tmp_path, brightness, monkeypatch):
-    monkeypatch.setattr(measurement, "_CHUNK", 8)
+    slow = lambda: monkeypatch.setattr(Brightness, "evaluations", lambda self, model: 12_500)
+    slow()  # so that a chunk has few images
     whole = compared(data, tmp_path / "whole", "brightness").rows
     chunks, statistics = list(brightness), Brightness.statistics
     assert chunks == [8, 8, 8, 6, 8, 8, 4, 8, 4]
@@ -342,13 +343,25 @@ def test_a_stopped_run_loses_one_chunk(data, tmp_path, brightness, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         compared(data, tmp_path / "stopped", "brightness")
     monkeypatch.undo()
-    monkeypatch.setattr(measurement, "_CHUNK", 8)
+    slow()
     monkeypatch.setitem(methods.METHODS, "brightness", ("test_compare", "Brightness"))
     stopping.measured.clear()
     again = compared(data, tmp_path / "stopped", "brightness").rows
     assert stopping.measured == chunks[5:]
     drop = lambda rows: [{**row, "seconds": None} for row in rows]
     assert drop(again) == drop(whole)
+
+
+def test_half_of_the_images_are_learned_from(data, tmp_path, brightness, capsys):
+    """Where --fit is left out; chosen by content, whatever the order."""
+    table = compared(data, tmp_path / "out", "brightness", fit=None)
+    assert brightness == [10, 10, 12]
+    assert "methods learn from 10 of the images of " in capsys.readouterr().out
+    np.savez(tmp_path / "turned.npz", images=tiny.pictures(20, seed=2)[::-1])
+    turned = compared(data, tmp_path / "other", "brightness", fit=None, in_domain=str(tmp_path / "turned.npz"))
+    assert [row["roc_auc"] for row in turned.rows] == [row["roc_auc"] for row in table.rows]
+    with pytest.raises(UserError, match="--in_domain has 1 image, of which no half can be learned from; give --fit"):
+        compared(data, tmp_path / "out", "brightness", fit=None, in_domain=str(data / "one.png"))
 
 
 def test_cheapest_methods_come_first(data, tmp_path, brightness, monkeypatch):

@@ -36,7 +36,7 @@ class LMD(Method):
         metrics: names in `metrics.METRICS`.
         sampler: a key of `lmd.process.PRESETS`, or 'published' for the sampling of the model's config.
         reps: repetitions of each image; by default the sampler's, 10 for the published one.
-        mask_type: as --mask_type, but 'file'; random masks are the same for every image.
+        mask_type: as --mask_type, but 'none' and 'file'; random masks are the same for every image.
         num_blocks: blocks an edge of checkerboards; where it does not divide the image, the next lower that does.
         lift: as --lift: 'mask'; 'noise', with which no pixel is known, whatever the mask type; or 'both'.
 
