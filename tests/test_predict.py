@@ -129,6 +129,13 @@ def test_other_sources(kind, made, data, tmp_path):
     assert [row["p_value"] for row in found] == [row["p_value"] for row in expected]
 
 
+def test_a_choice_of_an_array_is_called_by_its_places(data, tmp_path):
+    job = PredictionJob(str(data / "detector"), str(data / "incoming.npz"), Rule(str(tmp_path / "out")), max_images=3)
+    predicting.predict(job, tiny.CPU)
+    assert [row["file"] for row in rows_of(tmp_path / "out")] == ["image 0", "image 13", "image 26"]
+    np.testing.assert_array_equal(read_arrays_of(tmp_path / "out")["picture_originals"][:, 0], NEW[[0, 13, 26]])
+
+
 HOSTILE = [
     "=1+1.png",
     "-2.png",
