@@ -294,10 +294,14 @@ from lmd.deciding import Rule
 
 measurement._CHUNK = 8
 data, held, place = map(Path, sys.argv[1:])
-with distributed.start("cpu") as (ranks, device):
-    calibrating.calibrate(test_calibrate.job(held, place / "mine", card_images=4), device, ranks)
-    job = predicting.PredictionJob(str(data / "detector"), str(data / "incoming"), Rule(str(place / "out")))
-    predicting.predict(job, device, ranks)
+
+def main():  # as in the commands, so that the process group is gone before the interpreter is
+    with distributed.start("cpu") as (ranks, device):
+        calibrating.calibrate(test_calibrate.job(held, place / "mine", card_images=4), device, ranks)
+        job = predicting.PredictionJob(str(data / "detector"), str(data / "incoming"), Rule(str(place / "out")))
+        predicting.predict(job, device, ranks)
+
+main()
 """
 
 
