@@ -4,9 +4,11 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from basics import distributed
 from basics.console import say
+from basics.preparation import spread
 from lmd import calibration
 from lmd import report as reports
 from lmd.deciding import Rule, decide
@@ -53,8 +55,7 @@ def predict(job, device, ranks=distributed.ALONE):
     """
     detector = Detector.load(job.detector, device, job.memory_gb)
     job.rule.check(len(detector.calibration.parts))
-    options = {"data_root": job.data_root, "max_images": job.max_images, "workers": job.workers}
-    images = ranks.in_turn(lambda: detector.images_of(job.images, **options))
+    images = ranks.in_turn(lambda: _images(job, detector))
     say(_treated(images))
     output = Path(job.rule.output)
     keep, origin = _Pictures(detector, len(images)), {"detector": detector.description["files"]}
@@ -62,6 +63,18 @@ def predict(job, device, ranks=distributed.ALONE):
         measurement = detector.measurement(images, output / _CHUNKS, origin, keep=keep)
         statistics = statistics_of(measurement.run("predicting", ranks))
         return ranks.on_main(lambda: _conclude(job, detector, measurement, statistics))
+
+
+def _images(job, detector):
+    """The images; those of an array are called by their places in it."""
+    options = {"data_root": job.data_root, "workers": job.workers}
+    images = detector.images_of(job.images, max_images=job.max_images, **options)
+    if images.labels is not None:
+        return images
+    whole = images if job.max_images is None else detector.images_of(job.images, **options)
+    whole = dataclasses.replace(whole, labels=[f"image {row}" for row in range(len(whole))])
+    rows = spread(len(whole), job.max_images)
+    return whole if len(rows) == len(whole) else whole.part(torch.tensor(rows))
 
 
 def _treated(images):
@@ -117,7 +130,7 @@ def _conclude(job, detector, measurement, statistics):
     arrays |= {f"part_{name}": values for name, values in decided.parts.items()}
     arrays |= _most_unusual(measurement, decided)
     description = {
-        "files": images.labels or [f"image {row}" for row in range(len(images))],
+        "files": images.labels,
         "skipped": [[str(path), reason] for path, reason in images.skipped],
         "facts": _facts(job, detector, images),
         "parts": list(decided.parts),

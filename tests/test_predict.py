@@ -129,6 +129,13 @@ def test_other_sources(kind, made, data, tmp_path):
     assert [row["p_value"] for row in found] == [row["p_value"] for row in expected]
 
 
+def test_a_choice_of_an_array_is_called_by_its_places(data, tmp_path):
+    job = PredictionJob(str(data / "detector"), str(data / "incoming.npz"), Rule(str(tmp_path / "out")), max_images=3)
+    predicting.predict(job, tiny.CPU)
+    assert [row["file"] for row in rows_of(tmp_path / "out")] == ["image 0", "image 13", "image 26"]
+    np.testing.assert_array_equal(read_arrays_of(tmp_path / "out")["picture_originals"][:, 0], NEW[[0, 13, 26]])
+
+
 HOSTILE = [
     "=1+1.png",
     "-2.png",
@@ -287,10 +294,14 @@ from lmd.deciding import Rule
 
 measurement._CHUNK = 8
 data, held, place = map(Path, sys.argv[1:])
-with distributed.start("cpu") as (ranks, device):
-    calibrating.calibrate(test_calibrate.job(held, place / "mine", card_images=4), device, ranks)
-    job = predicting.PredictionJob(str(data / "detector"), str(data / "incoming"), Rule(str(place / "out")))
-    predicting.predict(job, device, ranks)
+
+def main():  # as in the commands, so that the process group is gone before the interpreter is
+    with distributed.start("cpu") as (ranks, device):
+        calibrating.calibrate(test_calibrate.job(held, place / "mine", card_images=4), device, ranks)
+        job = predicting.PredictionJob(str(data / "detector"), str(data / "incoming"), Rule(str(place / "out")))
+        predicting.predict(job, device, ranks)
+
+main()
 """
 
 
