@@ -13,13 +13,13 @@ from absl import flags
 
 from basics import distributed, machine
 from basics.console import shell
-from command_line import define_config, define_path, run, value_of
+from command_line import define_config, define_measuring, define_path, run, value_of
 from configs.base import check
 
 FLAGS = flags.FLAGS
+_MEASURING = "center_crop", "seed", "max_images", "data_root", "workers", "memory_gb", "precision"
 _JOB_FLAGS = (  # fields of a `calibrating.CalibrationJob` as they are
-    "ckpt_path", "in_domain", "detector", "method", "false_alarm_rate", "fit_share", "card_images", "center_crop",
-    "seed", "max_images", "data_root", "workers", "memory_gb", "precision",
+    "ckpt_path", "in_domain", "detector", "method", "false_alarm_rate", "fit_share", "card_images", *_MEASURING,
 )  # fmt: skip
 
 
@@ -49,14 +49,7 @@ def define_flags():
         "card_images", 100, "Images of which each kind of made-up foreign image is made; 0 for no blind-spot card.",
         lower_bound=0,
     )  # fmt: skip
-    flags.DEFINE_bool("center_crop", True, "Crop files to their centre square; else squeeze them.")
-    flags.DEFINE_integer("seed", 0, "Key of the noise.", lower_bound=0)
-    flags.DEFINE_integer("max_images", None, "Take so many images, evenly spread.", lower_bound=1)
-    define_path("data_root", "./data", "Where data sets lie, or are downloaded to.")
-    flags.DEFINE_integer("workers", None, "Threads that decode images.", lower_bound=1)
-    flags.DEFINE_float("memory_gb", None, "Memory for the network's activations.", lower_bound=0.0)
-    flags.DEFINE_string("precision", "auto", "fp32, tf32, bf16 or auto, as of recon.py; the detector keeps to it.")
-    flags.DEFINE_string("device", "auto", "auto, cpu, cuda or cuda:i.")
+    define_measuring(*_MEASURING, "device")
 
 
 def main(argv):

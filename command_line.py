@@ -49,6 +49,27 @@ def define_path(name, default, help_text, **options):
     flags.DEFINE(_Path(), name, default, help_text, serializer=flags.ArgumentSerializer(), **options)
 
 
+def define_measuring(*names):
+    """Defines flags that the commands which measure images share, by name; see `_MEASURING`."""
+    for name in names:
+        kind, default, text, options = _MEASURING[name]
+        kind(name, default, text, **options)
+
+
+_MEASURING = {  # flag: how it is defined, its default, its help, options
+    "center_crop": (flags.DEFINE_bool, True, "Crop files to their centre square; else squeeze them.", {}),
+    "seed": (flags.DEFINE_integer, 0, "Key of the noise.", {"lower_bound": 0}),
+    "max_images": (
+        flags.DEFINE_integer, None, "Take so many images of each source, evenly spread.", {"lower_bound": 1},
+    ),
+    "data_root": (define_path, "./data", "Where data sets lie, or are downloaded to.", {}),
+    "workers": (flags.DEFINE_integer, None, "Threads that decode images.", {"lower_bound": 1}),
+    "memory_gb": (flags.DEFINE_float, None, "Memory for the network's activations.", {"lower_bound": 0.0}),
+    "precision": (flags.DEFINE_string, "auto", "fp32, tf32, bf16 or auto, as of recon.py; a detector keeps to it.", {}),
+    "device": (flags.DEFINE_string, "auto", "auto, cpu, cuda or cuda:i.", {}),
+}  # fmt: skip
+
+
 def define_config(text, checkpoint):
     """Defines the flag, which is required; any value can be overridden: --config.sampling.steps=100.
 

@@ -14,13 +14,13 @@ from absl import flags
 
 from basics import distributed, machine
 from basics.console import shell
-from command_line import define_config, define_path, run, value_of
+from command_line import define_config, define_measuring, define_path, run, value_of
 from configs.base import check
 
 FLAGS = flags.FLAGS
+_MEASURING = "center_crop", "seed", "max_images", "data_root", "workers", "memory_gb", "precision"
 _JOB_FLAGS = (  # fields of a `comparison.ComparisonJob` as they are
-    "ckpt_path", "fit", "in_domain", "out_of_domain", "output", "methods", "parts", "center_crop", "seed",
-    "max_images", "data_root", "workers", "memory_gb", "precision",
+    "ckpt_path", "fit", "in_domain", "out_of_domain", "output", "methods", "parts", *_MEASURING,
 )  # fmt: skip
 
 
@@ -55,14 +55,7 @@ def define_flags():
         "`ablations` of the LMD paper. docs/reference.md lists them.",
     )
     flags.DEFINE_bool("parts", False, "Rows for the parts of methods that combine several, too, at no further cost.")
-    flags.DEFINE_bool("center_crop", True, "Crop files to their centre square; else squeeze them.")
-    flags.DEFINE_integer("seed", 0, "Key of the noise.", lower_bound=0)
-    flags.DEFINE_integer("max_images", None, "Take so many images of each source, evenly spread.", lower_bound=1)
-    define_path("data_root", "./data", "Where data sets lie, or are downloaded to.")
-    flags.DEFINE_integer("workers", None, "Threads that decode images.", lower_bound=1)
-    flags.DEFINE_float("memory_gb", None, "Memory for the network's activations.", lower_bound=0.0)
-    flags.DEFINE_string("precision", "auto", "fp32, tf32, bf16 or auto, as of recon.py.")
-    flags.DEFINE_string("device", "auto", "auto, cpu, cuda or cuda:i.")
+    define_measuring(*_MEASURING, "device")
 
 
 def main(argv):

@@ -13,7 +13,7 @@ from absl import flags
 
 from basics import distributed, machine
 from basics.console import UserError, shell
-from command_line import define_path, run
+from command_line import define_measuring, define_path, run
 
 EXIT_OUTLIER = 3
 FLAGS = flags.FLAGS
@@ -37,11 +37,7 @@ def define_flags():
     )
     flags.DEFINE_bool("maps", False, "Write a picture of where each flagged image is unusual.")
     flags.DEFINE_bool("fail_on_outlier", False, f"Exit with {EXIT_OUTLIER} when an image is flagged, for pipelines.")
-    flags.DEFINE_integer("max_images", None, "Take so many images, evenly spread.", lower_bound=1)
-    define_path("data_root", "./data", "Where data sets lie, or are downloaded to.")
-    flags.DEFINE_integer("workers", None, "Threads that decode images.", lower_bound=1)
-    flags.DEFINE_float("memory_gb", None, "Memory for the network's activations.", lower_bound=0.0)
-    flags.DEFINE_string("device", "auto", "auto, cpu, cuda or cuda:i.")
+    define_measuring(*_MEASURING, "device")
 
 
 def check_flags(options):

@@ -38,7 +38,8 @@ from basics.machine import keep_freed_memory
 from benchmarks import machine, plain
 from benchmarks.machine import median
 from lmd.process import create_process, preset
-from lmd.reconstructor import MaskOptions, Reconstructor, rows_within
+from lmd.reconstructor import MaskOptions, Reconstructor
+from lmd.trained_model import rows_within
 from models import create_model, inference
 from models.resample import Down, Up
 from models.score import ScoreModel

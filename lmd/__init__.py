@@ -8,7 +8,7 @@ __all__ = ["Detector", "Prediction", "open_model"]
 
 def __getattr__(name):
     if name in __all__:
-        from lmd import detector  # here, as it takes seconds
+        from lmd import detector, trained_model  # here, as they take seconds
 
-        return getattr(detector, name)
+        return getattr(trained_model if name == "open_model" else detector, name)
     raise AttributeError(f"module 'lmd' has no attribute '{name}'")

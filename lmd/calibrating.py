@@ -7,9 +7,8 @@ from pathlib import Path
 
 import torch
 
-from basics import distributed, files, noise
+from basics import distributed
 from basics.console import UserError, choose, say, warn
-from configs.base import to_dict
 from lmd import calibration, shifts
 from lmd.calibration import percent
 from lmd.card import bands, histogram, rarest_first
@@ -17,13 +16,9 @@ from lmd.detector import AUTO, Detector, content_keys_of
 from lmd.held_out import held_out
 from lmd.measurement import Measurement, statistics_of
 from lmd.methods import METHODS
-from lmd.methods.base import TrainedModel
 from lmd.methods.selection import select
-from lmd.reconstructor import rows_within
-from lmd.trained_model import load_model, weights_path
-from models import inference
+from lmd.trained_model import identity, open_with_source
 from storage import detector_folder
-from storage.checkpoints import find_checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,25 +70,22 @@ def calibrate(job, device, ranks=distributed.ALONE):
     """
     detector_folder.check_place(job.detector)
     method = _method(job.method)
-    ckpt_path = find_checkpoint(job.ckpt_path)
-    precision = inference.resolve(job.precision, device)
-    with files.unchanged(weights_path(ckpt_path)) as checkpoint:
-        score, step = load_model(job.config, ckpt_path, device, precision)
-    model = TrainedModel(job.config, score, device, rows_within(job.memory_gb, job.config, device))
+    model, source = open_with_source(job.ckpt_path, job.config, device, job.precision, job.memory_gb)
+    precision = model.score.net.precision
     detector = Detector(model, method, seed=job.seed, center_crop=job.center_crop)
-    images = ranks.in_turn(lambda: _images(job, detector, ckpt_path))
+    images = ranks.in_turn(lambda: _images(job, detector, source.path))
     detector.choose_method(len(images), job.fit_share)
     method = detector.method
     _check_rate(detector, len(images), job)
     say(f"method {method.name}: {method.evaluations(model)} network evaluations an image, {precision}")
-    origin = _origin(job, method, checkpoint, precision)
+    origin = {"method": method.name, "settings": method.settings, **identity(job.config, source, job.seed, precision)}
     unfinished = Path(f"{job.detector.rstrip('/')}.unfinished")
     with ranks.owned(unfinished):
         detector.fit(images, job.fit_share, unfinished / "statistics", origin, ranks)
         _tell(detector)
         detector.rate = job.false_alarm_rate
         spots = blind_spots(detector, images, job, unfinished / "blind_spots", origin, ranks)
-        facts = _facts(job, detector, images, {"path": str(ckpt_path), "hash": checkpoint, "step": step}, spots)
+        facts = _facts(job, detector, images, source, spots)
         ranks.on_main(lambda: detector.save(job.detector, **facts))
     ranks.on_main(lambda: shutil.rmtree(unfinished, ignore_errors=True))
     say(f"detector: {job.detector}")
@@ -125,20 +117,6 @@ def _check_rate(detector, count, job):
         raise UserError(
             f"{error} for the p-values, which {n:,} of these {count:,} images give (--fit_share)"
         ) from error
-
-
-def _origin(job, method, checkpoint, precision):
-    """What the statistics depend on besides the images, JSON types."""
-    tree = to_dict(job.config)
-    return {
-        "method": method.name,
-        "settings": method.settings,
-        "checkpoint": checkpoint,
-        "config": {name: tree[name] for name in ("data", "model", "sampling")},
-        "seed": job.seed,
-        "precision": precision,
-        "noise": noise.SCHEME,
-    }
 
 
 # --------------------------------------------------------------------------------------------------- what it sees
@@ -189,12 +167,12 @@ def blind_spots(detector, images, job, folder, origin, ranks=distributed.ALONE):
 # ---------------------------------------------------------------------------------------------------- the folder
 
 
-def _facts(job, detector, images, checkpoint, spots):
+def _facts(job, detector, images, source, spots):
     """What the folder says of where the detector comes from."""
     return {
         "images": {"source": str(job.in_domain), "fingerprint": images.fingerprint, "count": len(images)},
         "treatment": images.treatment,
-        "checkpoint": checkpoint,
+        "checkpoint": dataclasses.asdict(source),
         "blind_spots": spots,
         "command": job.command,
     }

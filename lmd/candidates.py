@@ -16,8 +16,9 @@ from basics.console import UserError, progress, warn
 from basics.image_sets import ImageSet
 from lmd.combination import combined
 from lmd.measurement import Measurement, statistics_of
-from lmd.methods.base import Examined, TrainedModel
+from lmd.methods.base import Examined
 from lmd.ranking import Candidate
+from lmd.trained_model import TrainedModel
 
 _CHUNK_EVALUATIONS = 100_000  # of the network at most for images that are measured together: what a kill loses
 
@@ -63,7 +64,7 @@ class Bench:
     """One model and the sets of images that all methods score.
 
     Attributes:
-        model: a `methods.base.TrainedModel`.
+        model: a `trained_model.TrainedModel`.
         sets: the images.
         origin: what all measurements depend on besides method and images, JSON types.
         folder: where they are kept.

@@ -11,19 +11,14 @@ from pathlib import Path
 import datasets
 from basics import distributed, files, noise
 from basics.console import UserError, say, warn
-from configs.base import to_dict
 from lmd import shifts
 from lmd.candidates import Bench, Set, Sets
 from lmd.comparison_report import report
 from lmd.detector import content_keys_of
 from lmd.held_out import held_out, shared_with
-from lmd.methods.base import TrainedModel
 from lmd.methods.selection import select
 from lmd.ranking import tabulate
-from lmd.reconstructor import rows_within
-from lmd.trained_model import load_model, weights_path
-from models import inference
-from storage.checkpoints import find_checkpoint
+from lmd.trained_model import identity, open_with_source
 
 MADE_UP = "shifts"  # stands for all kinds of made-up foreign images; `shifts:blur` is one of them
 _SMALLEST = 8  # pixels an edge, of which `shifts` makes others
@@ -81,24 +76,14 @@ def compare(job, device, ranks=distributed.ALONE):
         UserError: for bad input, or where no method could be scored at all.
     """
     chosen, sources = select(job.methods), foreign_sources(job.out_of_domain)
-    ckpt_path = find_checkpoint(job.ckpt_path)
-    precision = inference.resolve(job.precision, device)
-    with files.unchanged(weights_path(ckpt_path)) as checkpoint:
-        score, step = load_model(job.config, ckpt_path, device, precision)
-    model = TrainedModel(job.config, score, device, rows_within(job.memory_gb, job.config, device))
-    tree = to_dict(job.config)
-    origin = {
-        "checkpoint": checkpoint,
-        "config": {name: tree[name] for name in ("data", "model", "sampling")},
-        "seed": job.seed,
-        "precision": precision,
-        "noise": noise.SCHEME,
-    }
+    model, source = open_with_source(job.ckpt_path, job.config, device, job.precision, job.memory_gb)
+    precision = model.score.net.precision
+    origin = identity(job.config, source, job.seed, precision)
     with ranks.owned(job.output):
-        sets = ranks.in_turn(lambda: _load(job, sources, ckpt_path))
+        sets = ranks.in_turn(lambda: _load(job, sources, source.path))
         bench = Bench(model, sets, origin, Path(job.output) / _KEPT, ranks, job.parts)
         table = tabulate(bench.candidates(chosen), list(sets.foreign))
-        facts = _facts(job, sets, {"path": str(ckpt_path), "hash": checkpoint, "step": step}, precision)
+        facts = _facts(job, sets, dataclasses.asdict(source), precision)
         ranks.on_main(lambda: report(job.output, table, facts))
     return table
 

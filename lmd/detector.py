@@ -17,16 +17,14 @@ from basics import distributed, noise
 from basics.console import UserError, printable, warn
 from basics.image_sets import ImageSet
 from basics.machine import choose_device
-from configs.base import from_dict, to_dict
+from configs.base import to_dict
 from lmd import calibration, heat, methods
 from lmd.card import card
 from lmd.combination import combined
 from lmd.measurement import Measurement, statistics_of
-from lmd.methods.base import TrainedModel
-from lmd.reconstructor import rows_within
-from lmd.trained_model import load_model
+from lmd.trained_model import open_model
 from storage import detector_folder
-from storage.checkpoints import config_of, find_checkpoint, write_network
+from storage.checkpoints import write_network
 
 AUTO = "auto"
 FEWEST = 50  # calibration images below which a detector is no use
@@ -77,7 +75,7 @@ class Detector:
     """A trained model, a method, and what calibrates it.
 
     Args:
-        model: a `methods.base.TrainedModel`, see `open_model`.
+        model: a `trained_model.TrainedModel`, see `open_model`.
         method: a name in `methods.METHODS`, or a `methods.base.Method`; 'auto' for the strongest that the images which
             calibrate it allow, see `choose_method`.
         seed: of the images' noise.
@@ -294,7 +292,7 @@ class Detector:
         Args:
             path: the folder.
             device: 'auto', 'cpu', 'cuda' or 'cuda:i', or a torch.device.
-            memory_gb: see `reconstructor.rows_within`.
+            memory_gb: see `trained_model.rows_within`.
 
         Raises:
             UserError: the folder is damaged or incomplete, or of a later version.
@@ -357,22 +355,3 @@ def content_keys_of(images):
 
 def _pixel_sums(pixels, examined, start):
     return {"pixel_sums": heat.sums(examined.distances)}
-
-
-def open_model(ckpt_path, config=None, device="auto", precision="auto", memory_gb=None):
-    """A `methods.base.TrainedModel` of a checkpoint.
-
-    Args:
-        ckpt_path: the file, as --ckpt_path.
-        config: the config tree; by default the checkpoint's own.
-        device: 'auto', 'cpu', 'cuda' or 'cuda:i', or a torch.device.
-        precision: 'fp32', 'tf32', 'bf16' or 'auto', see `models.inference.prepare`.
-        memory_gb: memory for the network's activations, see `reconstructor.rows_within`.
-
-    Raises:
-        UserError: as `trained_model.load_model`.
-    """
-    device = choose_device(device) if isinstance(device, str) else device
-    config = from_dict(config_of(ckpt_path)) if config is None else config
-    score, _ = load_model(config, find_checkpoint(ckpt_path), device, precision)
-    return TrainedModel(config, score, device, rows_within(memory_gb, config, device))

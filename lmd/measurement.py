@@ -27,7 +27,7 @@ class Measurement:
 
     Attributes:
         method: a `methods.base.Method`.
-        model: a `methods.base.TrainedModel`.
+        model: a `trained_model.TrainedModel`.
         images: an `ImageSet`.
         seed: of the images' noise.
         origin: what the numbers depend on besides the images, JSON types; a chunk of another origin, or of other

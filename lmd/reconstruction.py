@@ -18,8 +18,8 @@ from basics.console import UserError, choose, progress, say, shell, warn
 from basics.pixels import to_model_range
 from configs.base import to_dict
 from lmd.process import create_process
-from lmd.reconstructor import MaskOptions, Reconstructor, rows_within
-from lmd.trained_model import load_model, weights_path
+from lmd.reconstructor import MaskOptions, Reconstructor
+from lmd.trained_model import load_model, rows_within, weights_path
 from models import inference
 from storage.checkpoints import find_checkpoint
 from storage.results_folder import MISSING, SIDES, ResultsFolder, made_from

@@ -151,29 +151,3 @@ class Reconstructor:
     def process(self, group=None):
         """The `process.Process` of the config; `group` is the number of images in the batch."""
         return create_process(self.config, self.model.sde, group)
-
-
-def rows_within(memory_gb, config, device):
-    """How many images the network may see at once, by an estimate; `Reconstructor.learn_rows` knows better on a GPU.
-
-    An image's activations are estimated as twice the skip connections of its U-Net plus some tensors of the widest
-    level, which is about what was measured.
-
-    Args:
-        memory_gb: the budget, or None for 0.5 GB.
-        config: the config tree.
-        device: torch.device; on a GPU the result is 1 at least.
-
-    Raises:
-        UserError: the budget does not hold one image, or is no number of gigabytes.
-    """
-    memory.check_budget(memory_gb)
-    if memory_gb is None:
-        memory_gb = 0.5
-    model, size = config.model, config.data.image_size
-    levels = [4 * model.nf * m * (size // 2**i) ** 2 for i, m in enumerate(model.ch_mult)]  # bytes of one tensor each
-    per_image = 2 * ((model.num_res_blocks + 1) * sum(levels) + 8 * max(levels))
-    rows = int(memory_gb * 1e9 // per_image)
-    if rows < 1 and device.type == "cpu":
-        raise UserError(f"--memory_gb {memory_gb:g} is too little: one image needs about {per_image / 1e9:.3f}")
-    return max(1, rows)

@@ -138,7 +138,7 @@ ROWS = {
     "detector that is a folder": ([*CALIBRATE, "--detector=."], r"\. is there already and holds no detector"),
     "no checkpoint of calibrate": (CALIBRATE, "there is no checkpoint at k.pth; check the path"),
     "its config": (["calibrate", "--ckpt_path=k.pth", *CALIBRATE[3:]], "there is no checkpoint at k.pth"),
-    "unknown method": ([*CALIBRATE, "--method=lmx"], "unknown method 'lmx'; choose one of: lmd"),
+    "unknown method": ([*CALIBRATE, "--method=lmx"], r"unknown method \(--method\) 'lmx'; choose one of: auto, "),
     "rate nan": ([*CALIBRATE, "--false_alarm_rate=nan"], "flag --false_alarm_rate=nan: a number within 64 bits"),
     "negative card": ([*CALIBRATE, "--card_images=-1"], "--card_images=-1: -1 is not a non-negative integer"),
     "calibrate's device": ([*CALIBRATE, "--device=gpu"], "unknown device 'gpu'; choose"),

@@ -121,7 +121,7 @@ FLAGS = {
     },
     "detect.py": {"result_path": None, "metric": "LPIPS", "reps": "1", "device": "auto", "resize_type": "bicubic"},
     "calibrate.py": {
-        "config": None, "ckpt_path": None, "in_domain": None, "detector": None, "method": "lmd",
+        "config": None, "ckpt_path": None, "in_domain": None, "detector": None, "method": "auto",
         "false_alarm_rate": "0.05", "fit_share": "0.5", "card_images": "100", "center_crop": "true", "seed": "0",
         "max_images": None, "data_root": "./data", "workers": None, "memory_gb": None, "precision": "auto",
         "device": "auto",

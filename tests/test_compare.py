@@ -17,10 +17,10 @@ from basics.console import UserError
 from lmd import comparison, methods, separation, shifts
 from lmd.combination import combined
 from lmd.comparison_report import aligned, every_set, notes
-from lmd.methods.base import Method, TrainedModel
+from lmd.methods.base import Method
 from lmd.methods.selection import ablations, select
 from lmd.ranking import Candidate, tabulate
-from lmd.trained_model import load_model
+from lmd.trained_model import TrainedModel, load_model
 from storage.comparisons import COLUMNS
 
 

@@ -9,8 +9,7 @@ import metrics
 from basics import noise
 from basics.console import UserError
 from lmd import methods, scoring
-from lmd.methods.base import TrainedModel
-from lmd.trained_model import load_model
+from lmd.trained_model import TrainedModel, load_model
 from storage.results_folder import ResultsFolder
 
 

@@ -19,8 +19,8 @@ from basics.console import UserError
 from basics.pixels import to_model_range
 from lmd import likelihood, methods
 from lmd.methods import complexity, network, nll
-from lmd.methods.base import TrainedModel
 from lmd.methods.complexity import lossless_bits
+from lmd.trained_model import TrainedModel
 from models.ddpm import Stage
 from models.score import ScoreModel
 

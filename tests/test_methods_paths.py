@@ -10,10 +10,10 @@ from test_methods_onepass import COV, SDES, SHAPE, exact_eps, measured
 from basics import noise
 from basics.console import UserError
 from lmd import methods
-from lmd.methods.base import TrainedModel
 from lmd.methods.combined import Excess
 from lmd.methods.complexity import lossless_bits
 from lmd.methods.projection import END
+from lmd.trained_model import TrainedModel
 
 RATIOS = np.exp(np.linspace(-3, 3, 10))
 

@@ -25,8 +25,8 @@ from basics.image_sets import ImageSet
 from basics.pixels import to_model_range
 from lmd import detection, reconstruction
 from lmd.process import create_solvers
-from lmd.reconstructor import MaskOptions, Reconstructor, rows_within
-from lmd.trained_model import load_model
+from lmd.reconstructor import MaskOptions, Reconstructor
+from lmd.trained_model import load_model, rows_within
 from storage.checkpoints import read_checkpoint
 from storage.results_folder import FORMAT, ResultsFolder
 from storage.scores import read_results

@@ -10,25 +10,6 @@ import dataclasses
 import numpy as np
 import torch
 
-from models.score import ScoreModel
-
-
-@dataclasses.dataclass(frozen=True, eq=False)  # so that each is itself alone, and can be looked up
-class TrainedModel:
-    """A model ready for use.
-
-    Attributes:
-        config: the config tree that it was trained with.
-        score: its `models.score.ScoreModel`, on the device.
-        device: torch.device.
-        rows: images in the network at once; the results do not depend on it.
-    """
-
-    config: object
-    score: ScoreModel
-    device: torch.device
-    rows: int
-
 
 @dataclasses.dataclass(frozen=True)
 class Examined:
@@ -66,14 +47,14 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     def evaluations(self, model):
-        """Evaluations of the network of a `TrainedModel` for an image."""
+        """Evaluations of the network of a `trained_model.TrainedModel` for an image."""
 
     @abc.abstractmethod
     def statistics(self, model, images, keys):
         """What is measured of a batch.
 
         Args:
-            model: a `TrainedModel`.
+            model: a `trained_model.TrainedModel`.
             images: (B, C, H, W) uint8.
             keys: (B,) int64, of the images' noise (`noise.seed_keys`).
 

@@ -54,7 +54,7 @@ class CFS(DensityMethod):
 
 
 def blocks(model):
-    """The two residual stages of a `base.TrainedModel` that are looked at.
+    """The two residual stages of a `trained_model.TrainedModel` that are looked at.
 
     Raises:
         UserError: its network has none.

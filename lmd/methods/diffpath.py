@@ -68,7 +68,7 @@ def path_moments(model, images, reach, steps):
     """What the predicted noise is like along the paths of images to noise.
 
     Args:
-        model: a `base.TrainedModel`.
+        model: a `trained_model.TrainedModel`.
         images: (B, C, H, W) uint8.
         reach, steps: as in `DiffPath`.
 

@@ -50,7 +50,7 @@ def levels_at(model, ratios):
     """The levels of some noise ratios, the nearest that the network was trained at.
 
     Args:
-        model: a `base.TrainedModel`.
+        model: a `trained_model.TrainedModel`.
         ratios: (L,) numbers above 0.
 
     Returns:
@@ -96,7 +96,7 @@ def in_chunks(model, count, work, fold=1):
     """work(rows) for rows (n,) of range(count), as many at once as the network sees; joined, on the CPU.
 
     Args:
-        model: a `base.TrainedModel`.
+        model: a `trained_model.TrainedModel`.
         count: rows in all.
         work: (n,) int64 on the CPU to (n, ...).
         fold: images that the network sees for a row.
@@ -122,7 +122,7 @@ def measure(model, images, levels, work, keys=None, fold=1):
     """What is found in every image at every level.
 
     Args:
-        model: a `base.TrainedModel`.
+        model: a `trained_model.TrainedModel`.
         images: (B, C, H, W) uint8.
         levels: `Levels` (L,); the same level twice is two draws of the noise.
         work: called as work(at, x0, draw) with the rows' `Levels` (n,), images x0 (n, C, H, W) in the model's range and

@@ -16,7 +16,7 @@ class Projection:
     """Noise to a level and denoise by DDIM (arXiv 2010.02502), at times even in ln(b / a).
 
     Args:
-        model: a `base.TrainedModel`.
+        model: a `trained_model.TrainedModel`.
         ratio: b / a of the level, above `END`.
         steps: evaluations of the network, at least 1.
 
