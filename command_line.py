@@ -70,17 +70,19 @@ _MEASURING = {  # flag: how it is defined, its default, its help, options
 }  # fmt: skip
 
 
-def define_config(text, checkpoint):
+def define_config(text, checkpoint, needed=True):
     """Defines the flag, which is required; any value can be overridden: --config.sampling.steps=100.
 
     Args:
         text: its help.
         checkpoint: the file or folder whose config is taken where the command line names none, or None.
+        needed: whether it is what is missing where there is neither; else the checkpoint is.
     """
     named = value_of("config") is not None or any(a.lstrip("-").startswith("help") for a in sys.argv[1:])
     if named or not checkpoint:
         _define_config_file(text)
-        flags.mark_flag_as_required("config")
+        if needed:
+            flags.mark_flag_as_required("config")
     else:
         config_flags.DEFINE_config_dict("config", _carried(checkpoint), text)
 

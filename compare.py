@@ -26,7 +26,11 @@ _JOB_FLAGS = (  # fields of a `comparison.ComparisonJob` as they are
 
 def define_flags():
     """The command line; inside a function so that importing this module defines nothing."""
-    define_config("The config that the model was trained with, by default the checkpoint's own.", value_of("ckpt_path"))
+    define_config(
+        "The config that the model was trained with, by default the checkpoint's own.",
+        value_of("ckpt_path"),
+        needed=False,
+    )
     define_path("ckpt_path", None, "The checkpoint, as --ckpt_path of recon.py.", required=True)
     define_path(
         "in_domain",

@@ -138,7 +138,9 @@ def load_any(source, split="test", **options):
     source = list(source)
     if source and all(isinstance(item, (str, Path)) for item in source):
         paths = [Path(expand_home(str(item))) for item in source]
-        return load_files("list", [str(item) for item in source], paths, preparation)
+        images = load_files("list", [str(item) for item in source], paths, preparation)
+        _warn_of(images)
+        return images
     return load_pictures("pictures", source, preparation)
 
 

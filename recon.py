@@ -1,4 +1,4 @@
-"""Lifts images off their manifold by masking them and maps them back by inpainting.
+r"""Lifts images off their manifold by masking them and maps them back by inpainting.
 
     python recon.py --config configs/subvp/cifar10_ddpm_continuous.py \
         --ckpt_path results/cifar10/checkpoints/checkpoint_20.pth --in_domain CIFAR10 --out_of_domain SVHN \
@@ -52,6 +52,7 @@ def define_flags():
         "The config that the model was trained with, by default the checkpoint's own; values can be overridden: "
         "--config.sampling.steps=100.",
         value_of("ckpt_path"),
+        needed=False,
     )
     define_path("workdir", None, "Folder of the results: {workdir}/{mask}_reps{R}/.")
     define_path(

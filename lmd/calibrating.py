@@ -12,12 +12,12 @@ from basics.console import UserError, choose, say, warn
 from lmd import calibration, shifts
 from lmd.calibration import percent
 from lmd.card import bands, histogram, rarest_first
-from lmd.detector import AUTO, Detector, content_keys_of
-from lmd.held_out import held_out
+from lmd.detector import AUTO, Detector
+from lmd.held_out import content_keys_of, held_out
 from lmd.measurement import Measurement, statistics_of
 from lmd.methods import METHODS
 from lmd.methods.selection import select
-from lmd.trained_model import identity, open_with_source
+from lmd.trained_model import identity, open_model
 from storage import detector_folder
 
 
@@ -70,8 +70,8 @@ def calibrate(job, device, ranks=distributed.ALONE):
     """
     detector_folder.check_place(job.detector)
     method = _method(job.method)
-    model, source = open_with_source(job.ckpt_path, job.config, device, job.precision, job.memory_gb)
-    precision = model.score.net.precision
+    model = open_model(job.ckpt_path, job.config, device, job.precision, job.memory_gb)
+    source, precision = model.source, model.score.net.precision
     detector = Detector(model, method, seed=job.seed, center_crop=job.center_crop)
     images = ranks.in_turn(lambda: _images(job, detector, source.path))
     detector.choose_method(len(images), job.fit_share)

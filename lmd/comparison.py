@@ -14,11 +14,10 @@ from basics.console import UserError, say, warn
 from lmd import shifts
 from lmd.candidates import Bench, Set, Sets
 from lmd.comparison_report import report
-from lmd.detector import content_keys_of
-from lmd.held_out import held_out, shared_with
+from lmd.held_out import content_keys_of, held_out, shared_with
 from lmd.methods.selection import select
 from lmd.ranking import tabulate
-from lmd.trained_model import identity, open_with_source
+from lmd.trained_model import identity, open_model
 
 MADE_UP = "shifts"  # stands for all kinds of made-up foreign images; `shifts:blur` is one of them
 _SMALLEST = 8  # pixels an edge, of which `shifts` makes others
@@ -76,8 +75,8 @@ def compare(job, device, ranks=distributed.ALONE):
         UserError: for bad input, or where no method could be scored at all.
     """
     chosen, sources = select(job.methods), foreign_sources(job.out_of_domain)
-    model, source = open_with_source(job.ckpt_path, job.config, device, job.precision, job.memory_gb)
-    precision = model.score.net.precision
+    model = open_model(job.ckpt_path, job.config, device, job.precision, job.memory_gb)
+    source, precision = model.source, model.score.net.precision
     origin = identity(job.config, source, job.seed, precision)
     with ranks.owned(job.output):
         sets = ranks.in_turn(lambda: _load(job, sources, source.path))

@@ -1,6 +1,7 @@
 """The decisions of predict.py: tables, summary and report from what was measured, at any rate, without torch."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,13 @@ class Rule:
             UserError: says which.
         """
         if self.false_alarm_rate is not None:
-            calibration.flagged_ranks(n, self.false_alarm_rate)
+            try:
+                calibration.flagged_ranks(n, self.false_alarm_rate)
+            except UserError as error:
+                if not 0 < self.false_alarm_rate < 1:
+                    raise
+                halves = "that give p-values, as half of what calibrate.py gets do (--fit_share)"
+                raise UserError(f"{error} {halves}") from error
         if self.false_discovery_rate is not None:
             calibration.discoveries(np.ones(1), self.false_discovery_rate)
 
@@ -93,17 +100,19 @@ def decide(rule):
     write_predictions(output / PREDICTIONS, description["files"], columns)
     write_csv(output / SKIPPED, ["file", "reason"], description["skipped"])
     write_summary(output, _summary(rule, rate, flagged, description, sentences))
+    shutil.rmtree(output / "maps", ignore_errors=True)  # of another decision
     if rule.maps:
         _write_maps(output / "maps", arrays, flagged, description["files"])
     reports.write(output / REPORT, _report(rule, rate, description, arrays, sentences))
-    _tell(output, description, arrays["p_value"], flagged, sentences)
+    order = np.lexsort((-arrays["score"], arrays["p_value"]))  # the furthest out first
+    _tell(output, description, arrays["p_value"], order[: min(_NAMED, int(flagged.sum()))], sentences)
     return int(flagged.sum())
 
 
-def _tell(output, description, p_value, flagged, sentences):
+def _tell(output, description, p_value, named, sentences):
     for sentence in sentences:
         say(sentence)
-    for row in np.argsort(p_value, kind="stable")[: min(_NAMED, int(flagged.sum()))]:
+    for row in named:
         say(f"  {printable(description['files'][row])}: p = {p_value[row]:.4g}")
     if count := len(description["skipped"]):
         warn(f"{count:,} {'file' if count == 1 else 'files'} could not be read; see {output / SKIPPED}")

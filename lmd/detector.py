@@ -21,6 +21,7 @@ from configs.base import to_dict
 from lmd import calibration, heat, methods
 from lmd.card import card
 from lmd.combination import combined
+from lmd.held_out import content_keys_of, held_out
 from lmd.measurement import Measurement, statistics_of
 from lmd.trained_model import open_model
 from storage import detector_folder
@@ -42,6 +43,8 @@ class Prediction:
         is_outlier: (N,) bool: whether the p-value is at most the detector's false-alarm rate.
         parts: name -> (N,) p-values of the method's parts.
         map: (N, H, W) float32, how unusual each pixel is in standard deviations, where it was asked for.
+        files: the images' names, N of them, where they have some.
+        skipped: (file, reason) of what could not be read and has no row.
     """
 
     score: np.ndarray
@@ -49,6 +52,8 @@ class Prediction:
     is_outlier: np.ndarray
     parts: dict
     map: np.ndarray | None = None
+    files: list | None = None
+    skipped: list = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -102,7 +107,7 @@ class Detector:
         Raises:
             UserError: there are too few images, or as `Measurement.run`.
         """
-        images = self.images_of(held_back)
+        images = self._held_out(held_back)
         self.choose_method(len(images), fit_share)
         self.calibration_images(len(images), fit_share)
         chunks = self.measurement(images, folder, origin, keep=_pixel_sums).run("calibrating", ranks)
@@ -121,6 +126,15 @@ class Detector:
             "treatment": images.treatment,
         }
         return self
+
+    def _held_out(self, source):
+        """The images; refused where the model is known to have been trained on them, see `held_out.held_out`."""
+        model = self.model.source
+        if isinstance(source, ImageSet) or model is None:
+            return self.images_of(source)
+        name = source if isinstance(source, (str, Path)) else "these images"
+        load = lambda which, **options: self.images_of(source if which is name else which, **options)
+        return held_out(load, name, "", self.model.config, model.path)
 
     def choose_method(self, count, fit_share=0.5):
         """Where the method is 'auto': `combined` if `count` images are enough for it, else `lmd`, which learns nothing.
@@ -190,7 +204,8 @@ class Detector:
         images, keep = self.images_of(images), self.keep_maps if maps else None
         chunks = self.measurement(images, keep=keep).run("predicting")
         shown = np.concatenate([chunk["map"] for chunk in chunks]) if maps else None
-        return self.decide(self.method.score_statistics(statistics_of(chunks)), shown)
+        decided = self.decide(self.method.score_statistics(statistics_of(chunks)), shown)
+        return dataclasses.replace(decided, files=images.labels, skipped=images.skipped)
 
     def decide(self, parts, shown=None):
         """The `Prediction` from the parts' scores (N, K) and maps (N, H, W) or None."""
@@ -345,12 +360,6 @@ def _precision_on(device, precision):
 
 def _versions():
     return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-
-
-def content_keys_of(images):
-    """`noise.content_keys` of a whole `ImageSet` (N,), read some at a time."""
-    spans = [(start, start + 256) for start in range(0, len(images), 256)]
-    return torch.cat([noise.content_keys(images.read(*span)) for span in spans])
 
 
 def _pixel_sums(pixels, examined, start):

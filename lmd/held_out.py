@@ -4,12 +4,17 @@ from pathlib import Path
 
 import torch
 
-from basics import files
+from basics import files, noise
 from basics.console import UserError, say, warn
 from basics.preparation import spread
-from lmd.detector import content_keys_of
 from lmd.training import held_back
 from storage.checkpoints import data_of
+
+
+def content_keys_of(images):
+    """`noise.content_keys` of a whole `ImageSet` (N,), read some at a time."""
+    spans = [(start, start + 256) for start in range(0, len(images), 256)]
+    return torch.cat([noise.content_keys(images.read(*span)) for span in spans])
 
 
 def held_out(load, source, flag, config, ckpt_path, max_images=None):
@@ -20,7 +25,7 @@ def held_out(load, source, flag, config, ckpt_path, max_images=None):
     Args:
         load: called as load(source, **options) with options of `datasets.load`, gives an `ImageSet`.
         source: of the images.
-        flag: that names the source, for messages.
+        flag: that names the source, for messages; may be empty.
         config: the config tree that the model was trained with.
         ckpt_path: the checkpoint.
         max_images: as of `datasets.load`.
@@ -28,12 +33,13 @@ def held_out(load, source, flag, config, ckpt_path, max_images=None):
     Raises:
         UserError: more than half of them were trained on, or as `datasets.load`.
     """
+    flag = f"{flag} " if flag else ""
     images = load(source)  # all of them, to be recognised
     known = data_of(ckpt_path) if Path(ckpt_path).suffix == ".pth" else None
     if known is not None and known["fingerprint"] == images.fingerprint:
         raise UserError(
             f"the model was trained on the images of {source}: on these it is surer than on new ones, and every "
-            f"false-alarm rate would be wrong; give {flag} images that were held back"
+            f"false-alarm rate would be wrong; give {flag}images that were held back"
         )
     held = held_back(len(images))
     if known is not None and len(held) and _without(images, held).fingerprint == known["fingerprint"]:
@@ -68,7 +74,8 @@ def _check_against_training_folder(load, source, flag, config, images):
     if 2 * shared > len(images):
         raise UserError(
             f"{shared:,} of the {len(images):,} images of {source} are among those of {trained_on}, which the model "
-            f"was trained on; give {flag} images that were held back"
+            f"was trained on; give {flag}images that were held back, or what training was given as a whole, of which "
+            "it held back a part"
         )
     if shared:
         warn(f"{shared:,} of the {len(images):,} images of {source} are in {trained_on}, the training images, too")

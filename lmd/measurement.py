@@ -13,11 +13,11 @@ import torch
 
 from basics import distributed, noise
 from basics.background import Background
-from basics.console import UserError, progress, say
+from basics.console import UserError, progress, say, warn
 from basics.image_sets import InMemory
 from storage.arrays import OtherOrigin, read_arrays, write_arrays
 
-_CHUNK = 256  # images at most that are examined together
+_CHUNK = 128  # images at most that are examined together
 _CHUNK_VALUES = 1 << 20  # and numbers of these images at most
 
 
@@ -77,7 +77,7 @@ class Measurement:
             list of dicts, one a chunk: `statistics` (B, F), and what `keep` gave, but for what stays in the files.
 
         Raises:
-            UserError: an image can no longer be read, the numbers are not finite, or a file of a chunk is damaged.
+            UserError: an image can no longer be read, or the numbers are not finite.
         """
         if ranks.world_size > 1:
             if self.folder is None:
@@ -102,6 +102,9 @@ class Measurement:
             except OtherOrigin:
                 missing.append(number)
                 others += 1
+            except UserError as error:
+                warn(f"{str(error).partition(';')[0]}; it is measured anew")
+                missing.append(number)
         if others:
             of = f"{others} of {len(self.chunks)} parts"
             say(f"{self.folder}: {of} were measured from other images, or otherwise, and are measured anew")

@@ -14,9 +14,8 @@ from lmd import report as reports
 from lmd.deciding import Rule, decide
 from lmd.detector import Detector
 from lmd.measurement import statistics_of
-from storage.predictions import write_outcome
+from storage.predictions import CHUNKS, check_place, write_outcome
 
-_CHUNKS = "chunks"  # folder in the output that holds what was measured
 _PICTURED_RATE = 0.05  # images with p-values up to five times this have their pictures kept
 _FEW = 256  # images of a folder up to which some have pictures whatever their p-values
 _HEAT = 2.0, 8.0  # standard deviations from which a pixel is coloured, and that are coloured fully
@@ -55,12 +54,13 @@ def predict(job, device, ranks=distributed.ALONE):
     """
     detector = Detector.load(job.detector, device, job.memory_gb)
     job.rule.check(len(detector.calibration.parts))
+    output = Path(job.rule.output)
+    ranks.on_main(lambda: check_place(output, job.images, job.detector))
     images = ranks.in_turn(lambda: _images(job, detector))
     say(_treated(images))
-    output = Path(job.rule.output)
     keep, origin = _Pictures(detector, len(images)), {"detector": detector.description["files"]}
     with ranks.owned(output):
-        measurement = detector.measurement(images, output / _CHUNKS, origin, keep=keep)
+        measurement = detector.measurement(images, output / CHUNKS, origin, keep=keep)
         statistics = statistics_of(measurement.run("predicting", ranks))
         return ranks.on_main(lambda: _conclude(job, detector, measurement, statistics))
 
@@ -82,7 +82,8 @@ def _treated(images):
     channels, height, width = images.shape
     how = "cropped to the centre square" if images.treatment["shape"] == "crop" else "squeezed"
     colours = "grey" if channels == 1 else "RGB"
-    return f"{len(images):,} images of '{images.name}': what is otherwise is {how}, {width}x{height} pixels, {colours}"
+    shape = f"{width}x{height} pixels, {colours}"
+    return f"'{images.name}': {len(images):,} images; those that are not {shape}, are {how} and converted"
 
 
 # ----------------------------------------------------------------------------------------------------- pictures

@@ -28,12 +28,14 @@ class TrainedModel:
         score: its `models.score.ScoreModel`, on the device.
         device: torch.device.
         rows: images in the network at once; the results do not depend on it.
+        source: the `Source` that it is from, where that is known.
     """
 
     config: object
     score: ScoreModel
     device: torch.device
     rows: int
+    source: object = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,20 +64,15 @@ def open_model(ckpt_path, config=None, device="auto", precision="auto", memory_g
         memory_gb: memory for the network's activations, see `rows_within`.
 
     Raises:
-        UserError: as `load_model`, or there is too little memory.
+        UserError: as `load_model`, there is too little memory, or the file was changed while it was read.
     """
-    return open_with_source(ckpt_path, config, device, precision, memory_gb)[0]
-
-
-def open_with_source(ckpt_path, config=None, device="auto", precision="auto", memory_gb=None):
-    """As `open_model`, and the model's `Source`; the file must not change while it is read."""
     device = choose_device(device) if isinstance(device, str) else device
     precision, path = inference.resolve(precision, device), find_checkpoint(ckpt_path)
     config = from_dict(config_of(path)) if config is None else config
     with files.unchanged(weights_path(path)) as content:
         score, step = load_model(config, path, device, precision)
-    model = TrainedModel(config, score, device, _rows(config, score, device, memory_gb))
-    return model, Source(str(path), content, step)
+    source = Source(str(path), content, step)
+    return TrainedModel(config, score, device, _rows(config, score, device, memory_gb), source)
 
 
 def _rows(config, score, device, memory_gb):

@@ -5,6 +5,8 @@ scores of the calibration images and what the method learned, `card.md` says it 
 lists the hash of every other file, so that a changed or missing one is named.
 """
 
+import hashlib
+import json
 import secrets
 import shutil
 from pathlib import Path
@@ -34,6 +36,7 @@ _FIELDS = {
     "versions": TABLE,
     "command": TEXT,
     "files": table_of(TEXT),
+    "digest": TEXT,
 }
 _SPOT = {"kind": TEXT, "caught": SHARE, "images": POSITIVE, "rate": SHARE}  # of `blind_spots`
 _SETTING_MOST = 10_000  # of a number among the settings: none is larger, and far larger ones would take all memory
@@ -61,7 +64,8 @@ def write(path, description, write_weights, arrays, card):
         write_arrays(made / CALIBRATION, {}, **arrays)
         files.write_text(made / CARD, card)
         hashes = {name: files.file_hash(made / name) for name in (WEIGHTS, CALIBRATION, CARD)}
-        files.write_json(made / DESCRIPTION, {"format": FORMAT, **description, "files": hashes})
+        content = {"format": FORMAT, **description, "files": hashes}
+        files.write_json(made / DESCRIPTION, {**content, "digest": _digest(content)})
         _replace(made, path)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}; {remedy(error)}") from error
@@ -138,6 +142,8 @@ def read(path):
 
 def _read_description(path):
     file = path / DESCRIPTION
+    if path.is_file():
+        raise UserError(f"{path} is a file; give the folder that calibrate.py wrote")
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError as error:
@@ -152,10 +158,17 @@ def _read_description(path):
             )
         description = parse_json(text, _FIELDS, required=_FIELDS)
         _check(description)
+        if description.pop("digest") != _digest(description):
+            raise ValueError("it was changed after it was made; predict.py can decide at another rate")
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise UserError(f"{file} is damaged ({reason}); copy the whole folder again") from error
     return description
+
+
+def _digest(content):
+    """SHA-256 of a description without its digest."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _check(description):

@@ -16,6 +16,7 @@ from storage.json_schema import POSITIVE, SHARE, TABLE, TEXT, list_of, parse_jso
 from storage.tables import write_csv
 
 PREDICTIONS, SKIPPED, SUMMARY, REPORT = "predictions.csv", "skipped.csv", "summary.json", "report.html"
+CHUNKS = "chunks"  # folder in it of what was measured
 _NAMES, _ARRAYS = "outcome.json", "outcome.npz"
 _REMEDY = "run predict.py with --detector and --images again"
 _FIELDS = {
@@ -65,6 +66,37 @@ def check_outcome(folder):
         raise UserError(f"there are no predictions in {folder} (no {_NAMES}); {_REMEDY}")
 
 
+def check_place(folder, images, detector):
+    """Refuses a folder in which other things than predictions of these images by this detector would be overwritten.
+
+    Told apart by the names of folders and files, so that either may be moved, and the images added to.
+
+    Args:
+        folder: where predictions are to go; it need not be there.
+        images, detector: as they were typed.
+
+    Raises:
+        UserError: says what is there.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        return
+    if not (folder / _NAMES).is_file():
+        if any(path.name != CHUNKS and not path.name.startswith(".") for path in folder.iterdir()):
+            raise UserError(f"{folder} holds other files; choose an --output that is empty or not there yet")
+        return
+    try:
+        description = _read_description(folder)
+    except UserError:  # what a killed run or a disk left: it is written anew
+        return
+    for what, then, now in (
+        ("of other images", description["facts"]["images"]["source"], images),
+        ("by another detector", description["detector"], detector),
+    ):
+        if Path(then).name != Path(now).name:
+            raise UserError(f"{folder} holds predictions {what} ({then}); choose another --output, or delete it")
+
+
 def read_outcome(folder):
     """What `write_outcome` wrote: description and arrays.
 
@@ -73,18 +105,25 @@ def read_outcome(folder):
     """
     check_outcome(folder)
     folder, path = Path(folder), Path(folder) / _NAMES
-    try:
-        description = parse_json(path.read_text(encoding="utf-8"), _FIELDS, required=_FIELDS)
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}); {_REMEDY}") from error
+    description = _read_description(folder)
     try:
         arrays = read_arrays(folder / _ARRAYS, {"of": files.file_hash(path)})
     except OtherOrigin as error:
         raise UserError(f"{path} was changed, or the run that wrote it was stopped; {_REMEDY}") from error
+    except UserError as error:
+        raise UserError(f"{folder / _ARRAYS} is damaged or was changed; {_REMEDY}") from error
     if arrays is None:
         raise UserError(f"{folder / _ARRAYS} is missing; {_REMEDY}")
     _check(folder / _ARRAYS, description, arrays)
     return description, arrays
+
+
+def _read_description(folder):
+    path = folder / _NAMES
+    try:
+        return parse_json(path.read_text(encoding="utf-8"), _FIELDS, required=_FIELDS)
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}); {_REMEDY}") from error
 
 
 def _check(path, description, arrays):

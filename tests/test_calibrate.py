@@ -16,7 +16,7 @@ from basics.console import UserError
 from lmd import Detector, calibrating, shifts
 from lmd.calibrating import CalibrationJob
 from lmd.card import bands, histogram
-from lmd.detector import content_keys_of
+from lmd.held_out import content_keys_of
 from lmd.methods.lmd import LMD
 from lmd.training import held_back
 from models import create_model

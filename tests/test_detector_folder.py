@@ -67,7 +67,7 @@ def test_missing_truncated_or_changed(name, copy):
 def test_no_folder(tmp_path):
     refused(tmp_path / "nowhere", r"^there is no detector in .*/nowhere \(no detector\.json\); make one by cali")
     (tmp_path / "file").write_text("text")
-    refused(tmp_path / "file", "cannot be read|there is no detector in")
+    refused(tmp_path / "file", "file is a file; give the folder that calibrate.py wrote")
 
 
 # ------------------------------------------------------------------------------------------------------- crafted
@@ -125,13 +125,25 @@ CRAFTED = {  # field: value, message; a field that is not there yet is added
 }  # fmt: skip
 
 
+def write_description(folder, content):
+    """With a digest that fits."""
+    content.pop("digest", None)
+    (folder / "detector.json").write_text(json.dumps({**content, "digest": folder_format._digest(content)}))
+
+
+def test_an_edited_description(copy):
+    text = (copy / "detector.json").read_text()
+    (copy / "detector.json").write_text(text.replace('"rate": 0.05', '"rate": 0.01'))
+    refused(copy, r"detector\.json is damaged \(it was changed after it was made; predict\.py can decide at another")
+
+
 @pytest.mark.parametrize("name", CRAFTED)
 def test_crafted_description(name, copy):
     field, value, message = CRAFTED[name]
     description = json.loads((copy / "detector.json").read_text())
     if field == "settings" and isinstance(value, dict):
         value = {**description["settings"], **value}
-    (copy / "detector.json").write_text(json.dumps({**description, field: value}))
+    write_description(copy, {**description, field: value})
     refused(copy, message)
 
 
@@ -173,7 +185,7 @@ def test_crafted_arrays(changes, message, copy):
     write_arrays(path, {}, **{name: value for name, value in arrays.items() if value is not None})
     description = json.loads((copy / "detector.json").read_text())
     description["files"]["calibration.npz"] = files.file_hash(path)
-    (copy / "detector.json").write_text(json.dumps(description))
+    write_description(copy, description)
     refused(copy, message)
 
 

@@ -100,7 +100,7 @@ def test_what_it_says(made):
     output, out, flagged = made
     sentence = f"{flagged} of 40 images are flagged at a false-alarm rate of 5 % (2 would be by chance)."
     assert sentence in out.splitlines()
-    assert "40 images of 'incoming': what is otherwise is cropped to the centre square, 8x8 pixels, grey\n" in out
+    assert "'incoming': 40 images; those that are not 8x8 pixels, grey, are cropped to the centre square" in out
     p = calibration.folder_test(*(read_arrays_of(output)[name] for name in ("calibration", "score")))
     assert re.search(rf"^The folder as a whole .* the domain \(one-sided rank test, p = {p:.2g}\)\.$", out, re.M)
     summary = summary_of(output)
@@ -272,6 +272,31 @@ def test_another_detector(made, data, copy, detector_folder, tmp_path, capsys):
     assert [row["p_value"] for row in rows_of(copy)] == [row["p_value"] for row in rows_of(made[0])]
 
 
+def test_other_things_are_not_overwritten(data, copy, detector_folder, tmp_path):
+    shutil.copytree(detector_folder, tmp_path / "other")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "predictions.csv").write_text("mine")
+    before = tiny.snapshot(tmp_path)
+    for output, images, detector, message in (
+        (copy, tmp_path / "few.npz", data / "detector", "holds predictions of other images"),
+        (copy, data / "incoming", tmp_path / "other", "holds predictions by another detector"),
+        (tmp_path / "own", data / "incoming", data / "detector", "own holds other files; choose an --output that is"),
+        (tmp_path / "other", data / "incoming", data / "detector", "other holds other files; choose an --output"),
+    ):
+        job = predicting.PredictionJob(str(detector), str(images), Rule(str(output)))
+        with pytest.raises(UserError, match=message):
+            predicting.predict(job, tiny.CPU)
+    assert tiny.snapshot(tmp_path) == before
+
+
+def test_a_damaged_part_is_measured_anew(made, data, copy, capsys):
+    path = copy / "chunks" / "chunk_1.npz"
+    path.write_bytes(path.read_bytes()[:100])
+    predict(data, copy, data / "incoming")
+    assert "chunk_1.npz is damaged or truncated; it is measured anew" in capsys.readouterr().err
+    assert (copy / "predictions.csv").read_bytes() == (made[0] / "predictions.csv").read_bytes()
+
+
 def test_nan_is_one_line_and_loses_nothing(data, copy, tmp_path, monkeypatch):
     before, plain = tiny.snapshot(copy), LMD._distances
     (copy / "chunks" / "chunk_2.npz").unlink()
@@ -360,7 +385,7 @@ def test_maps_are_of_what_is_flagged_now(copy):
 
 def test_maps_are_no_input(copy, data, tmp_path):
     """Results below the folder of images: what was written there is not taken for images."""
-    images = shutil.copytree(data / "incoming", tmp_path / "images")
+    images = shutil.copytree(data / "incoming", tmp_path / "incoming")
     shutil.copytree(copy, images / "results")
     decide_again(Rule(str(images / "results"), false_alarm_rate=0.5, maps=True))
     predict(data, images / "results", images)
@@ -379,7 +404,10 @@ def test_overlay():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"false_alarm_rate": 0.01}, r"^n = 50 cannot give 1 %; calibrate with at least 99$"),
+        (
+            {"false_alarm_rate": 0.01},
+            r"^n = 50 cannot give 1 %; calibrate with at least 99 that give p-values",
+        ),
         ({"false_alarm_rate": 1.5}, "^a false-alarm rate lies between 0 and 1, not at 1.5"),
         ({"false_discovery_rate": 0.0}, "^a false discovery rate lies between 0 and 1, not at 0.0"),
     ],
