@@ -13,31 +13,18 @@ from absl import flags
 
 from basics import distributed, machine
 from basics.console import shell
-from command_line import define_config, define_measuring, define_path, run, value_of
+from command_line import MODEL, define_model, define_path, run
 from configs.base import check
 
 FLAGS = flags.FLAGS
-_MEASURING = "center_crop", "seed", "max_images", "data_root", "workers", "memory_gb", "precision"
 _JOB_FLAGS = (  # fields of a `calibrating.CalibrationJob` as they are
-    "ckpt_path", "in_domain", "detector", "method", "false_alarm_rate", "fit_share", "card_images", *_MEASURING,
+    "detector", "method", "false_alarm_rate", "fit_share", "card_images", *MODEL,
 )  # fmt: skip
 
 
 def define_flags():
     """The command line; inside a function so that importing this module defines nothing."""
-    define_config(
-        "The config that the model was trained with, by default the checkpoint's own.",
-        value_of("ckpt_path"),
-        needed=False,
-    )
-    define_path("ckpt_path", None, "The checkpoint, as --ckpt_path of recon.py.", required=True)
-    define_path(
-        "in_domain",
-        None,
-        "In-domain images that the model was not trained on: a folder, a .txt list, a .npz or .npy file, or the "
-        "name of a data set (its test images).",
-        required=True,
-    )
+    define_model()
     define_path("detector", None, "The folder to write; a detector that is there is replaced.", required=True)
     flags.DEFINE_string(
         "method",
@@ -53,7 +40,6 @@ def define_flags():
         "card_images", 100, "Images of which each kind of made-up foreign image is made; 0 for no blind-spot card.",
         lower_bound=0,
     )  # fmt: skip
-    define_measuring(*_MEASURING, "device")
 
 
 def main(argv):

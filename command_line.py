@@ -70,6 +70,27 @@ _MEASURING = {  # flag: how it is defined, its default, its help, options
 }  # fmt: skip
 
 
+MODEL = "ckpt_path", "in_domain", *(name for name in _MEASURING if name != "device")  # what `define_model` defines
+
+
+def define_model():
+    """Defines what the commands share that measure in-domain images with a model: `MODEL`, config and device."""
+    define_config(
+        "The config that the model was trained with, by default the checkpoint's own.",
+        value_of("ckpt_path"),
+        needed=False,
+    )
+    define_path("ckpt_path", None, "The checkpoint, as --ckpt_path of recon.py.", required=True)
+    define_path(
+        "in_domain",
+        None,
+        "In-domain images that the model was not trained on: a folder, a .txt list, a .npz or .npy file, or the name "
+        "of a data set (its test images).",
+        required=True,
+    )
+    define_measuring(*_MEASURING)
+
+
 def define_config(text, checkpoint, needed=True):
     """Defines the flag, which is required; any value can be overridden: --config.sampling.steps=100.
 

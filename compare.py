@@ -14,31 +14,18 @@ from absl import flags
 
 from basics import distributed, machine
 from basics.console import shell
-from command_line import define_config, define_measuring, define_path, run, value_of
+from command_line import MODEL, define_model, define_path, run
 from configs.base import check
 
 FLAGS = flags.FLAGS
-_MEASURING = "center_crop", "seed", "max_images", "data_root", "workers", "memory_gb", "precision"
 _JOB_FLAGS = (  # fields of a `comparison.ComparisonJob` as they are
-    "ckpt_path", "fit", "in_domain", "out_of_domain", "output", "methods", "parts", *_MEASURING,
+    "fit", "out_of_domain", "output", "methods", "parts", *MODEL,
 )  # fmt: skip
 
 
 def define_flags():
     """The command line; inside a function so that importing this module defines nothing."""
-    define_config(
-        "The config that the model was trained with, by default the checkpoint's own.",
-        value_of("ckpt_path"),
-        needed=False,
-    )
-    define_path("ckpt_path", None, "The checkpoint, as --ckpt_path of recon.py.", required=True)
-    define_path(
-        "in_domain",
-        None,
-        "In-domain images that the model was not trained on: a folder, a .txt list, a .npz or .npy file, or the name "
-        "of a data set (its test images).",
-        required=True,
-    )
+    define_model()
     define_path(
         "fit",
         None,
@@ -59,7 +46,6 @@ def define_flags():
         "`ablations` of the LMD paper. docs/reference.md lists them.",
     )
     flags.DEFINE_bool("parts", False, "Rows for the parts of methods that combine several, too, at no further cost.")
-    define_measuring(*_MEASURING, "device")
 
 
 def main(argv):

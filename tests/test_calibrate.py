@@ -235,27 +235,13 @@ def test_weights_that_do_not_say_what_they_were_trained_on(trained, tmp_path, mo
 # ------------------------------------------------------------------------------------------- killed and continued
 
 KILLED = """
-import os, signal, sys
-import test_calibrate
+import sys
+import test_calibrate, tiny
 from pathlib import Path
-from basics import files
 
 data, place = map(Path, sys.argv[1:])
-flush = os.fsync
-for write in (2, 9, 16):  # the first blind spot, another, the detector's own files
-    if child := os.fork():
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-        continue
-    done = []
-
-    def fsync(handle):
-        done.append(handle)
-        if len(done) == write:
-            os.kill(os.getpid(), signal.SIGKILL)
-        flush(handle)
-
-    files.os.fsync = fsync
-    test_calibrate.calibrate(test_calibrate.job(data, place / str(write) / "mine"))
+calibrate = lambda write: test_calibrate.calibrate(test_calibrate.job(data, place / str(write) / "mine"))
+tiny.killed_at((2, 9, 16), calibrate)  # the first blind spot, another, the detector's own files
 """
 
 

@@ -189,29 +189,15 @@ def test_a_folder_without_images(data, tmp_path):
 # -------------------------------------------------------------------------------- stopped, continued, run again
 
 KILLED = """
-import os, shutil, signal, sys
-import test_predict
+import sys
+import test_predict, tiny
 from pathlib import Path
-from basics import files
 from lmd import measurement
 
 measurement._CHUNK = 8
 data, place = map(Path, sys.argv[1:])
-flush = os.fsync
-for write in (1, 3, 6, 7, 8, 11):  # five chunks, the outcome's two files, three tables, the report
-    if child := os.fork():
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-        continue
-    done = []
-
-    def fsync(handle):
-        done.append(handle)
-        if len(done) == write:
-            os.kill(os.getpid(), signal.SIGKILL)
-        flush(handle)
-
-    files.os.fsync = fsync
-    test_predict.predict(data, place / str(write))
+predict = lambda write: test_predict.predict(data, place / str(write))
+tiny.killed_at((1, 3, 6, 7, 8, 11), predict)  # five chunks, the outcome's two files, three tables, the report
 """
 
 

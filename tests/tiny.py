@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import torch
 from helpers import ROOT, load_config
 
 import models
-from basics import noise
+from basics import files, noise
 from configs.base import to_dict
 from lmd import reconstruction, training
 from lmd.detector import Detector, open_model
@@ -164,6 +165,24 @@ def finish(process, timeout=300):
         process.communicate()
         raise
     return process.returncode, out, err
+
+
+def killed_at(writes, work):
+    """Runs work(write) in a child process for each number of a write to disk, at which the child is killed."""
+    for write in writes:
+        if child := os.fork():
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+            continue
+        flush, done = os.fsync, []
+
+        def fsync(handle, write=write, flush=flush, done=done):
+            done.append(handle)
+            if len(done) == write:
+                os.kill(os.getpid(), signal.SIGKILL)
+            flush(handle)
+
+        files.os.fsync = fsync
+        work(write)
 
 
 def command(*arguments):
