@@ -132,17 +132,26 @@ def test_a_run_that_dies_at_any_file_ends_with_all_of_them(writes, tree, whole, 
 
 
 def interrupting(step, times, monkeypatch):
-    """Ctrl-C arrives in the midst of a step: the handler is called at once, as two raised signals may become one."""
+    """Ctrl-C arrives in the midst of a step."""
     train_step = training.Trainer.train_step
 
     def interrupted(self, x):
         for _ in range(times if self.state.step == step else 0):
-            signal.getsignal(signal.SIGINT)(signal.SIGINT, None)
+            signal.raise_signal(signal.SIGINT)
         return train_step(self, x)
 
     monkeypatch.setattr(training.Trainer, "train_step", interrupted)
 
 
+@pytest.fixture
+def heeded():
+    """Ctrl-C raises KeyboardInterrupt; a shell's background jobs, which a test run may be, start with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded")
 def test_ctrl_c_loses_nothing(tree, whole, tmp_path, monkeypatch, capsys):
     before = signal.getsignal(signal.SIGINT)
     interrupting(7, 1, monkeypatch)
@@ -155,6 +164,7 @@ def test_ctrl_c_loses_nothing(tree, whole, tmp_path, monkeypatch, capsys):
     assert tiny.same(results(tmp_path), results(whole))
 
 
+@pytest.mark.usefixtures("heeded")
 def test_a_second_ctrl_c_acts_at_once(tree, tmp_path, monkeypatch):
     before = signal.getsignal(signal.SIGINT)
     interrupting(7, 2, monkeypatch)
