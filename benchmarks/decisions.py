@@ -53,6 +53,7 @@ def main():
     parser.add_argument("--others", type=int, default=5000, help="guarantee: other in-domain images")
     parser.add_argument("--patched", type=int, default=200, help="patches: images of each kind")
     parser.add_argument("--images", type=int, default=2000, help="speed: images")
+    parser.add_argument("--turns", type=int, default=3, help="speed: how often each is timed")
     parser.add_argument("--sizes", default="1000,20000", help="memory: images of each folder")
     options = parser.parse_args()
     if choose_device("auto").type == "cpu":
@@ -131,22 +132,22 @@ def speed(options):
     """Prints images per second of predicting into a folder and of the network alone."""
     images = _test_images(options, 0, options.images)
     with tempfile.TemporaryDirectory() as folder:
-        detector = _detector(options, _test_images(options, 9000, 9200))
+        detector = _detector(options, _test_images(options, 9000, 9240))
         detector.save(f"{folder}/detector")
         np.savez(f"{folder}/images.npz", images=images.numpy()[:, 0])
         rows = []
-        for turn in range(3):
+        for turn in range(options.turns):
             rule = Rule(f"{folder}/output{turn}")
             job = predicting.PredictionJob(f"{folder}/detector", f"{folder}/images.npz", rule)
             began = time.perf_counter()
             predicting.predict(job, detector.model.device)
             ours = time.perf_counter() - began
             rows.append((len(images) / ours, len(images) / network_alone(detector, images)))
-    ours, bare = (sorted(column)[1] for column in zip(*rows, strict=True))
-    print(
-        f"{options.method}: {detector.method.evaluations(detector.model)} evaluations an image, {len(images):,} images"
-    )
-    print(f"predict.py {ours:.1f} images/s, the network alone {bare:.1f}: {ours / bare:.0%}")
+    evaluations = detector.method.evaluations(detector.model)
+    print(f"{options.method}: {evaluations} evaluations an image, {len(images):,} images; images a second")
+    print(f"{'predict.py':>10} {'network':>8} {'share':>6}")
+    for ours, bare in rows:
+        print(f"{ours:10.1f} {bare:8.1f} {ours / bare:6.0%}")
 
 
 @torch.no_grad()
