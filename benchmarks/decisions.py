@@ -1,7 +1,7 @@
 """What a calibrated detector keeps of its promises: false alarms, where it points, speed and memory.
 
     python -m benchmarks.decisions --parts guarantee,patches --data_root data
-    python -m benchmarks.decisions --parts speed,memory
+    python -m benchmarks.decisions --parts speed,methods,memory --data_root data
 
 - guarantee: the shipped model, calibrated on Fashion-MNIST's test images; false alarms among 5,000 others at 1, 5 and
   10 %, beside the 95 % band in which they should lie.
@@ -9,6 +9,7 @@
   its standard error.
 - speed: images per second of `predict.py`'s work, reading and writing included, and the network's own at the same
   evaluations, in turns.
+- methods: seconds of what each cheap method measures, and of the same evaluations by the network alone, in turns.
 - memory: peak resident set of whole `predict.py` processes over folders of different numbers of images.
 
 On a GPU if there is one, but memory, which is that of processes on the CPU.
@@ -42,17 +43,19 @@ CHECKPOINT = "pretrained/fashion_mnist_small.safetensors"
 CONFIG = "configs/subvp/fashion_mnist_small.py"
 RATES = 0.01, 0.05, 0.1
 EDGE = 10  # pixels of a patch
+CHEAP = 30  # evaluations an image, at most
+CHUNK = 128  # images that compare.py measures at once
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", default="guarantee,patches,speed,memory", help=", ".join(PARTS))
+    parser.add_argument("--parts", default="guarantee,patches,speed,methods,memory", help=", ".join(PARTS))
     parser.add_argument("--data_root", default="data", help="where Fashion-MNIST lies")
     parser.add_argument("--method", default="combined")
     parser.add_argument("--calibration", type=int, default=1000, help="images that give p-values, and as many to fit")
     parser.add_argument("--others", type=int, default=5000, help="guarantee: other in-domain images")
     parser.add_argument("--patched", type=int, default=200, help="patches: images of each kind")
-    parser.add_argument("--images", type=int, default=2000, help="speed: images")
+    parser.add_argument("--images", type=int, default=2000, help="speed, methods: images")
     parser.add_argument("--turns", type=int, default=3, help="speed: how often each is timed")
     parser.add_argument("--sizes", default="1000,20000", help="memory: images of each folder")
     options = parser.parse_args()
@@ -135,15 +138,14 @@ def speed(options):
         detector = _detector(options, _test_images(options, 9000, 9240))
         detector.save(f"{folder}/detector")
         np.savez(f"{folder}/images.npz", images=images.numpy()[:, 0])
-        rows = []
+        rows, evaluations = [], detector.method.evaluations(detector.model)
         for turn in range(options.turns):
             rule = Rule(f"{folder}/output{turn}")
             job = predicting.PredictionJob(f"{folder}/detector", f"{folder}/images.npz", rule)
             began = time.perf_counter()
             predicting.predict(job, detector.model.device)
             ours = time.perf_counter() - began
-            rows.append((len(images) / ours, len(images) / network_alone(detector, images)))
-    evaluations = detector.method.evaluations(detector.model)
+            rows.append((len(images) / ours, len(images) / network_alone(detector.model, images, evaluations)))
     print(f"{options.method}: {evaluations} evaluations an image, {len(images):,} images; images a second")
     print(f"{'predict.py':>10} {'network':>8} {'share':>6}")
     for ours, bare in rows:
@@ -151,9 +153,9 @@ def speed(options):
 
 
 @torch.no_grad()
-def network_alone(detector, images):
-    """Seconds of the same number of evaluations, in batches of the detector's size."""
-    model, total = detector.model, len(images) * detector.method.evaluations(detector.model)
+def network_alone(model, images, evaluations):
+    """Seconds of so many evaluations of each image, in batches of the model's size."""
+    total = len(images) * evaluations
     x = torch.zeros(model.rows, *images.shape[1:], device=model.device)
     labels = torch.full((1,), 300.0, device=model.device)
     began = time.perf_counter()
@@ -162,6 +164,25 @@ def network_alone(detector, images):
     if model.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - began
+
+
+def cheap_methods(options):
+    """Prints the seconds of each method of at most `CHEAP` evaluations an image, and those of the network alone."""
+    model, images = open_model(CHECKPOINT), _test_images(options, 0, options.images)
+    keys = noise.seed_keys(0, noise.content_keys(images))
+    costs = {name: methods.create(name).evaluations(model) for name in methods.METHODS}
+    chosen = sorted((cost, name) for name, cost in costs.items() if cost <= CHEAP)
+    print(f"{len(images):,} images; seconds")
+    print(f"{'method':15} {'evaluations':>11} {'method':>7} {'network':>8}")
+    total = np.zeros(2)
+    for cost, name in chosen:
+        method, began = methods.create(name), time.perf_counter()
+        for start in range(0, len(images), CHUNK):
+            method.statistics(model, images[start : start + CHUNK], keys[start : start + CHUNK])
+        seconds = np.array([time.perf_counter() - began, network_alone(model, images, cost)])
+        print(f"{name:15} {cost:11} {seconds[0]:7.1f} {seconds[1]:8.1f}", flush=True)
+        total += seconds
+    print(f"{'all':15} {sum(cost for cost, _ in chosen):11} {total[0]:7.1f} {total[1]:8.1f}  {total[0] / total[1]:.0%}")
 
 
 def memory(options):
@@ -183,7 +204,7 @@ def memory(options):
             print(f"{size:8,} {peak / 2**20:7.0f} MB")
 
 
-PARTS = {"guarantee": guarantee, "patches": patches, "speed": speed, "memory": memory}
+PARTS = {"guarantee": guarantee, "patches": patches, "speed": speed, "methods": cheap_methods, "memory": memory}
 
 
 if __name__ == "__main__":

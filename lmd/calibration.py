@@ -180,21 +180,6 @@ def folder_test(calibration, scores):
 # ---------------------------------------------------------------------------------------------- several scores
 
 
-def fisher(p):
-    """Fisher's sum of several p-values of each image, -2 sum ln p: a score, larger = further out.
-
-    The parts depend on each other, so the sum follows no chi-square table: it gets its own calibration scores.  These
-    stay exchangeable with new ones if the parts' p-values come from images other than the calibration images.
-
-    Args:
-        p: (N, K) p-values in (0, 1].
-
-    Returns:
-        np.ndarray: (N,) float64, >= 0.
-    """
-    return -2 * np.log(_shares(p)).sum(axis=1) + 0.0  # no -0.0 where all p are 1
-
-
 def two_sided(calibration, scores, lower=0.2):
     """p-values that see scores that are too small as well: p = min(1, upper / (1 - lower), below / lower).
 

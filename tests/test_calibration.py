@@ -260,14 +260,6 @@ def test_folder_test_where_all_are_tied():
 # ------------------------------------------------------------------------------------------------ several scores
 
 
-def test_fisher():
-    p = np.array([[0.5, 0.25], [1, 1], [0.01, 1]])
-    assert calibration.fisher(p) == pytest.approx([2 * np.log(8), 0, 2 * np.log(100)])
-    assert not np.signbit(calibration.fisher(p)).any()
-    uniform = 1 - np.random.default_rng(6).random((5000, 3))
-    assert stats.kstest(calibration.fisher(uniform), stats.chi2(6).cdf).pvalue > 1e-3  # where the parts are independent
-
-
 def test_two_sided_by_hand():
     """n = 9, a fifth of the weight below: a score above all has p = .1 / .8, one below all .1 / .2."""
     known = np.arange(1.0, 10.0)
@@ -304,6 +296,5 @@ def test_other_bad_input():
         with pytest.raises(ValueError, match="between 0 and 1"):
             calibration.two_sided([1.0], [1.0], lower)
     for p in (0, 1.5, np.nan):
-        for call in (lambda p=p: calibration.discoveries([p], 0.1), lambda p=p: calibration.fisher([[p]])):
-            with pytest.raises(ValueError, match="above 0"):
-                call()
+        with pytest.raises(ValueError, match="above 0"):
+            calibration.discoveries([p], 0.1)
