@@ -9,6 +9,7 @@ import metrics
 from basics import noise
 from basics.console import UserError
 from lmd import methods, scoring
+from lmd.methods.lmd import _misfit
 from lmd.trained_model import TrainedModel, load_model
 from storage.results_folder import ResultsFolder
 
@@ -106,3 +107,26 @@ def test_blocks_fit_any_size():
     _, masks, _ = method._prepare(TrainedModel(tree, None, tiny.CPU, 1))
     assert masks.shape == (4, 1, 28, 28)
     assert masks[0, 0, :8, :8].tolist() == [[(i < 4) == (j < 4) for j in range(8)] for i in range(8)]
+
+
+def test_misfit_compares_an_image_with_pairs_of_its_reconstructions(model):
+    """Masks alternate, so the first and the third reconstruction filled the same pixels, as the others did."""
+    method, pixels = methods.create("lmd", reps=4, num_blocks=4), images(3)
+    orig, recons, masks = method._reconstruct(model, pixels, keys_of(pixels))
+    assert masks[0].equal(masks[2])
+    squares = lambda a, b: (a - b).square().flatten(1).sum(dim=1)
+    from_each_other = sum(squares(recons[a], recons[b]) for a, b in ((0, 2), (1, 3)))
+    expected = sum(squares(orig, recon) for recon in recons) / from_each_other / 2
+    np.testing.assert_allclose(method.examine(model, pixels, keys_of(pixels)).misfit, expected, rtol=1e-4)
+    once = methods.create("lmd", reps=2, num_blocks=4).examine(model, pixels, keys_of(pixels))
+    assert once.misfit is None, "each pixel was masked once, so nothing is known of the spread"
+
+
+@pytest.mark.parametrize(("spread", "expected"), [(1, 1.0), (2, 2.5)])
+def test_misfit_is_one_of_draws_of_one_distribution(spread, expected):
+    """Of draws with twice the deviation the squares are (4 + 1) / 2 times as large; 200,000 know it within .01."""
+    draws = torch.randn((5, 10, 1, 20, 1000), generator=torch.Generator().manual_seed(0))
+    image, recons = spread * draws[0], draws[1:]
+    variance = recons.var(dim=0, correction=0)
+    misfit = _misfit(recons.mean(dim=0) - image, variance, torch.full((1, 1, 20, 1000), 4.0))
+    np.testing.assert_allclose(misfit, expected, rtol=0.03)

@@ -20,11 +20,14 @@ class Examined:
         reconstructions: (B, C, H, W) float32 in [0, 1], one of each image, or None where the method makes none.
         distances: (B, H, W) float32, how far each pixel is from where it was mapped, by how sure the model is of it; or
             None.
+        misfit: (B,) float64, how much farther the image is from where it was mapped than it could be if the model knew
+            its domain, where it would be 1 on average; or None.
     """
 
     statistics: np.ndarray
     reconstructions: torch.Tensor | None = None
     distances: torch.Tensor | None = None
+    misfit: np.ndarray | None = None
 
 
 class Method(abc.ABC):

@@ -26,6 +26,7 @@ _CHOICES = {  # names of settings -> what they may be
     "mask_type": {name: make for name, make in MASK_TYPES.items() if name not in ("none", "file")},
     "lift": dict.fromkeys(["mask", "noise", "both"]),
 }
+_NOTHING = 1e-9  # what a sum of squared distances is divided by, where it is 0
 _LEAST_DOUBT = 0.2  # added to the standard deviation of a pixel's reconstructions; .1 to .3 find patches equally well
 
 
@@ -102,7 +103,9 @@ class LMD(Method):
         """With the mean reconstruction of each pixel, and its distance from the nearest one, where it was masked.
 
         Distances are divided by the standard deviation of the pixel's reconstructions and a little more: what the model
-        is sure of must fit.
+        is sure of must fit.  The misfit is a posterior predictive check (Gelman, Meng and Stern, Statistica Sinica 6,
+        1996): if the model's distribution is the domain's, an image and its reconstructions are draws of one
+        distribution, given the known pixels, and are equally far from each other on average.
         """
         orig, recons, masks = self._reconstruct(model, images, keys)
         filled = 1 - masks[:, None]  # (R, 1, 1, H, W)
@@ -112,7 +115,8 @@ class LMD(Method):
         variance = ((recons - mean).square() * filled).sum(dim=0) / times.clamp_min(1)
         nearest = ((recons - orig).abs() + _FAR * masks[:, None]).amin(dim=0) * (1 - always_known)
         distances = nearest.mean(dim=1) / (variance.mean(dim=1).sqrt() + _LEAST_DOUBT)
-        return Examined(self._distances(model, orig, recons), mean.clamp(0, 1), distances)
+        misfit = _misfit(mean - orig, variance, times)
+        return Examined(self._distances(model, orig, recons), mean.clamp(0, 1), distances, misfit)
 
     def score_statistics(self, statistics):
         distances = statistics.reshape(len(statistics), len(self.parts), -1)  # (N, M, R)
@@ -138,3 +142,19 @@ class LMD(Method):
         masks = MaskOptions(kind, num_blocks=blocks).stack(size, self.settings["reps"] or reps, "lmd", "mask")
         compared = [metrics.create(name, model.device) for name in self.settings["metrics"]]
         return Reconstructor(config, model.score, model.device, model.rows), masks, compared
+
+
+def _misfit(bias, variance, times):
+    """Mean square distance from the reconstructions by that of two of these from each other, (B,); see `LMD.examine`.
+
+    Args:
+        bias, variance: (B, C, H, W) of each pixel's reconstructions in which it was masked.
+        times: (1, 1, H, W), how many they are; None is returned where they are fewer than 2 everywhere.
+    """
+    several = times > 1
+    if not several.any():
+        return None
+    from_image = (bias.square() + variance) * several
+    from_each_other = 2 * variance * times / (times - 1).clamp_min(1) * several
+    ratio = from_image.flatten(1).sum(dim=1) / from_each_other.flatten(1).sum(dim=1).clamp_min(_NOTHING)
+    return ratio.double().numpy()
