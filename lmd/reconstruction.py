@@ -14,7 +14,7 @@ import datasets
 import sde_lib
 from basics import distributed, files, noise
 from basics.background import Background
-from basics.console import UserError, choose, counted, progress, say, shell, warn
+from basics.console import UserError, are, choose, counted, progress, say, shell, warn
 from basics.pixels import to_model_range
 from configs.base import to_dict
 from lmd.process import create_process
@@ -173,7 +173,8 @@ def _missing_of(folder, side, entry):
         more = f"; and {len(again) - 3} more" if len(again) > 3 else ""
         warn(f"{name}, made again: {'; '.join(again[:3])}{more}")
     if not missing:
-        say(f"{name}: all {entry['images']} images of {entry['dataset']} are there already")
+        those = "the image" if (count := entry["images"]) == 1 else f"all {count} images"
+        say(f"{name}: {those} of {entry['dataset']} {are(count)} there already")
     return missing
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from basics import files
-from basics.console import printable
+from basics.console import counted, printable
 from lmd.calibration import band_of_rank
 
 MOST_PICTURES = 300  # images in the gallery
@@ -389,5 +389,11 @@ def _template():
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"digest": _digest, "percent": percent, "printable": printable, "count": "{:,}".format}
+    environment.filters |= {
+        "digest": _digest,
+        "percent": percent,
+        "printable": printable,
+        "count": "{:,}".format,
+        "counted": counted,
+    }
     return environment.get_template("report.html.j2")

@@ -507,6 +507,7 @@ def test_pages_of_no_and_of_one_image(browser, images):
     assert text(page, "flagged") == "0"
     page.find_element(By.ID, "rate").send_keys(Keys.END)
     assert int(text(page, "flagged")) <= images
+    assert f"of {images} image{'' if images else 's'} flagged" in page.page_source
     assert len(rows(page)) == images
 
 
