@@ -65,7 +65,7 @@ _MEASURING = {  # flag: how it is defined, its default, its help, options
     "data_root": (define_path, "./data", "Where data sets lie, or are downloaded to.", {}),
     "workers": (flags.DEFINE_integer, None, "Threads that decode images.", {"lower_bound": 1}),
     "memory_gb": (flags.DEFINE_float, None, "Memory for the network's activations.", {"lower_bound": 0.0}),
-    "precision": (flags.DEFINE_string, "auto", "fp32, tf32, bf16 or auto, as of recon.py; a detector keeps to it.", {}),
+    "precision": (flags.DEFINE_string, "auto", "fp32, tf32, bf16, or auto: bf16 on a GPU that has it, else fp32.", {}),
     "device": (flags.DEFINE_string, "auto", "auto, cpu, cuda or cuda:i.", {}),
 }  # fmt: skip
 
@@ -80,7 +80,13 @@ def define_model():
         value_of("ckpt_path"),
         needed=False,
     )
-    define_path("ckpt_path", None, "The checkpoint, as --ckpt_path of recon.py.", required=True)
+    define_path(
+        "ckpt_path",
+        None,
+        "The checkpoint (.pth), EMA weights (.safetensors), a folder of diffusers', or a work folder of main.py, of "
+        "which the newest checkpoint is taken.",
+        required=True,
+    )
     define_path(
         "in_domain",
         None,
@@ -202,6 +208,26 @@ def _line_in(path, error):
     return f" in line {line}" if line else ""
 
 
+def _reason(error):
+    """What to tell of an error that absl or ml_collections raised for a flag."""
+    while error.args and isinstance(error.args[0], Exception):  # `str` would show its escapes doubled
+        error = error.args[0]
+    text = str(error.args[0]) if isinstance(error, (KeyError, AttributeError)) and error.args else str(error)
+    if isinstance(error, (KeyError, AttributeError)):  # the message may be the field's name alone
+        name, *rest = text.splitlines() or [""]
+        hint = f" ({rest[0][0].lower()}{rest[0][1:]})" if rest and rest[0] else ""
+        return _NO_FIELD.format(name.strip("'") + hint)
+    if missing := re.search(r"Flag (--\w+) must have a value other than None", text):
+        return f"{missing[1]} is needed; --help says what it is"
+    if field := re.match(r"Could not parse '(.*?)': \w+Error", text):
+        return _NO_FIELD.format(field[1])
+    text = re.sub(r"(?s) as tuple\. If you intended.*", " as a tuple; write one as (1,2,2)", text)
+    return re.sub(r"(?s)\('Non-boolean argument to boolean flag'.*", "write true or false", text)
+
+
+_NO_FIELD = "the config has no such field: {}; configs/base.py lists them"
+
+
 def _check_values(values):
     """Refuses what no flag can use: empty text, zero bytes, and numbers that are none or beyond 64 bits.
 
@@ -241,11 +267,8 @@ def run(main, argv=None, removed=None):
         except flags.UnrecognizedFlagError as error:
             now = (removed or {}).get(error.flagname)
             fail(f"--{error.flagname} is now {now}; write {now}=..." if now else error)
-        except (KeyError, AttributeError) as error:  # their message may be the field's name alone
-            fail(f"the config has no such field: {str(error.args[0]).strip(chr(39))}; configs/base.py lists them")
         except Exception as error:  # absl and ml_collections raise many kinds for a flag they cannot use
-            missing = re.search(r"Flag (--\w+) must have a value other than None", str(error))
-            fail(f"{missing[1]} is needed; --help says what it is" if missing else error)
+            fail(_reason(error))
         if len(rest) > 1:
             fail(f"unexpected argument '{rest[1]}'; flags are written --name=value (--help lists them)")
         _check_values(flags.FLAGS)

@@ -17,8 +17,9 @@ import re
 from pathlib import Path
 
 import torch
+from PIL import Image
 
-from basics.console import UserError, warn
+from basics.console import UserError, are, counted, warn
 from basics.files import expand_home
 from basics.image_arrays import load_array_file, load_memory, load_pictures, load_small_images
 from basics.image_files import NAMED_FAILURES, load_files
@@ -119,12 +120,11 @@ def load_any(source, split="test", **options):
 
     Args:
         source: as in `load`; or a tensor or array (N, H, W) or (N, C, H, W) uint8, C 1 or 3; or a list of paths, or of
-            PIL pictures.
+            PIL pictures; or one PIL picture.
         split, options: as in `load`.
 
     Raises:
-        UserError: as `load`.
-        TypeError: something else.
+        UserError: as `load`, or it is something else.
     """
     if isinstance(source, (str, Path)):
         return load(source, split=split, **options)
@@ -134,14 +134,34 @@ def load_any(source, split="test", **options):
         options.pop(unused, None)
     preparation = Preparation(workers=workers, **options)
     if hasattr(source, "shape"):
-        return load_memory("images", torch.as_tensor(source), preparation)
-    source = list(source)
+        return load_memory("images", _tensor(source), preparation)
+    source = _list(source)
     if source and all(isinstance(item, (str, Path)) for item in source):
         paths = [Path(expand_home(str(item))) for item in source]
         images = load_files("list", [str(item) for item in source], paths, preparation)
         _warn_of(images)
         return images
     return load_pictures("pictures", source, preparation)
+
+
+def _tensor(source):
+    try:
+        return torch.as_tensor(source)
+    except (TypeError, ValueError) as error:  # text, objects
+        kind = getattr(source, "dtype", type(source).__name__)
+        raise UserError(f"images in memory are (N, H, W) or (N, 1 or 3, H, W) uint8, not {kind}") from error
+
+
+def _list(source):
+    """The items of a list of images; a picture by itself is a list of one."""
+    if isinstance(source, Image.Image):
+        return [source]
+    try:
+        return list(source)
+    except TypeError as error:
+        raise UserError(
+            f"images are a path, an array, a PIL picture, or a list of paths or pictures, not {type(source).__name__}"
+        ) from error
 
 
 def _check_options(split, image_size, num_channels, max_images):
@@ -191,7 +211,7 @@ def _warn_of(images):
         warn(f"'{images.name}': {label} is left out: {why}")
     if len(images.skipped) > NAMED_FAILURES:
         more = len(images.skipped) - NAMED_FAILURES
-        warn(f"'{images.name}': {more} more images are left out; {len(images)} are used")
+        warn(f"'{images.name}': {counted(more, 'more image')} {are(more)} left out; used: {len(images)}")
     if isinstance(images.store, InMemory) and images.store.pixels.max() == 1:
         warn(f"'{images.name}': no pixel is above 1 of 255, so all images are nearly black; multiply the values by 255")
 

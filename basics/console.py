@@ -51,6 +51,16 @@ def speaks():
 # ------------------------------------------------------------------------------------------------- what is printed
 
 
+def counted(count, noun):
+    """A number of things in words, such as '1 image' or '1,000 images'."""
+    return f"{count:,} {noun}{'' if count == 1 else 'es' if noun.endswith('ch') else 's'}"
+
+
+def are(count):
+    """'is' after a single thing, 'are' after several or none."""
+    return "is" if count == 1 else "are"
+
+
 def printable(text, stream=None):
     """`text` as one line without anything that a terminal would obey or a stream could not encode.
 

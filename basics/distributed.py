@@ -14,7 +14,7 @@ import hashlib
 import inspect
 
 from basics import files
-from basics.console import UserError
+from basics.console import UserError, counted
 
 # Ranks wait for a download or samples of rank 0, or for the last batch of a slower one.
 _PATIENCE = datetime.timedelta(days=1)
@@ -165,7 +165,7 @@ class Ranks:
         if largest != -minus_smallest:
             raise UserError(
                 f"the processes of this run see different {what}; give all machines the same command and data, and "
-                "a --workdir that they share"
+                "a folder for the results that they share"
             )
 
 
@@ -217,8 +217,8 @@ def own_device(name, ranks):
         raise UserError(f"each process of torchrun takes a GPU of its own, not '{name}'; use --device cuda")
     if ranks.local_rank >= torch.cuda.device_count():
         raise UserError(
-            f"torchrun started more processes than the {torch.cuda.device_count()} GPUs that torch sees; lower "
-            "--nproc_per_node"
+            f"torchrun started more processes than the {counted(torch.cuda.device_count(), 'GPU')} that torch sees; "
+            "lower --nproc_per_node"
         )
     device = torch.device("cuda", ranks.local_rank)
     torch.cuda.set_device(device)

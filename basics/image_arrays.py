@@ -42,16 +42,17 @@ def load_memory(name, stored, preparation):
     """The set of images in a tensor (N, H, W) or (N, 1 | 3, H, W) uint8.
 
     Raises:
-        TypeError: other numbers or shapes, or (N, H, W) that may be one image in colour.
-        UserError: there are none.
+        UserError: there are none, they are of other numbers or shapes, or (N, H, W) may be one image in colour.
     """
     grey = stored.ndim == 3
     if stored.dtype != torch.uint8 or not (grey or (stored.ndim == 4 and stored.shape[1] in (1, 3))):
-        raise TypeError(f"images are (N, H, W) or (N, 1 or 3, H, W) uint8, not {stored.dtype} {tuple(stored.shape)}")
+        cast = "; write (255 * array).round() as uint8 if values are in 0..1" if stored.is_floating_point() else ""
+        what = f"{stored.dtype} {tuple(stored.shape)}"
+        raise UserError(f"images in memory are (N, H, W) or (N, 1 or 3, H, W) uint8, not {what}{cast}")
     if not len(stored):
         raise UserError("there are no images; give at least one")
     if grey and (stored.shape[2] == 3 or (len(stored) == 3 and preparation.num_channels == 3)):
-        raise TypeError(f"images of shape {tuple(stored.shape)} may be one in colour; give (1, 3, H, W) for that")
+        raise UserError(f"images of shape {tuple(stored.shape)} may be one in colour; give (1, 3, H, W) for that")
     planes = stored[:, None] if grey else stored
     if planes.shape[2] == planes.shape[3] and planes.shape[2] in (28, preparation.image_size):
         return load_small_images(name, planes, preparation)  # as an array file of that size
@@ -63,11 +64,10 @@ def load_pictures(name, pictures, preparation):
     """The set of PIL pictures, treated as files of them would be.
 
     Raises:
-        UserError: there are none.
-        TypeError: something else is among them.
+        UserError: there are none, or something else is among them.
     """
     if not all(isinstance(picture, Image.Image) for picture in pictures):
-        raise TypeError("a list of images holds paths alone, or PIL pictures alone")
+        raise UserError("a list of images holds paths alone, or PIL pictures alone")
     if not pictures:
         raise UserError("there are no images; give at least one")
     chosen = [pictures[row] for row in preparation.choose(name, len(pictures))]

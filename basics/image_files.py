@@ -7,7 +7,7 @@ import threading
 
 import torch
 
-from basics.console import UserError, progress, warn
+from basics.console import UserError, counted, progress, warn
 from basics.image_sets import SAMPLED, InMemory, OnDemand, content_digest
 from basics.images import read_file, reason
 from basics.preparation import spread
@@ -33,7 +33,7 @@ def load_files(name, labels, paths, preparation):
     found, skipped, pixels = _scan(labels, paths, len(rows), preparation)
     if not found:
         label, why = skipped[0]
-        raise UserError(f"none of the {len(skipped)} images of '{name}' is usable; the first, {label}: {why}")
+        raise UserError(f"of {counted(len(skipped), 'image')} of '{name}' none is usable; the first, {label}: {why}")
     if preparation.reduced_to is None:  # else it was loaded, and warned of, before
         _warn_of_dark(name, [seen.deepest for seen in found.values() if seen.deepest is not None])
     if pixels is not None:
@@ -47,10 +47,10 @@ def load_files(name, labels, paths, preparation):
 def _warn_of_dark(name, deepest):
     """Warns of 16-bit files that hold values of 12 bits, as cameras and scanners write them."""
     if deepest and max(deepest) < 4096:
-        factor = 16 if max(deepest) > 255 else 257
+        factor, count = 16 if max(deepest) > 255 else 257, counted(len(deepest), "image")
         warn(
-            f"'{name}': the {len(deepest)} images of 16 bits reach only {max(deepest)} of 65535, so they come out "
-            f"nearly black; this looks like {12 if factor == 16 else 8} bit: multiply the values by {factor}"
+            f"'{name}': no pixel of the {count} of 16 bits is above {max(deepest)} of 65535, so they come out nearly "
+            f"black; this looks like {12 if factor == 16 else 8} bit: multiply the values by {factor}"
         )
 
 
@@ -181,8 +181,8 @@ class _UncheckedFiles:
                 self._skip(row, reason(error))
                 last = error
         raise UserError(
-            f"{further + 1} images of '{self.name}' in a row cannot be read, the last {path} ({reason(last)}); "
-            "check the disk they are on"
+            f"{counted(further + 1, 'image')} of '{self.name}' in a row cannot be read, the last {path} "
+            f"({reason(last)}); check the disk they are on"
         ) from last
 
     def _skip(self, row, why):

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from basics import files
-from basics.console import UserError, say
+from basics.console import UserError, are, counted, say
 from basics.images import first_line
 
 
@@ -125,7 +125,8 @@ def _tell_left_out(folder, written, others):
         left_out += f" (this program wrote {named})"
     if others:
         named = ", ".join(f"{count} {ending}" for ending, count in sorted(others.items()))
-        say_once(f"'{folder}': {others.total()} files are left out by their endings: {named}")
+        count = others.total()
+        say_once(f"'{folder}': {counted(count, 'file')} {are(count)} left out by their endings: {named}")
         left_out += f" ({named})"
     return left_out
 

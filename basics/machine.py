@@ -2,7 +2,7 @@
 
 import contextlib
 
-from basics.console import UserError
+from basics.console import UserError, counted
 
 
 def choose_device(name):
@@ -24,7 +24,7 @@ def choose_device(name):
     except RuntimeError as error:
         raise UserError(f"unknown device '{name}'; choose one of: auto, cpu, cuda, cuda:0") from error
     if (device.index or 0) >= max(torch.cuda.device_count(), 1):
-        raise UserError(f"device '{name}' was asked for, but torch sees {torch.cuda.device_count()} GPUs")
+        raise UserError(f"device '{name}' was asked for, but torch sees {counted(torch.cuda.device_count(), 'GPU')}")
     return device
 
 

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from basics import image_sets
+from basics.console import are
 from basics.image_lists import say_once
 from basics.images import decode
 from basics.pixels import crop, cut_centre, resize_bilinear
@@ -58,7 +59,7 @@ class Preparation:
         """The rows, of 0..count-1, of the images that are used; says so where those are not all."""
         rows = spread(count, self.max_images)
         if len(rows) < count:
-            say_once(f"'{name}': {len(rows)} of {count} images are used, evenly spread (--max_images)")
+            say_once(f"'{name}': {len(rows)} of {count} images {are(len(rows))} used, evenly spread (--max_images)")
         return rows
 
     def fits_in_memory(self, count):

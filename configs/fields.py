@@ -9,7 +9,7 @@ import dataclasses
 import re
 import sys
 
-from basics.console import UserError, choose
+from basics.console import UserError, choose, printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +161,7 @@ def check_value(path, value, kind):
 
 def _short(value):
     try:
-        text = repr(value)
+        text = f"'{printable(value)}'" if isinstance(value, str) else repr(value)
     except ValueError:  # Python writes no int of more than 4300 digits
         return "a number of thousands of digits"
     return text if len(text) <= 60 else text[:57] + "..."

@@ -5,7 +5,7 @@ import weakref
 import torch
 
 from basics import noise
-from basics.console import UserError
+from basics.console import UserError, counted
 from basics.image_sets import IN_MEMORY_BYTES, InMemory
 from basics.pixels import dequantize, to_model_range
 
@@ -39,8 +39,8 @@ class TrainingBatches:
     ):
         if not 1 <= batch_size <= len(images):
             raise UserError(
-                f"a batch of {batch_size} cannot be taken from the {len(images)} images of '{images.name}'; choose a "
-                f"batch size from 1 to {len(images)}, as with --config.training.batch_size={len(images)}"
+                f"a batch of {batch_size} cannot be taken from the {counted(len(images), 'image')} of '{images.name}'; "
+                f"choose a batch size from 1 to {len(images)}, as with --config.training.batch_size={len(images)}"
             )
         self.images, self.batch_size, self.seed, self.device = images, batch_size, seed, torch.device(device)
         self.share = share

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from basics import distributed
-from basics.console import UserError, choose, say, warn
+from basics.console import UserError, choose, counted, say, warn
 from lmd import calibration, shifts
 from lmd.calibration import percent
 from lmd.card import bands, histogram, rarest_first
@@ -77,7 +77,7 @@ def calibrate(job, device, ranks=distributed.ALONE):
     detector.choose_method(len(images), job.fit_share)
     method = detector.method
     _check_rate(detector, len(images), job)
-    say(f"method {method.name}: {method.evaluations(model)} network evaluations an image, {precision}")
+    say(f"method {method.name}: {counted(method.evaluations(model), 'network evaluation')} an image, {precision}")
     origin = {"method": method.name, "settings": method.settings, **identity(job.config, source, job.seed, precision)}
     unfinished = Path(f"{job.detector.rstrip('/')}.unfinished")
     with ranks.owned(unfinished):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from basics import distributed
-from basics.console import UserError, progress, warn
+from basics.console import UserError, are, counted, progress, say, warn
 from basics.image_sets import ImageSet
 from lmd.combination import combined
 from lmd.measurement import Measurement, statistics_of
@@ -44,15 +44,14 @@ class Sets:
 class _Timed:
     """A method whose `examine` measures the statistics alone, and the seconds that they took; for a `Measurement`."""
 
-    def __init__(self, method, done):
-        self.method, self.name, self.done = method, method.name, done
+    def __init__(self, method):
+        self.method, self.name, self.evaluations = method, method.name, method.evaluations
         self.seconds = 0.0
 
     def examine(self, model, images, keys):
         start = time.perf_counter()
         statistics = self.method.statistics(model, images, keys)  # on the CPU, so the device is done
         self.seconds = time.perf_counter() - start
-        self.done(len(images))
         return Examined(statistics)
 
     def keep(self, pixels, examined, start):
@@ -85,19 +84,20 @@ class Bench:
         Raises:
             UserError: none of them could be scored.
         """
+        lacking = self._lacking(chosen)
         costs = {label: self._cost(method) for label, method in chosen.items()}
         order = sorted(chosen, key=lambda label: (costs[label] is None, costs[label]))
-        missing = {label: self._missing(chosen[label], costs[label]) * max(1, costs[label] or 1) for label in order}
+        work = {label: self._work(chosen[label], costs[label]) for label in order if label not in lacking}
         found = []
-        with progress(total=sum(missing.values()), unit=" evaluations", unit_scale=True, desc="comparing") as bar:
+        with self._bar(work.values()) as bar:
             for label in order:
                 before, each = bar.n, max(1, costs[label] or 1) * self.ranks.world_size
                 bar.set_postfix_str(label)
                 made = self._made(
                     label, chosen[label], costs[label], lambda images, each=each: bar.update(images * each)
                 )
-                bar.total += bar.n - before - missing[label]  # what a fault left out is not waited for
-                if any(one.faults for one in made):
+                bar.total += bar.n - before - work.get(label, (0, 0))[1]  # what a fault left out is not waited for
+                if label not in lacking and any(one.faults for one in made):
                     bar.clear()  # so that the warning has its own line
                     for one in made:
                         self._tell(one)
@@ -106,10 +106,34 @@ class Bench:
             raise UserError(f"no method could be scored: {next(iter(found[0].faults.values()))}")
         return found
 
-    def _made(self, label, method, evaluations, step):
+    def _lacking(self, chosen):
+        """The labels of the methods for which there are too few images to learn from; names them.
+
+        Raises:
+            UserError: there are too few for all of them.
+        """
+        count = len(self.sets.fit.images)
+        lacking = {label: _fewest(method) for label, method in chosen.items() if _fewest(method) > count}
+        named = ", ".join(f"{label} (which needs {fewest:,})" for label, fewest in lacking.items())
+        have = f"there {are(count)} only {counted(count, 'image')} to learn from"
+        if lacking and len(lacking) == len(chosen):
+            raise UserError(f"{have}, too few for {named}; give more as --fit, or choose other --methods")
+        if lacking:
+            warn(f"{named} {are(len(lacking))} left out: {have}; give more as --fit")
+        return set(lacking)
+
+    def _bar(self, work):
+        """A bar of evaluations that begins at those that are kept, and says how many these are; `work` as `_work`."""
+        total, missing = (sum(each) for each in zip(*work, strict=True))
+        if 0 < missing < total:
+            say(f"comparing: {total - missing:,} of {counted(total, 'evaluation')} of the network are there already")
+        options = {"unit": " evaluations", "unit_scale": True, "desc": "comparing"}
+        return progress(total=total, initial=total - missing, **options)
+
+    def _made(self, label, method, evaluations, on_images):
         """The candidates of one method: itself, and its parts where these are asked for."""
         times = []  # (seconds, images)
-        measure = lambda one: self._measure(self._measurement(method, one, evaluations, step), times)
+        measure = lambda one: self._measure(self._measurement(method, one, evaluations), times, on_images)
         columns = {label: None}
         if self.parts and len(method.parts) > 1:
             columns |= {f"{label}[{part}]": k for k, part in enumerate(method.parts)}
@@ -141,9 +165,9 @@ class Bench:
         """
         if not _learns(method):
             return np.zeros((0, len(method.parts)))
-        least, count = max(method.fewest_images, 1), len(self.sets.fit.images)
+        least, count = _fewest(method), len(self.sets.fit.images)
         if count < least:
-            raise UserError(f"it needs at least {least:,} in-domain images to learn from, and --fit has {count:,}")
+            raise UserError(f"it needs at least {least:,} in-domain images to learn from, not {count:,}")
         statistics = measure(self.sets.fit)
         return self._agreed(lambda: method.fit_statistics(statistics).score_statistics(statistics))
 
@@ -161,26 +185,30 @@ class Bench:
         outcome = _outcome(self._agreed, lambda: self.ranks.in_turn(lambda: method.evaluations(self.model)))
         return None if isinstance(outcome, UserError) else outcome
 
-    def _missing(self, method, evaluations):
-        """How many images are to be measured by a method."""
-        needed = [*([self.sets.fit] if _learns(method) else []), self.sets.in_domain, *self.sets.foreign.values()]
-        return sum(self._measurement(method, one, evaluations).missing for one in needed)
+    def _work(self, method, evaluations):
+        """Evaluations that a method costs in all, and those of them that are still to be made; an image is 1 at least.
 
-    def _measurement(self, method, one, evaluations, step=None):
+        It is not to lack images.
+        """
+        needed = [*([self.sets.fit] if _learns(method) else []), self.sets.in_domain, *self.sets.foreign.values()]
+        missing = sum(self._measurement(method, one, evaluations).missing for one in needed)
+        return tuple(images * max(1, evaluations or 1) for images in (sum(len(one.images) for one in needed), missing))
+
+    def _measurement(self, method, one, evaluations):
         origin = {"method": method.name, "settings": method.settings, "shift": one.shift, **self.origin}
         text = json.dumps([origin, one.images.fingerprint], sort_keys=True)
         folder = self.folder / f"{method.name}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-        timed, most = _Timed(method, step), _CHUNK_EVALUATIONS // max(1, evaluations or 1)
+        timed, most = _Timed(method), _CHUNK_EVALUATIONS // max(1, evaluations or 1)
         where = {"seed": self.origin["seed"], "origin": origin, "folder": folder}
         return Measurement(timed, self.model, one.images, **where, change=one.change, keep=timed.keep, most=most or 1)
 
-    def _measure(self, measurement, times):
-        """Statistics (N, F) of a set; adds (seconds, images) to `times`.
+    def _measure(self, measurement, times, on_images):
+        """Statistics (N, F) of a set; adds (seconds, images) to `times`, tells `on_images` as `Measurement.run` does.
 
         Raises:
             UserError: on all ranks alike, as `Measurement.run`.
         """
-        chunks = self._agreed(lambda: measurement.run(None, self.ranks))
+        chunks = self._agreed(lambda: measurement.run(None, self.ranks, on_images))
         times.append((sum(float(chunk["seconds"]) for chunk in chunks), len(measurement.images)))
         return statistics_of(chunks)
 
@@ -213,6 +241,11 @@ def _outcome(work, *arguments):
 def _learns(method):
     """Whether a method needs in-domain images to learn from, or to combine its parts."""
     return method.fewest_images > 0 or len(method.parts) > 1
+
+
+def _fewest(method):
+    """How many images a method needs to learn from, or to combine its parts, at least; 0 where it does neither."""
+    return max(method.fewest_images, 1) if _learns(method) else 0
 
 
 def _scores(method, reference, part, measured):

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from basics.console import counted
 from lmd import calibration
 from lmd.calibration import percent
 
@@ -42,14 +43,14 @@ def card(detector, description):
         description: the fields of its folder's `detector.json`.
     """
     known, data = detector.calibration, detector.model.config.data
-    n = len(known.parts)
+    n, cost = len(known.parts), counted(detector.method.evaluations(detector.model), "network evaluation")
     lines = [
         "# Detector",
         "",
         f"Decides whether an image belongs to the domain of {description['images'].get('source', 'some images')}.",
         "",
-        f"- Method: {detector.method.name}, {detector.method.evaluations(detector.model)} network evaluations an "
-        f"image of {data.image_size}x{data.image_size} pixels, {data.num_channels} channel(s).",
+        f"- Method: {detector.method.name}, {cost} an image of {data.image_size}x{data.image_size} pixels, "
+        f"{counted(data.num_channels, 'channel')}.",
         f"- Calibrated with {n:,} images; {len(known.reference):,} others are what the method compares with.",
         f"- Decides at {percent(detector.rate)}; smallest rate: {percent(calibration.smallest_rate(n))}.",
         *(f"- {line[0].upper()}{line[1:]}." for line in bands(n)),

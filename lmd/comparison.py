@@ -10,7 +10,7 @@ from pathlib import Path
 
 import datasets
 from basics import distributed, files, noise
-from basics.console import UserError, say, warn
+from basics.console import UserError, are, counted, say, warn
 from lmd import shifts
 from lmd.candidates import Bench, Set, Sets
 from lmd.comparison_report import report
@@ -145,7 +145,7 @@ def _load(job, sources, ckpt_path):
     known = held_out(load, job.in_domain, "--in_domain", job.config, ckpt_path, job.max_images)
     if job.fit is None:
         fit, known = _halves(known)
-        say(f"methods learn from {len(fit):,} of the images of {job.in_domain}; the other {len(known):,} are scored")
+        say(f"methods learn from {len(fit):,} of the images of {job.in_domain}; scored are the other {len(known):,}")
     else:
         fit = held_out(load, job.fit, "--fit", job.config, ckpt_path, job.max_images)
         _check_apart(job, fit, known)
@@ -180,11 +180,12 @@ def _halves(images):
 def _check_apart(job, fit, known):
     """Refuses scores of the very images that the methods learned from."""
     shared = shared_with(known, fit)
+    share = f"{shared:,} of the {counted(len(known), 'image')} of"
     if 2 * shared > len(known):
         raise UserError(
-            f"{shared:,} of the {len(known):,} images of --in_domain {job.in_domain} are those of --fit {job.fit}: "
+            f"{share} --in_domain {job.in_domain} {are(shared)} those of --fit {job.fit}: "
             "methods know what they were fitted to, and every ROC-AUC would be too good; give other images, or "
             "leave --fit out: half of the in-domain images are learned from then"
         )
     if shared:
-        warn(f"{shared:,} of the {len(known):,} images of {job.in_domain} are in {job.fit}, which methods learn from")
+        warn(f"{share} {job.in_domain} {are(shared)} in {job.fit}, which methods learn from")

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from basics.console import printable, say, warn
+from basics.console import counted, printable, say, warn
 from lmd.pictures import new_figure, shown_text, to_png
 from storage.comparisons import write_comparison
 
@@ -92,8 +92,8 @@ def markdown(table, facts, tables):
     parts = [
         "# Comparison",
         "",
-        f"- In domain: {facts['in_domain']['images']:,} images of {_md(facts['in_domain']['source'])}; methods learned "
-        f"from {facts['fit']['images']:,} of {_md(facts['fit']['source'])}.",
+        f"- In domain: {counted(facts['in_domain']['images'], 'image')} of {_md(facts['in_domain']['source'])}; "
+        f"methods learned from {facts['fit']['images']:,} of {_md(facts['fit']['source'])}.",
         f"- Out of domain: {foreign}.",
         f"- Checkpoint: {_md(facts['checkpoint']['path'])}, step {facts['checkpoint']['step']:,}, precision "
         f"{facts['precision']}, seed {facts['seed']}.",

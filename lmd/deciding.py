@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from basics import files
-from basics.console import UserError, printable, say, shell, warn
+from basics.console import UserError, are, counted, printable, say, shell, warn
 from lmd import calibration
 from lmd import report as reports
 from lmd.calibration import percent
@@ -115,14 +115,14 @@ def _tell(output, description, p_value, named, sentences):
     for row in named:
         say(f"  {printable(description['files'][row])}: p = {p_value[row]:.4g}")
     if count := len(description["skipped"]):
-        warn(f"{count:,} {'file' if count == 1 else 'files'} could not be read; see {output / SKIPPED}")
+        warn(f"{counted(count, 'file')} could not be read; see {output / SKIPPED}")
     say(f"results: {output / PREDICTIONS}; {output / REPORT} opens in a browser")
 
 
 def _sentences(rule, rate, flagged, whole):
     """What was found, in sentences that a user can act on."""
     count, found = len(flagged), int(flagged.sum())
-    images = f"{found:,} of {count:,} images {'is' if found == 1 else 'are'} flagged"
+    images = f"{found:,} of {counted(count, 'image')} {are(found)} flagged"
     if rule.false_discovery_rate is not None:
         first = (
             f"{images} at a false discovery rate of {percent(rule.false_discovery_rate)} "
@@ -132,6 +132,8 @@ def _sentences(rule, rate, flagged, whole):
         chance = rate * count
         text = f"{chance:,.0f}" if chance >= 10 else f"{chance:.2g}"
         first = f"{images} at a false-alarm rate of {percent(rate)} ({text} would be by chance)"
+    if count == 1:
+        return [f"{first}."]
     verdict = "differs from the domain" if whole <= 0.01 else "cannot be told from the domain"
     return [f"{first}.", f"The folder as a whole {verdict} (one-sided rank test, p = {whole:.2g})."]
 
@@ -184,7 +186,7 @@ def _write_maps(folder, arrays, flagged, names):
             files.write_png(folder / f"{row:06d}_{stem}.png", Image.fromarray(overlay(original, heat)))
     for path in set(folder.glob(f"{6 * '[0-9]'}*_*.png")) - written:
         path.unlink()
-    say(f"maps: {folder} ({len(written):,} of {int(flagged.sum()):,} flagged images)")
+    say(f"maps: {folder} ({len(written):,} of {counted(int(flagged.sum()), 'flagged image')})")
 
 
 def overlay(picture, heat):
@@ -207,6 +209,7 @@ def _report(rule, rate, description, arrays, sentences):
         rate,
         false_discovery_rate=rule.false_discovery_rate,
         parts={name: arrays[f"part_{name}"] for name in description["parts"]},
+        meanings=dict(zip(description["parts"], description.get("meanings", []), strict=False)),
         skipped=[tuple(row) for row in description["skipped"]],
         pictures=_pictures_of(arrays, description["reasons"]),
         blind_spots=[BlindSpot(spot["kind"], spot["caught"], spot["images"]) for spot in spots.values()],

@@ -14,11 +14,12 @@ import torch
 
 import datasets
 from basics import distributed, noise
-from basics.console import UserError, printable, warn
+from basics.console import UserError, are, counted, printable, warn
 from basics.image_sets import ImageSet
 from basics.machine import choose_device
 from configs.base import to_dict
 from lmd import calibration, heat, methods
+from lmd.calibration import percent
 from lmd.card import card
 from lmd.combination import combined
 from lmd.held_out import content_keys_of, held_out
@@ -33,7 +34,7 @@ _FEWEST_EACH = 10  # of these to learn from, and to give p-values
 DEFAULT_RATE = 0.05
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Prediction:
     """What a detector says of N images.
 
@@ -54,6 +55,9 @@ class Prediction:
     map: np.ndarray | None = None
     files: list | None = None
     skipped: list = ()
+
+    def __repr__(self):
+        return f"<Prediction of {counted(len(self.score), 'image')}, {int(self.is_outlier.sum()):,} flagged>"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,6 +97,13 @@ class Detector:
         self.rate = DEFAULT_RATE
         self.calibration = None
         self.description = {}  # of the folder that it was loaded from
+
+    def __repr__(self):
+        method, known = getattr(self.method, "name", self.method), self.calibration
+        state = "not calibrated yet"
+        if known is not None:
+            state = f"calibrated with {counted(len(known.parts), 'image')}, false-alarm rate {percent(self.rate)}"
+        return f"<Detector: method {method}, {self.model}, {state}>"
 
     # ------------------------------------------------------------------------------------------------ calibrating
 
@@ -155,14 +166,19 @@ class Detector:
         """
         if count < FEWEST:
             raise UserError(
-                f"{count} images are too few to calibrate with: the false-alarm rate could not be known; give at "
-                f"least {FEWEST}, better 1,000"
+                f"{counted(count, 'image')} {are(count)} too few to calibrate with: the false-alarm rate could not be "
+                f"known; give at least {FEWEST}, better 1,000"
             )
         if not self.method.fewest_images and len(self.method.parts) == 1:
             return count
         if not 0 < fit_share < 1:
             raise UserError(f"--fit_share must lie between 0 and 1, not at {fit_share:g}")
-        learning = round(fit_share * count)
+        learning, fewest = round(fit_share * count), self.method.fewest_images
+        if learning < fewest:
+            raise UserError(
+                f"the method {self.method.name} needs at least {fewest} images to learn from, and --fit_share "
+                f"{fit_share:g} of {count} images leaves {learning}; give more images, or choose another method"
+            )
         if min(learning, count - learning) < _FEWEST_EACH:
             raise UserError(
                 f"--fit_share {fit_share:g} of {count} images leaves {learning} to learn from and {count - learning} "
@@ -251,9 +267,12 @@ class Detector:
         """Images of the model's size, an `ImageSet`.
 
         Args:
-            source: (N, C, H, W) or (N, H, W) uint8, a tensor or an array; a list of paths or of PIL pictures; a folder,
-                a file, a .txt list, or a data set's name; or an ImageSet, which is taken as it is.
+            source: (N, C, H, W) or (N, H, W) uint8, a tensor or an array; a list of paths or of PIL pictures; one
+                picture; a folder, a file, a .txt list, or a data set's name; or an ImageSet, taken as it is.
             options: further arguments of `datasets.load`.
+
+        Raises:
+            UserError: it is something else, or as `datasets.load`.
         """
         data = self.model.config.data
         sizes = {"image_size": data.image_size, "num_channels": data.num_channels, "center_crop": self.center_crop}

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from basics import files, noise
-from basics.console import UserError, choose, progress, say
+from basics.console import UserError, choose, counted, progress, say
 from basics.pixels import dequantize, to_model_range
 from configs.base import to_dict
 from lmd import likelihood, training
@@ -88,7 +88,7 @@ def evaluate(config, workdir, eval_folder, device, data_root, workers=None):
     parts, folder = _enabled(config), _folder(workdir, eval_folder)
     trainer = training.Trainer(config, workdir, device, data_root, workers)
     run, paths = Evaluation(trainer, folder), _checkpoints(config, trainer.workdir / "checkpoints")
-    largest = f"for {config.eval.batch_size} images at once"
+    largest = f"for {counted(config.eval.batch_size, 'image')} at once"
     remedy = f"{largest}; lower --config.eval.batch_size and choose another --eval_folder"
     with memory.explained(device, remedy), inference.arithmetic(PRECISION):
         _try_out(run, parts, paths)
@@ -189,7 +189,8 @@ def write_loss(run, k, origin):
             counts.append(len(x))
         arrays = {"all_losses": np.array(values), "mean_loss": np.average(values, weights=counts)}
         write_arrays(path, settings, **arrays)
-    say(f"checkpoint {k}: mean test loss {arrays['mean_loss']:.5f} over {len(images)} images; written to {path}")
+    mean = f"mean test loss {arrays['mean_loss']:.5f} over {counted(len(images), 'image')}"
+    say(f"checkpoint {k}: {mean}; written to {path}")
 
 
 def _rounds(count, batch_size):
@@ -226,8 +227,8 @@ def write_bpd(run, k, origin):
     bpd = np.concatenate(values).reshape(repeats, -1).mean(axis=0)  # (N,)
     say(
         f"checkpoint {k}: {bpd.mean():.4f} bits per dimension (standard error {_standard_error(bpd):.4f}) over "
-        f"{len(images)} {split} images, {repeats} times each; {np.mean(evaluations):.0f} network evaluations a batch; "
-        f"written to {run.folder}"
+        f"{counted(len(images), f'{split} image')}, {repeats} times each; {np.mean(evaluations):.0f} network "
+        f"evaluations a batch; written to {run.folder}"
     )
 
 
@@ -312,7 +313,8 @@ def write_reports(run, origins):
             scores = fidelity.scores(extract.of_samples(run, k, origin), reference)
             write_arrays(path, settings, **scores)
         values = ", ".join(f"{name} {value:.5g}" for name, value in scores.items())
-        say(f"checkpoint {k}: {values} of {count} samples against {len(images)} images; written to {path}")
+        compared = f"{counted(count, 'sample')} against {counted(len(images), 'image')}"
+        say(f"checkpoint {k}: {values} of {compared}; written to {path}")
 
 
 class _FeatureFiles:

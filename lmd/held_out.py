@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from basics import files, noise
-from basics.console import UserError, say, warn
+from basics.console import UserError, are, counted, say, warn
 from basics.preparation import spread
 from lmd.training import held_back
 from storage.checkpoints import data_of
@@ -61,7 +61,7 @@ def _some(images, wanted):
     rows = spread(len(images), wanted)
     if len(rows) == len(images):
         return images
-    say(f"'{images.name}': {len(rows):,} of {len(images):,} images are used, evenly spread (--max_images)")
+    say(f"'{images.name}': {len(rows):,} of {len(images):,} images {are(len(rows))} used, evenly spread (--max_images)")
     return images.part(torch.tensor(rows))
 
 
@@ -71,14 +71,14 @@ def _check_against_training_folder(load, source, flag, config, images):
     if not Path(files.expand_home(trained_on)).exists():
         return
     shared = shared_with(images, load(trained_on, split="train"))
+    share = f"{shared:,} of the {counted(len(images), 'image')} of {source} {are(shared)}"
     if 2 * shared > len(images):
         raise UserError(
-            f"{shared:,} of the {len(images):,} images of {source} are among those of {trained_on}, which the model "
-            f"was trained on; give {flag}images that were held back, or what training was given as a whole, of which "
-            "it held back a part"
+            f"{share} among those of {trained_on}, which the model was trained on; give {flag}images that "
+            "were held back, or what training was given as a whole, of which it held back a part"
         )
     if shared:
-        warn(f"{shared:,} of the {len(images):,} images of {source} are in {trained_on}, the training images, too")
+        warn(f"{share} in {trained_on}, the training images, too")
 
 
 def shared_with(images, others):

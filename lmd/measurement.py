@@ -4,6 +4,7 @@ The chunks are fixed by the images and by what measuring one costs, so the numbe
 run was stopped, and whatever number of processes shared it.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -66,12 +67,13 @@ class Measurement:
             if self.folder is None or not self._path(number).is_file()
         )
 
-    def run(self, label, ranks=distributed.ALONE):
+    def run(self, label, ranks=distributed.ALONE, on_images=None):
         """Measures what is not in the folder yet; the ranks share the chunks, each makes every so manieth.
 
         Args:
             label: of the progress bar, or None for no bar.
             ranks: the processes, all of which call this.
+            on_images: called with numbers of further images that this process has measured, in the place of a bar.
 
         Returns:
             list of dicts, one a chunk: `statistics` (B, F), and what `keep` gave, but for what stays in the files.
@@ -86,9 +88,8 @@ class Measurement:
         # One process looks: another might see already what a third has made since, and share out the rest otherwise.
         missing = ranks.on_main(self._missing)
         made = {}
-        with ranks.together():
-            note = f", process 1 of {ranks.world_size}" if label and ranks.world_size > 1 else ""
-            self._measure(missing[ranks.rank :: ranks.world_size], made, label and f"{label}{note}")
+        with ranks.together(), self._bar(label, missing, ranks) as bar:
+            self._measure(missing[ranks.rank :: ranks.world_size], made, on_images or bar.update)
         return [made.get(number) or self._light(self.read(number)) for number in range(len(self.chunks))]
 
     def _missing(self):
@@ -114,19 +115,54 @@ class Measurement:
         """What of a chunk's arrays is kept in memory."""
         return arrays if self.folder is None else {n: v for n, v in arrays.items() if not n.startswith(self.shown)}
 
-    def _measure(self, numbers, made, label):
+    def _bar(self, label, missing, ranks):
+        """A bar of all images that begins at those that are there; of several processes, of what this one measures.
+
+        Says how many are there, where it is not all or none; without a label nothing is told.
+        """
+        chunks, total = self.chunks, len(self.images)
+        count = lambda numbers: sum(stop - start for start, stop in (chunks[number] for number in numbers))
+        kept = total - count(missing)
+        if label and 0 < kept < total:
+            say(f"{label}: {kept:,} of {total:,} images are measured already")
+        if ranks.world_size > 1:
+            total, kept = count(missing[ranks.rank :: ranks.world_size]), 0
+            label = label and f"{label}, process 1 of {ranks.world_size}"
+        shown = {} if label and total else {"disable": True}
+        return progress(total=total, initial=kept, unit=" images", desc=label, **shown)
+
+    def _measure(self, numbers, made, on_images):
         if not numbers:
             return
-        total = sum(stop - start for start, stop in (self.chunks[number] for number in numbers))
-        hidden = {} if label else {"disable": True}
-        with progress(total=total, unit="images", desc=label, **hidden) as bar, Background() as reader:
+        with Background() as reader:
             pending = reader.submit(self.images.read, *self.chunks[numbers[0]])
             for number, following in zip(numbers, [*numbers[1:], None], strict=True):
                 pixels = pending.result()
                 if following is not None:
                     pending = reader.submit(self.images.read, *self.chunks[following])
-                made[number] = self._light(self._examine(number, pixels))
-                bar.update(len(pixels))
+                with self._paced(len(pixels), on_images):
+                    arrays = self._examine(number, pixels)
+                made[number] = self._light(arrays)
+
+    @contextlib.contextmanager
+    def _paced(self, count, on_images):
+        """While a chunk of `count` images is measured, tells of them by how often the network was evaluated.
+
+        A chunk can take many seconds on a CPU.  What the evaluations do not tell follows at the end.
+        """
+        evaluations, seen, told = self.method.evaluations(self.model), 0, 0
+
+        def follow(images):
+            nonlocal seen, told
+            seen += images
+            done = min(count - 1, seen // evaluations)
+            if done > told:
+                on_images(done - told)
+                told = done
+
+        with self.model.score.net.watched(follow) if evaluations else contextlib.nullcontext():
+            yield
+        on_images(count - told)
 
     def _examine(self, number, pixels):
         """The arrays of a chunk, written to its file."""

@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
-from basics.console import UserError, printable
+from basics.console import UserError, counted, printable
 from lmd.scoring import labelled
 from storage.tensors import read_tensors
 
@@ -124,7 +124,7 @@ def _histogram(result):
     axes = figure.add_subplot()
     for side, values in scores.items():
         share = np.full(len(values), 100 / len(values))
-        label = f"{shown_text(result.names[side])} ({len(values)} images)"
+        label = f"{shown_text(result.names[side])} ({counted(len(values), 'image')})"
         axes.hist(values, edges, weights=share, color=COLOURS[side], alpha=0.55, label=label)
     axes.set(title=_auc_text(result), ylabel="% of the side's images")
     axes.set_xlabel(f"score: median distance over repetitions ({result.label}; larger = more out-of-domain)")

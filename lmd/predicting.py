@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from basics import distributed
-from basics.console import say
+from basics.console import counted, say
 from basics.preparation import spread
 from lmd import calibration
 from lmd import report as reports
@@ -83,7 +83,7 @@ def _treated(images):
     how = "cropped to the centre square" if images.treatment["shape"] == "crop" else "squeezed"
     colours = "grey" if channels == 1 else "RGB"
     shape = f"{width}x{height} pixels, {colours}"
-    return f"'{images.name}': {len(images):,} images; those that are not {shape}, are {how} and converted"
+    return f"'{images.name}': {counted(len(images), 'image')}; what is not {shape}, is {how} and converted"
 
 
 # ----------------------------------------------------------------------------------------------------- pictures
@@ -135,6 +135,7 @@ def _conclude(job, detector, measurement, statistics):
         "skipped": [[str(path), reason] for path, reason in images.skipped],
         "facts": _facts(job, detector, images),
         "parts": list(decided.parts),
+        "meanings": [detector.method.meaning(part) for part in decided.parts],
         "reasons": detector.reason(parts[arrays["picture_rows"]]),
         "rate": detector.rate,
         "folder_p_value": calibration.folder_test(known, decided.score),

@@ -14,7 +14,7 @@ import datasets
 import sde_lib
 from basics import distributed, files, noise
 from basics.background import Background
-from basics.console import UserError, choose, progress, say, shell, warn
+from basics.console import UserError, are, choose, counted, progress, say, shell, warn
 from basics.pixels import to_model_range
 from configs.base import to_dict
 from lmd.process import create_process
@@ -166,14 +166,15 @@ def _missing_of(folder, side, entry):
     lacking, name = folder.lacking(side), SIDES[side]
     taken = folder.adopt(side, lacking)
     if taken:
-        say(f"{name}: {len(taken)} batches taken over from an earlier run with the same settings")
+        say(f"{name}: {counted(len(taken), 'batch')} taken over from an earlier run with the same settings")
     missing = [index for index in lacking if index not in taken]
     again = [f"batch_{i}.pth {lacking[i]}" for i in missing if lacking[i] != MISSING]
     if again:
         more = f"; and {len(again) - 3} more" if len(again) > 3 else ""
         warn(f"{name}, made again: {'; '.join(again[:3])}{more}")
     if not missing:
-        say(f"{name}: all {entry['images']} images of {entry['dataset']} are there already")
+        those = "the image" if (count := entry["images"]) == 1 else f"all {count} images"
+        say(f"{name}: {those} of {entry['dataset']} {are(count)} there already")
     return missing
 
 

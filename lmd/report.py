@@ -11,16 +11,15 @@ import functools
 import hashlib
 import io
 import json
+import math
 from pathlib import Path
 
 import jinja2
-import matplotlib
 import numpy as np
-from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from basics import files
-from basics.console import printable
+from basics.console import counted, printable
 from lmd.calibration import band_of_rank
 
 MOST_PICTURES = 300  # images in the gallery
@@ -32,6 +31,13 @@ _BINS = 60
 _PRESETS = 0.001, 0.005, 0.01, 0.05, 0.1  # false-alarm rates with a button each
 _DIGITS = 1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8  # of the slider's other rates, the same in each power of ten
 _HIGHEST_RATE = 0.5  # of the slider
+# matplotlib's colour map of that name at 16 even places, within 7 of 255 between them; its import would take a second.
+_INFERNO = np.frombuffer(
+    bytes.fromhex(
+        "000004 0c0826 240c4f 420a68 5d126e 781c6d 932667 ae305cc73e4c dd513a ed6925 f8850f fca50a fac62d f2e661 fcffa4"
+    ),
+    np.uint8,
+).reshape(-1, 3)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,6 +82,7 @@ class Report:
             discovery rate the largest flagged p-value, or 0 where nothing is flagged.
         false_discovery_rate: in (0, 1) where that has decided, else None.
         parts: p-values in [0, 1] of the method's parts, name -> (N,).
+        meanings: what an image may be where a part's p-value is small, name -> text, which may be empty.
         skipped: (file, reason) of what could not be read.
         pictures: of the rows that `pictured` names, in any order.
         blind_spots: the made-up kinds of foreign images; the page sorts them.
@@ -93,6 +100,7 @@ class Report:
     rate: float
     false_discovery_rate: float | None = None
     parts: dict = dataclasses.field(default_factory=dict)
+    meanings: dict = dataclasses.field(default_factory=dict)
     skipped: list = ()
     pictures: list = ()
     blind_spots: list = ()
@@ -273,11 +281,17 @@ def _histogram(score, calibration):
         "beyond": int((score > high).sum()),
         "shares": [(percent(share), round(50 * (share / top) ** 0.5, 2)) for share in ticks],
         "scores": [
-            (f"{value:.4g}", round(100 * (value - low) / (high - low), 2))
-            for value in MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high)
-            if low <= value <= high
+            (f"{value:.4g}", round(100 * (value - low) / (high - low), 2)) for value in _round_numbers(low, high)
         ],
     }
+
+
+def _round_numbers(low, high):
+    """At most six multiples of 1, 2 or 5 times a power of ten, from `low` to `high`."""
+    least = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(least))
+    step = next(digit * power for digit in (1, 2, 5, 10) if digit * power >= least)
+    return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def _bars(shares, top, direction):
@@ -331,7 +345,8 @@ def _overlay(original, heat):
     if heat.shape != original.shape[:2] or not ((heat >= 0) & (heat <= 1)).all():  # NaN fails too
         raise ValueError(f"a map has shape {heat.shape} or values outside 0 to 1, the picture {original.shape[:2]}")
     grey = original.mean(2, keepdims=True)
-    colours = 255 * matplotlib.colormaps["inferno"](heat)[..., :3]
+    places = np.linspace(0, 1, len(_INFERNO))
+    colours = np.stack([np.interp(heat, places, channel) for channel in _INFERNO.T], axis=-1)  # (H, W, 3)
     opacity = 0.85 * heat[..., None]
     return ((1 - opacity) * grey + opacity * colours).round().astype(np.uint8)
 
@@ -374,5 +389,11 @@ def _template():
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"digest": _digest, "percent": percent, "printable": printable, "count": "{:,}".format}
+    environment.filters |= {
+        "digest": _digest,
+        "percent": percent,
+        "printable": printable,
+        "count": "{:,}".format,
+        "counted": counted,
+    }
     return environment.get_template("report.html.j2")

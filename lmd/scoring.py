@@ -11,7 +11,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from basics import noise
-from basics.console import UserError, progress
+from basics.console import UserError, counted, progress
 from lmd.distances import compare, median_score
 from lmd.separation import aupr_in, aupr_out, fpr95
 from storage.results_folder import SIDES
@@ -119,7 +119,7 @@ def _positions(folder, side, parts):
     listed = entry.get("positions")
     if entry.get("images", count) != count or len(listed or range(count)) != count:
         raise UserError(
-            f"{folder.path / side} holds {count} images, but its manifest.json tells of "
+            f"{folder.path / side} holds {counted(count, 'image')}, but its manifest.json tells of "
             f"{entry.get('images', len(listed or []))}; make all anew with recon.py in another --workdir"
         )
     return np.arange(count) if listed is None else np.array(listed)

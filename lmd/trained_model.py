@@ -8,7 +8,7 @@ import torch
 import models
 import sde_lib
 from basics import files, noise
-from basics.console import UserError
+from basics.console import UserError, counted
 from basics.machine import choose_device
 from configs.base import from_dict, to_dict
 from models import inference, memory
@@ -19,7 +19,7 @@ from storage.checkpoints import config_of, find_checkpoint, load_ema_weights
 _MOST = 4096  # images in the network at once on a GPU, more of which make it no faster
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # so that each is itself alone, and can be looked up
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)  # each is itself alone, so that it can be looked up
 class TrainedModel:
     """A model ready for use.
 
@@ -36,6 +36,10 @@ class TrainedModel:
     device: torch.device
     rows: int
     source: object = None
+
+    def __repr__(self):
+        data, where = self.config.data, "" if self.source is None else f" {self.source.path}"
+        return f"model{where} of {data.image_size}x{data.image_size} pixels, {counted(data.num_channels, 'channel')}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ import models
 import sampling
 import sde_lib
 from basics import files, noise
-from basics.console import UserError, choose, log, printable, progress, remedy, say, warn
+from basics.console import UserError, are, choose, counted, log, printable, progress, remedy, say, warn
 from basics.distributed import ALONE
 from basics.pixels import to_data_range
 from basics.tensor_files import WrongFile
@@ -39,6 +39,7 @@ from storage.checkpoints import check_data, restore_state, write_checkpoint
 
 META_CHECKPOINT = Path("checkpoints-meta") / "checkpoint.pth"
 AGREE_EVERY = 10  # steps between two questions whether a rank was interrupted
+SAMPLES = "sample.np", "sample.png"  # in the order in which they are written
 FOLDERS = "checkpoints", "checkpoints-meta", "samples", "tensorboard"  # of training, in its work folder
 LEAST_DIVIDED, LARGEST_SHARE = 20, 1000  # images from which on some are held back, and the most that are
 _DIVERGED = (
@@ -68,8 +69,8 @@ class Trainer:
         self._divided = False  # whether the user knows how the images are divided
         if 1 <= config.training.batch_size < ranks.world_size:
             raise UserError(
-                f"a batch of {config.training.batch_size} images cannot be shared by {ranks.world_size} processes; "
-                "raise config.training.batch_size or start fewer"
+                f"a batch of {counted(config.training.batch_size, 'image')} cannot be shared by {ranks.world_size} "
+                "processes; raise config.training.batch_size or start fewer"
             )
         torch.manual_seed(noise.key(config.seed, "initialisation") & (2**63 - 1))
         net = models.create_model(config).to(device, memory_format=inference.layout(device))
@@ -136,8 +137,8 @@ class Trainer:
             )
         else:
             say(
-                f"'{name}': {count} images are too few to hold some back, so the test loss is of the training images; "
-                "config.data.test_dataset names test images"
+                f"'{name}': {counted(count, 'image')} {are(count)} too few to hold some back, so the test loss is of "
+                "the training images; config.data.test_dataset names test images"
             )
 
     def batches(self, split):
@@ -282,7 +283,7 @@ def train(config, workdir, device, data_root, workers=None, ranks=ALONE):
     found, resumed = _stamp(trainer), trainer.resume()
     first, last = trainer.state.step, config.training.n_iters
     ranks.check_same(first, "checkpoints")
-    if first > last:
+    if first > last and not ranks.on_main(lambda: _lacks_samples(trainer)):
         say(f"already trained: {trainer.workdir / META_CHECKPOINT} is at step {first - 1} of {last}")
         return
     if config.training.snapshot_sampling:
@@ -333,6 +334,7 @@ def _train(trainer, train_batches, resumed):
     bar = progress(total=last + 1, initial=first, unit="step", desc="training")
     try:
         with _noted_interrupt() as interrupted, inference.arithmetic(inference.training_precision(trainer.device)):
+            ranks.on_main(lambda: _sample(trainer, log, first - 1) if _lacks_samples(trainer) else None)
             for step in range(first, last + 1):
                 value = trainer.train_step(train_batches.batch(step))
                 bar.update()
@@ -383,7 +385,7 @@ def _headline(trainer, images, resumed_at):
     where = f"{trainer.device}, {inference.training_precision(trainer.device)}"
     start = "starting" if resumed_at is None else f"resuming at step {resumed_at}"
     return (
-        f"{start}: {trainer.config.model.name}, {count:,} parameters, {training.sde}, {images:,} images of "
+        f"{start}: {trainer.config.model.name}, {count:,} parameters, {training.sde}, {counted(images, 'image')} of "
         f"{trainer.config.data.dataset}, batches of {training.batch_size}, {training.n_iters:,} steps, {where}"
     )
 
@@ -424,14 +426,30 @@ def _write_due(trainer, log, test_batches, step, value, due):
     if "snapshot" in due:
         number = step // training.snapshot_freq if training.snapshot_freq else 1  # the last step's alone
         trainer.save(Path("checkpoints") / f"checkpoint_{number}.pth")
-        if training.snapshot_sampling:
-            with trainer.with_ema():
-                files.mark(trainer.workdir / "samples")
-                folder = trainer.workdir / "samples" / f"iter_{step}"
-                write_samples(folder, draw_samples(trainer, training.batch_size, step))
-            log.line(f"samples of step {step} are in {folder}")
-    if "preemption" in due:  # last: a run killed before it makes the files above again
+    if "preemption" in due:  # after the file above, which a run that is killed before makes again
         trainer.save(META_CHECKPOINT)
+    if "snapshot" in due and training.snapshot_sampling:  # last, as it takes long: see `_lacks_samples`
+        _sample(trainer, log, step)
+
+
+def _sample(trainer, log, step):
+    """Draws and writes the samples of a step that has just been made."""
+    folder = _samples_of(trainer, step)
+    files.mark(folder.parent)
+    with trainer.with_ema():
+        write_samples(folder, draw_samples(trainer, trainer.config.training.batch_size, step))
+    log.line(f"samples of step {step} are in {folder}")
+
+
+def _samples_of(trainer, step):
+    return trainer.workdir / "samples" / f"iter_{step}"
+
+
+def _lacks_samples(trainer):
+    """Whether the run that is continued was killed while it drew the samples of its last step."""
+    training, step = trainer.config.training, trainer.state.step - 1
+    due = step >= 0 and training.snapshot_sampling and "snapshot" in _due(training, step)
+    return due and not (_samples_of(trainer, step) / SAMPLES[-1]).is_file()
 
 
 class Log:
@@ -518,11 +536,11 @@ def to_pixels(images):
 
 
 def write_samples(folder, images):
-    """Writes `sample.np` (N, H, W, C) uint8, as published, and `sample.png`, a grid; images (N, C, H, W) in [0, 1]."""
+    """Writes `SAMPLES`: (N, H, W, C) uint8, as published, and a picture, a grid; images (N, C, H, W) in [0, 1]."""
     from torchvision.utils import make_grid  # here, as it takes seconds
 
     array = io.BytesIO()
     np.save(array, to_pixels(images))
-    files.write_bytes(folder / "sample.np", array.getvalue())
+    files.write_bytes(folder / SAMPLES[0], array.getvalue())
     grid = make_grid(images.cpu().clamp(0, 1), nrow=max(1, math.isqrt(len(images))), padding=2)  # (3, H', W')
-    files.write_png(folder / "sample.png", Image.fromarray((grid.permute(1, 2, 0) * 255).round().byte().numpy()))
+    files.write_png(folder / SAMPLES[1], Image.fromarray((grid.permute(1, 2, 0) * 255).round().byte().numpy()))

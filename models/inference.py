@@ -111,6 +111,15 @@ class Network:
             with torch.autocast(self.device.type, dtype=torch.bfloat16):
                 return self._call(x, labels).float()
 
+    @contextlib.contextmanager
+    def watched(self, follow):
+        """A block in which follow(images) is called after each call of the network, with the number of its images."""
+        hook = self.net.register_forward_hook(lambda net, given, result: follow(len(result)))
+        try:
+            yield
+        finally:
+            hook.remove()
+
     def operations(self, shape):
         """Floating-point operations of its products and convolutions for one image (C, H, W), by torch's counter."""
         with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -11,7 +11,7 @@ from safetensors.torch import save
 
 import models
 from basics import tensor_files
-from basics.console import UserError, say, shell, warn
+from basics.console import UserError, counted, say, shell, warn
 from basics.files import write_bytes
 from basics.tensor_files import WrongFile
 from configs.base import from_dict, to_dict
@@ -99,7 +99,7 @@ def restore_state(path, state, config, seed):
     their_seed = checkpoint.get("randomness", {}).get("seed", seed)
     if their_seed != seed:
         raise UserError(f"{path} was trained with seed {their_seed}, not {seed}; use --config.seed={their_seed}")
-    _check_config(path, checkpoint.get("config"), config)
+    _check_config(path, checkpoint.get("config"), config, "continue with its own, or start anew in another --workdir")
     changes = _check_shaping(path, checkpoint.get("config"), config)
     model, averages = schema.without_prefix(checkpoint["model"]), checkpoint["ema"]["shadow_params"]
     _check_weights(path, _shapes(model), state.net, compare_buffers=True)
@@ -268,11 +268,11 @@ def find_checkpoint(path, announce=True):
                 warn(error)
     if not steps:
         files = "no *.pth, no *.safetensors, no config.json"
-        reason = f"none of the {unusable} files there can be used" if unusable else files
+        reason = f"of {counted(unusable, 'file')} there none can be used" if unusable else files
         raise UserError(f"there is no checkpoint in {path} ({reason}); check the path")
     newest = max(steps, key=steps.get)  # the first of several
     if announce:
-        say(f"checkpoint: {newest}, the newest in {path} ({steps[newest]:,} steps)")
+        say(f"checkpoint: {newest}, the newest in {path} ({counted(steps[newest], 'step')})")
     return newest
 
 
@@ -381,16 +381,13 @@ def data_of(path):
     return read_or_refuse(path, "checkpoint", read, "copy it again").get("data")
 
 
-def _check_config(path, theirs, mine):
+def _check_config(path, theirs, mine, remedy="leave --config and its values out: the checkpoint's own is used then"):
     """Refuses a config whose network, SDE or images differ in kind from the one that a checkpoint carries."""
     if theirs is None:
         return
     differing = differences(what_weights_depend_on(theirs), what_weights_depend_on(mine))
     if differing:
-        raise UserError(
-            f"{path} was trained with another config ({'; '.join(differing[:4])}); use its own (recon.py and main.py "
-            "--mode eval take it from the file where --config is left out)"
-        )
+        raise UserError(f"{path} was trained with another config ({'; '.join(differing[:4])}); {remedy}")
 
 
 def _check_shaping(path, theirs, mine):
@@ -472,4 +469,5 @@ def _check_ema(path, ema, net):
 def _check_finite(path, weights):
     bad = sum(not tensor_files.is_finite(value) for value in weights)
     if bad:
-        raise UserError(f"{path} holds NaN or infinite weights ({bad} tensors): training diverged; use an earlier one")
+        count = counted(bad, "tensor")
+        raise UserError(f"{path} holds NaN or infinite weights ({count}): training diverged; use an earlier one")

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from basics import tensor_files
-from basics.console import UserError
+from basics.console import UserError, counted
 from configs import presets
 from models import layers
 from models.ddpm import DDPM, Stage
@@ -366,7 +366,8 @@ def copy_weights(source, weights, net):
     check_weights(source, weights, net)
     bad = [name for name, value in weights.items() if not tensor_files.is_finite(value)]
     if bad:
-        raise UserError(f"{source} holds NaN or infinite weights ({len(bad)} tensors, {bad[0]} first); copy it again")
+        found = f"{counted(len(bad), 'tensor')}, {bad[0]} first"
+        raise UserError(f"{source} holds NaN or infinite weights ({found}); copy it again")
     for name, (parameter, turned) in name_table(net).items():
         parameter.copy_(_turned(weights[name], turned))
 

@@ -24,12 +24,14 @@ _FIELDS = {
     "skipped": list_of(list_of(TEXT, 2)),
     "facts": TABLE,
     "parts": list_of(TEXT),
+    "meanings": list_of(TEXT),
     "reasons": list_of(TEXT),
     "rate": SHARE,
     "folder_p_value": SHARE,
     "calibration_images": POSITIVE,
     "detector": TEXT,
 }
+_REQUIRED = _FIELDS.keys() - {"meanings"}  # which came later
 
 
 def write_predictions(path, names, columns):
@@ -121,7 +123,7 @@ def read_outcome(folder):
 def _read_description(folder):
     path = folder / _NAMES
     try:
-        return parse_json(path.read_text(encoding="utf-8"), _FIELDS, required=_FIELDS)
+        return parse_json(path.read_text(encoding="utf-8"), _FIELDS, required=_REQUIRED)
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); {_REMEDY}") from error
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from basics.console import UserError
+from basics.console import UserError, counted
 from basics.files import link, write_bytes, write_json
 from basics.tensor_files import is_stored
 from storage.arrays import differences
@@ -107,7 +107,8 @@ class ResultsFolder:
                 f"{path} {fault}; {remedy if ours else 'copy it again, or make all anew in another --workdir'}"
             )
         if len(batch["recon"]) < reps:
-            raise UserError(f"{path} holds {len(batch['recon'])} repetitions, {reps} were asked for; lower --reps")
+            count = counted(len(batch["recon"]), "repetition")
+            raise UserError(f"{path} holds {count}, {reps} were asked for; lower --reps")
         return batch["orig"], batch["recon"][:reps]
 
     def lacking(self, side):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from test_commands import HELP
 from basics import noise
 from basics.console import UserError
 from lmd import comparison, methods, separation, shifts
+from lmd.candidates import Bench
 from lmd.combination import combined
 from lmd.comparison_report import aligned, every_set, notes
 from lmd.methods.base import Method
@@ -326,7 +328,7 @@ def test_only_what_is_new_is_measured(data, tmp_path, brightness):
     assert len(brightness) == 11
 
 
-def test_a_stopped_run_loses_one_chunk(data, tmp_path, brightness, monkeypatch):
+def test_a_stopped_run_loses_one_chunk(data, tmp_path, brightness, monkeypatch, capsys):
     slow = lambda: monkeypatch.setattr(Brightness, "evaluations", lambda self, model: 12_500)
     slow()  # so that a chunk has few images
     whole = compared(data, tmp_path / "whole", "brightness").rows
@@ -346,8 +348,13 @@ def test_a_stopped_run_loses_one_chunk(data, tmp_path, brightness, monkeypatch):
     slow()
     monkeypatch.setitem(methods.METHODS, "brightness", ("test_compare", "Brightness"))
     stopping.measured.clear()
+    capsys.readouterr()
     again = compared(data, tmp_path / "stopped", "brightness").rows
     assert stopping.measured == chunks[5:]
+    out, err = capsys.readouterr()
+    assert "comparing: 475,000 of 775,000 evaluations of the network are there already\n" in out
+    bars = re.findall(r"\d+k/\d+k", err)
+    assert (bars[0], bars[-1]) == ("475k/775k", "775k/775k")
     drop = lambda rows: [{**row, "seconds": None} for row in rows]
     assert drop(again) == drop(whole)
 
@@ -410,7 +417,7 @@ def test_files(data, tmp_path, capsys):
         ("brightness:broken=statistics", 1, "what the method brightness measures is NaN or infinite"),
         ("brightness:broken=scores", 1, "12 of 12 scores are not a number (NaN)"),
         ("brightness:broken=cost", 2, "it has no cost"),
-        ("brightness:fewest=31", 2, "it needs at least 31 in-domain images to learn from, and --fit has 30"),
+        ("brightness:fewest=31", 2, "it needs at least 31 in-domain images to learn from, not 30"),
     ],
 )
 def test_a_method_that_fails_is_marked_and_the_rest_goes_on(broken, lacking, reason, data, tmp_path, capsys):
@@ -420,8 +427,22 @@ def test_a_method_that_fails_is_marked_and_the_rest_goes_on(broken, lacking, rea
     assert all(reason in row["note"] for row in failed)
     assert all(row["roc_auc"] is not None for row in table.rows if row["method"] == "brightness")
     assert [row["method"] for row in table.summaries if row["mean"] is None] == [broken]
-    assert f"warning: {broken} is left out" in capsys.readouterr().err
+    assert len(re.findall(rf"warning: {broken}( \(which needs 31\))? is left out", capsys.readouterr().err)) == 1
     assert [row["roc_auc"] == "" for row in rows_of(tmp_path)].count(True) == lacking
+
+
+def test_too_few_images_to_learn_from_are_told_first(data, tmp_path, brightness, monkeypatch, capsys):
+    monkeypatch.setattr(Bench, "_made", tiny.failing(5))
+    with pytest.raises(OSError, match="Input/output error"):
+        compared(data, tmp_path, "brightness,brightness:fewest=31,brightness:fewest=99")
+    assert capsys.readouterr().err.startswith(
+        "warning: brightness:fewest=31 (which needs 31), brightness:fewest=99 (which needs 99) are left out: there are "
+        "only 30 images to learn from; give more as --fit\n"
+    )
+    message = r"^there are only 30 images to learn from, too few for brightness:fewest=31 \(which needs 31\); give"
+    with pytest.raises(UserError, match=message):
+        compared(data, tmp_path, "brightness:fewest=31")
+    assert brightness == []
 
 
 def test_no_method_at_all(data, tmp_path):

@@ -19,7 +19,9 @@ from basics.console import (
     EXIT_NO_READER,
     EXIT_USER_ERROR,
     UserError,
+    are,
     choose,
+    counted,
     fail,
     guard,
     log,
@@ -90,6 +92,12 @@ def test_choose():
     assert choose("a", {"a": 1, "b": 2}, "letter") == 1
     with pytest.raises(UserError, match=r"^unknown letter 'c'; choose one of: a, b$"):
         choose("c", {"a": 1, "b": 2}, "letter")
+
+
+@pytest.mark.parametrize(("count", "words"), [(0, "0 images are"), (1, "1 image is"), (1234, "1,234 images are")])
+def test_numbers_of_things(count, words):
+    assert f"{counted(count, 'image')} {are(count)}" == words
+    assert counted(2, "batch") == "2 batches"
 
 
 def test_say_and_warn(capsys):

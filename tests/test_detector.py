@@ -12,7 +12,7 @@ from helpers import ROOT
 from PIL import Image
 
 from basics.console import UserError
-from lmd import Detector, calibration, detector, open_model
+from lmd import Detector, calibration, detector, methods, open_model
 from lmd.combination import combined
 from lmd.methods.lmd import LMD
 
@@ -78,6 +78,7 @@ def test_the_split_depends_on_the_images_alone(fitted, model):
 @pytest.mark.parametrize(
     ("count", "share", "message"),
     [
+        (1, 0.5, r"^1 image is too few to calibrate with: "),
         (49, 0.5, r"^49 images are too few to calibrate with: .*; give at least 50, better 1,000$"),
         (100, 0.0, "^--fit_share must lie between 0 and 1, not at 0$"),
         (100, 1.0, "^--fit_share must lie between 0 and 1, not at 1$"),
@@ -90,6 +91,10 @@ def test_refused_before_anything_is_measured(count, share, message, model, monke
     monkeypatch.setattr(LMD, "examine", None)
     with pytest.raises(UserError, match=message):
         Detector(model).fit(HELD[:count], fit_share=share)
+    fewest = methods.create("combined").fewest_images
+    message = rf"^the method combined needs at least {fewest} images to learn from, and --fit_share 0.1 of 100"
+    with pytest.raises(UserError, match=message):
+        Detector(model, "combined").fit(HELD, fit_share=0.1)
 
 
 def test_the_share_is_what_is_learned_from(model):
@@ -106,6 +111,16 @@ def test_threshold(mine, predicted):
         np.testing.assert_array_equal(again.is_outlier, predicted.score >= threshold)
     with pytest.raises(UserError, match=r"^n = 50 cannot give 1 %; calibrate with at least 99$"):
         mine.infer_threshold(0.01)
+
+
+def test_they_say_in_a_line_what_they_are(model, fitted, predicted):
+    assert repr(fitted) == (
+        f"<Detector: method lmd, model {fitted.model.source.path} of 8x8 pixels, 1 channel, calibrated "
+        "with 50 images, false-alarm rate 5 %>"
+    )
+    assert repr(Detector(model)).startswith("<Detector: method auto, model /")
+    assert repr(Detector(model)).endswith("of 8x8 pixels, 1 channel, not calibrated yet>")
+    assert repr(predicted) == f"<Prediction of 18 images, {predicted.is_outlier.sum()} flagged>"
 
 
 def test_not_calibrated(model, tmp_path):
@@ -147,7 +162,7 @@ def pixels_of(fitted, source):
 def test_the_same_images_whatever_they_come_in(fitted, predicted, tmp_path):
     for name, source in sources(tmp_path).items():
         np.testing.assert_array_equal(pixels_of(fitted, source), NEW, err_msg=name)
-    for source, rows in ((tmp_path / "03.png", [3]), (tmp_path, slice(None))):
+    for source, rows in ((tmp_path / "03.png", [3]), (Image.fromarray(NEW[3]), [3]), (tmp_path, slice(None))):
         found = fitted.predict(source)
         np.testing.assert_allclose(found.score, predicted.score[rows], rtol=1e-4)
         np.testing.assert_array_equal(found.p_value, predicted.p_value[rows])
@@ -155,21 +170,24 @@ def test_the_same_images_whatever_they_come_in(fitted, predicted, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("images", "error", "message"),
+    ("images", "message"),
     [
-        (NEW.astype(np.float32), TypeError, r"not torch\.float32 \(18, 8, 8\)"),
-        (NEW[0], TypeError, r"not torch\.uint8 \(8, 8\)"),
-        (np.zeros((4, 2, 8, 8), np.uint8), TypeError, r"not torch\.uint8 \(4, 2, 8, 8\)"),
-        (np.zeros((8, 8, 3), np.uint8), TypeError, r"\(8, 8, 3\) may be one in colour; give \(1, 3, H, W\) for that"),
-        (NEW[:0], UserError, "^there are no images; give at least one$"),
-        ([], UserError, "^there are no images; give at least one$"),
-        (["nowhere.png"], UserError, "^none of the 1 images of 'list' is usable; the first, nowhere.png"),
-        ([NEW[0]], TypeError, "a list of images holds paths alone, or PIL pictures alone"),
-        ("nowhere", UserError, "^unknown data set 'nowhere'"),
+        (NEW.astype(np.float32), r"uint8, not torch\.float32 \(18, 8, 8\); write \(255 \* array\)\.round\(\) as"),
+        (NEW[0], r"^images in memory are \(N, H, W\) or \(N, 1 or 3, H, W\) uint8, not torch\.uint8 \(8, 8\)$"),
+        (np.zeros((4, 2, 8, 8), np.uint8), r"not torch\.uint8 \(4, 2, 8, 8\)"),
+        (np.zeros((8, 8, 3), np.uint8), r"\(8, 8, 3\) may be one in colour; give \(1, 3, H, W\) for that"),
+        (np.array(["a.png"]), r"uint8, not <U5$"),
+        (NEW[:0], "^there are no images; give at least one$"),
+        ([], "^there are no images; give at least one$"),
+        (["nowhere.png"], "^of 1 image of 'list' none is usable; the first, nowhere.png"),
+        ([NEW[0]], "^a list of images holds paths alone, or PIL pictures alone$"),
+        (None, "^images are a path, an array, a PIL picture, or a list of paths or pictures, not NoneType$"),
+        (3, "or a list of paths or pictures, not int$"),
+        ("nowhere", "^unknown data set 'nowhere'"),
     ],
 )
-def test_what_is_no_images(images, error, message, fitted):
-    with pytest.raises(error, match=message):
+def test_what_is_no_images(images, message, fitted):
+    with pytest.raises(UserError, match=message):
         fitted.predict(images)
 
 

@@ -308,7 +308,7 @@ def test_a_config_of_another_network_is_refused_with_what_to_set(tiny):
         (lambda w: w.pop("conv_in.bias"), "conv_in.bias is missing"),
         (lambda w: w.update(extra=torch.zeros(1)), "extra is unknown"),
         (lambda w: w.update({"conv_in.bias": torch.zeros(7)}), r"conv_in.bias has the shape \(7,\)"),
-        (lambda w: w["conv_in.bias"].fill_(float("nan")), "1 tensors, conv_in.bias first"),
+        (lambda w: w["conv_in.bias"].fill_(float("nan")), "1 tensor, conv_in.bias first"),
     ],
     ids=["missing", "unknown", "shape", "nan"],
 )

@@ -154,7 +154,7 @@ def test_gradients_alone_are_shared(monkeypatch):
         ("auto", 2, torch.device("cuda:1")),
         ("auto", 0, torch.device("cpu")),
         ("cpu", 2, torch.device("cpu")),
-        ("cuda", 1, "torchrun started more processes than the 1 GPUs that torch sees; lower --nproc_per_node"),
+        ("cuda", 1, "torchrun started more processes than the 1 GPU that torch sees; lower --nproc_per_node"),
         ("cuda:1", 2, "each process of torchrun takes a GPU of its own, not 'cuda:1'; use --device cuda"),
         ("cuda", 0, "torch sees no GPU"),
     ],

@@ -100,7 +100,7 @@ def test_dark_16_bit_images_are_warned_of(most, factor, tmp_path, capsys):
     save(tmp_path / "plain.png")
     load(tmp_path)
     warnings = capsys.readouterr().err
-    assert f"the 3 images of 16 bits reach only {most} of 65535" in warnings
+    assert f"no pixel of the 3 images of 16 bits is above {most} of 65535" in warnings
     assert f"multiply the values by {factor}\n" in warnings
     Image.fromarray(np.full((32, 32), 4096, np.uint16)).save(tmp_path / "bright.png")
     load(tmp_path)

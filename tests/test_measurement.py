@@ -1,6 +1,7 @@
 """Measuring a set of images in chunks: kept, continued, shared, and made anew where it no longer fits."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ import torch
 from basics.console import UserError
 from basics.distributed import ALONE
 from basics.image_sets import ImageSet, InMemory
-from lmd import measurement
+from lmd import measurement, open_model
 from lmd.measurement import Measurement, statistics_of
 from lmd.methods.base import Examined, Method
+from lmd.methods.lmd import LMD
 
 
 class Brightness(Method):
@@ -75,12 +77,24 @@ def test_numbers_are_free_of_chunks_and_place(method, monkeypatch):
     np.testing.assert_array_equal(statistics_of(measure(method)), statistics)
 
 
-def test_what_is_in_the_folder_is_not_measured_again(method, tmp_path):
+def test_what_is_in_the_folder_is_not_measured_again(method, tmp_path, capsys):
     first = statistics_of(measure(method, tmp_path))
     (tmp_path / "chunk_2.npz").unlink()
     method.seen.clear()
+    capsys.readouterr()
     np.testing.assert_array_equal(statistics_of(measure(method, tmp_path)), first)
     assert method.seen == [8]
+    out, err = capsys.readouterr()
+    assert out == "measuring: 22 of 30 images are measured already\n"
+    assert re.findall(r"\d+/30", err) == ["22/30", "30/30"]
+
+
+def test_the_bar_moves_within_a_chunk(tmp_path):
+    """With the evaluations of the network, five an image here."""
+    model, moves = open_model(tiny.write_checkpoint(tmp_path / "checkpoint.pth"), device="cpu"), []
+    Measurement(LMD(reps=1), model, images_of(PIXELS[:12]), 0).run(None, on_images=moves.append)
+    assert moves == [1, 2, 1, 2, 1, 1, 1, 1, 1, 1]  # chunks of 8 and 4
+    assert model.score.net.net._forward_hooks == {}
 
 
 def test_a_folder_that_grew(method, tmp_path, capsys):
@@ -94,6 +108,7 @@ def test_a_folder_that_grew(method, tmp_path, capsys):
     assert method.seen[:2] == [8, 8]  # the last, which was not full, and a new one
     assert capsys.readouterr().out == (
         f"{tmp_path}: 1 of 5 parts were measured from other images, or otherwise, and are measured anew\n"
+        "measuring: 24 of 40 images are measured already\n"
     )
 
 

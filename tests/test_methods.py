@@ -40,6 +40,7 @@ def test_contract(name, model):
     method.fit(model, held_back, keys_of(held_back))
     scores = method.score(model, new, keys_of(new))
     assert scores.shape == (5, len(method.parts))
+    assert len(method.parts) == 1 or all(map(method.meaning, method.parts))  # the report has a column for each
     assert np.isfinite(scores).all()
     assert method.evaluations(model) >= 0
     turned = torch.tensor([4, 2, 0])

@@ -100,7 +100,7 @@ def test_what_it_says(made):
     output, out, flagged = made
     sentence = f"{flagged} of 40 images are flagged at a false-alarm rate of 5 % (2 would be by chance)."
     assert sentence in out.splitlines()
-    assert "'incoming': 40 images; those that are not 8x8 pixels, grey, are cropped to the centre square" in out
+    assert "'incoming': 40 images; what is not 8x8 pixels, grey, is cropped to the centre square" in out
     p = calibration.folder_test(*(read_arrays_of(output)[name] for name in ("calibration", "score")))
     assert re.search(rf"^The folder as a whole .* the domain \(one-sided rank test, p = {p:.2g}\)\.$", out, re.M)
     summary = summary_of(output)
@@ -127,6 +127,9 @@ def test_other_sources(kind, made, data, tmp_path):
     found, expected = rows_of(tmp_path / "out"), rows_of(made[0])[rows]
     assert found[0 if kind == "one file" else 4]["file"] == name
     assert [row["p_value"] for row in found] == [row["p_value"] for row in expected]
+    sentences = summary_of(tmp_path / "out")["sentences"]
+    assert len(sentences) == (1 if kind == "one file" else 2)  # a single image's test as a folder is its p-value
+    assert re.match(r"[01] of 1 image (is|are) flagged" if kind == "one file" else r"\d+ of 40 images ", sentences[0])
 
 
 def test_a_choice_of_an_array_is_called_by_its_places(data, tmp_path):
@@ -346,6 +349,16 @@ def test_decided_anew_is_as_from_scratch(options, data, copy, tmp_path, capsys):
     assert ours == theirs
 
 
+def test_results_of_an_earlier_version_are_decided_anew(made, copy):
+    """They do not say what the parts mean."""
+    description, arrays = predictions.read_outcome(copy)
+    del description["meanings"]
+    predictions.write_outcome(copy, description, arrays)
+    decide_again(Rule(str(copy)))
+    words = ">p of lmd_mse</dt><dd>structure: its parts do not fit together as the domain"
+    assert [words in (output / "report.html").read_text() for output in (made[0], copy)] == [True, False]
+
+
 def test_false_discovery_rate(copy, capsys):
     p = read_arrays_of(copy)["p_value"]
     for rate in (0.02, 0.3):
@@ -441,14 +454,14 @@ sys.argv = ["predict.py", *sys.argv[1:]]
 try:
     runpy.run_path("predict.py", run_name="__main__")
 except SystemExit as end:
-    print("code", end.code, "torch" in sys.modules)
+    print("code", end.code, {"torch", "matplotlib"} & sys.modules.keys())
 """
 
 
-def test_the_command_decides_anew_without_torch(copy):
+def test_the_command_decides_anew_without_torch_and_matplotlib(copy):
     again = ["-c", LIGHT, f"--output={copy}", "--false_alarm_rate=0.3", "--fail_on_outlier"]
     _, out, err = tiny.command(*again)
-    assert out.splitlines()[-1] == "code 3 False", err
+    assert out.splitlines()[-1] == "code 3 set()", err
     (copy / "outcome.json").rename(copy / "gone")
     assert "predict.py with --detector and --images again" in tiny.command(*again)[2]
 

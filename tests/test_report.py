@@ -10,8 +10,10 @@ import re
 import shutil
 from html.parser import HTMLParser
 
+import matplotlib
 import numpy as np
 import pytest
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from scipy import stats
 from selenium import webdriver
@@ -22,6 +24,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from basics.console import UserError
+from lmd import methods
 from lmd import report as reports
 from lmd.report import BlindSpot, Picture, Report
 
@@ -140,6 +143,26 @@ def test_pictures_are_what_was_given():
     assert abs(drawn.astype(int) - unchanged[..., None])[heat == 0].max() <= 0
     yellow = 0.85 * 255 * np.array([0.988362, 0.998364, 0.644924])  # the colour map's last
     np.testing.assert_allclose(drawn[0, 0], yellow + 0.15 * colour[0, 0].mean(), atol=1)
+
+
+def test_colours_and_ticks_are_matplotlibs():
+    """The colours within 7 of 255."""
+    heat = np.linspace(0, 1, 256).reshape(16, 16)
+    drawn = reports._overlay(np.zeros((16, 16, 3), np.uint8), heat)
+    expected = 0.85 * heat[..., None] * 255 * matplotlib.colormaps["inferno"](heat)[..., :3]
+    np.testing.assert_allclose(drawn, expected, atol=7)
+    rng = np.random.default_rng(0)
+    lows, widths = rng.normal(size=200) * 10 ** rng.uniform(-3, 3, 200), 10 ** rng.uniform(-2, 4, 200)
+    for low, width in zip(lows, widths, strict=True):
+        ticks = MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, low + width)
+        expected = ticks[(ticks >= low) & (ticks <= low + width)]
+        np.testing.assert_allclose(reports._round_numbers(low, low + width), expected, atol=1e-9 * width)
+
+
+def test_parts_are_explained():
+    report = example(meanings={"file size": "size: its <b>file</b> is large"})
+    assert "p of file sizesize: its <b>file</b> is large" in " ".join(page_of(report).text.split())
+    assert "The score combines these parts" not in page_of(example()).text
 
 
 def test_large_pictures_are_shrunk_and_too_many_left_out(monkeypatch):
@@ -468,12 +491,23 @@ def test_phone_and_dark_mode(browser):
     assert page.find_element(By.TAG_NAME, "body").value_of_css_property("background-color") != light
 
 
+def test_the_widest_table_fits_a_small_window(browser):
+    """All parts of the combined method at 1100 pixels."""
+    names = methods.create("combined").parts
+    page = browser(example(parts={name: np.full(200, 0.01234) for name in names}))
+    window = {"width": 1100, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", window)
+    script = "const box = document.querySelector('#table').parentElement; return box.scrollWidth - box.clientWidth"
+    assert page.execute_script(script) <= 0
+
+
 @pytest.mark.parametrize("images", [0, 1])
 def test_pages_of_no_and_of_one_image(browser, images):
     page = browser(example(images, sentences=[f"{images} images"]))
     assert text(page, "flagged") == "0"
     page.find_element(By.ID, "rate").send_keys(Keys.END)
     assert int(text(page, "flagged")) <= images
+    assert f"of {images} image{'' if images else 's'} flagged" in page.page_source
     assert len(rows(page)) == images
 
 

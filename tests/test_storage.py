@@ -348,7 +348,7 @@ def poison(value):
 
 
 BROKEN = {
-    "NaN": (poison(float("nan")), r"holds NaN or infinite weights \(1 tensors\): training diverged"),
+    "NaN": (poison(float("nan")), r"holds NaN or infinite weights \(1 tensor\): training diverged"),
     "infinity": (poison(float("inf")), "holds NaN or infinite weights"),
     "no EMA": (lambda c: c.pop("ema"), "is no checkpoint of main.py"),
     "no step": (lambda c: c.pop("step"), "is no checkpoint of main.py"),

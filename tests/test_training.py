@@ -131,6 +131,31 @@ def test_a_run_that_dies_at_any_file_ends_with_all_of_them(writes, tree, whole, 
     assert tiny.same(results(tmp_path), results(whole))
 
 
+@pytest.mark.parametrize("step", [5, 12])
+def test_a_run_that_is_killed_while_it_samples_keeps_its_last_step(step, tree, whole, tmp_path, monkeypatch):
+    """Sampling can take longer than training did; the samples are drawn when the run goes on."""
+    tree.training.snapshot_freq_for_preemption = 12 if step == 12 else 5
+
+    def draw(trainer, count, word, first=0):
+        if word == step:
+            raise Death
+        return drawn(trainer, count, word, first)
+
+    drawn = training.draw_samples
+    monkeypatch.setattr(training, "draw_samples", draw)
+    with pytest.raises(Death):
+        tiny.train(tree, tmp_path)
+    assert read_checkpoint(tmp_path / META)["step"] == step + 1
+    monkeypatch.setattr(training, "draw_samples", drawn)
+    tiny.train(tree, tmp_path)
+    found, expected = (
+        {name: content for name, content in results(workdir).items() if name.startswith("samples/")}
+        for workdir in (tmp_path, whole)
+    )
+    assert found == expected
+    assert tiny.same(results(tmp_path).keys(), results(whole).keys())
+
+
 def interrupting(step, times, monkeypatch):
     """Ctrl-C arrives in the midst of a step."""
     train_step = training.Trainer.train_step

@@ -88,6 +88,10 @@ class Method(abc.ABC):
         """In words, what a large or a small score of a part says of an image."""
         return self.reasons[part][0 if large else 1] if part in self.reasons else f"unusual by {part}"
 
+    def meaning(self, part):
+        """In words, what an image may be where a part's p-value is small; '' where that is not known."""
+        return "; or ".join(self.reasons.get(part, ()))
+
     def fit(self, model, images, keys):
         """`fit_statistics` of a batch.  Arguments as `statistics`."""
         return self.fit_statistics(self.statistics(model, images, keys))

@@ -28,6 +28,13 @@ class Complexity(DensityMethod):
 
     def __init__(self):
         super().__init__({f"{self.name}_{name}": KernelDensity(1) for name in FORMATS})
+        self.reasons = {
+            f"{self.name}_{name}": (
+                f"complexity: its file ({kind['format']}) is smaller or larger than those of the domain's images",
+                f"typicality: its file ({kind['format']}) is of the domain's most usual size",
+            )
+            for name, kind in FORMATS.items()
+        }
 
     def evaluations(self, model):
         return 0

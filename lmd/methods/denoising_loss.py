@@ -35,6 +35,16 @@ class DenoisingLoss(DensityMethod):
     """
 
     name = "denoising_loss"
+    reasons = {
+        "denoising_loss": (
+            "texture: the model tells its noise better or worse than that of the domain's images",
+            "typicality: the model tells its noise as it does that of the domain's most usual images",
+        ),
+        "cclr": (
+            "detail: the model tells little noise in it worse, beside much noise, than in the domain's images",
+            "detail: the model tells little noise in it better, beside much noise, than in the domain's images",
+        ),
+    }
 
     def __init__(self, levels=10, draws=2, fraction=0.5, k=5):
         super().__init__({self.name: Neighbours(levels, k)})

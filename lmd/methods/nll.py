@@ -44,6 +44,20 @@ class NLL(Method):
 
     name = "nll"
     parts = "nll", "typicality", "input_complexity"
+    reasons = {
+        "nll": (
+            "likelihood: the model finds its pixels less likely than those of the domain's images",
+            "smoothness: the model finds its pixels likelier than those of the domain's images, as in plain ones",
+        ),
+        "typicality": (
+            "typicality: its likelihood is far from that of the domain's usual images",
+            "typicality: its likelihood is closer to the domain's mean than those of most images",
+        ),
+        "input_complexity": (
+            "likelihood: the model finds it less likely than its complexity, the size of its file, lets expect",
+            "smoothness: the model finds it likelier than its complexity, the size of its file, lets expect",
+        ),
+    }
     fewest_images = 1
 
     def __init__(self, steps=25):
