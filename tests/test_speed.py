@@ -17,7 +17,7 @@ TABLES = {  # part -> columns, and the second column's entries
     "training": (COMPARED, ["plain", "ours"]),
     "reconstruction": (COMPARED, ["plain", "ours", "ours-bf16"]),
     "fast": (COMPARED, ["ours", "ours-bf16"]),
-    "likelihood": ("part, version, ms, spread, bits/dim, evaluations, rate", ["plain", "ours"]),
+    "likelihood": ("part, version, seconds, spread, bits/dim, evaluations, rate", ["plain", "ours"]),
     "noise": ("part, draws, ms, spread, of the network", ["keyed", "global"]),
     "resampling": ("part, filter, channels, from, to, plain ms, ours ms, rate", ["down", "up"]),
     "growth": (
