@@ -18,6 +18,7 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
+import ode
 from basics.console import UserError, choose
 from models.score import Score
 from sde_lib import VESDE, VPSDE, SubVPSDE, per_image
@@ -599,50 +600,21 @@ def sample_ode(model, sde, prior, *, eps=None, rtol=1e-5, atol=1e-5):
         sde: the SDE.
         prior: (B, C, H, W), the start at T.
         eps: the last time, by default the SDE's.
-        rtol, atol: error tolerances of the solver.
+        rtol, atol: error tolerances of the solver, which controls the steps of each sample by itself.
 
     Returns:
-        (B, C, H, W) in the model's range, and the number of function evaluations.
+        (B, C, H, W) in the model's range, and the number of function evaluations of each sample (B,) int64.
+
+    Raises:
+        UserError: see `ode.solve`.
     """
-    span = (sde.T, sde.eps if eps is None else eps)
-    return solve_ode(lambda x, t: probability_flow(model, sde, x, t), prior, span, rtol=rtol, atol=atol)
+
+    def velocity(x, t, rows):
+        return probability_flow(model, sde, x.to(prior.dtype), t.to(prior.dtype))
+
+    return ode.solve(velocity, prior, (sde.T, sde.eps if eps is None else eps), rtol=rtol, atol=atol)
 
 
 def probability_flow(model, sde, x, t):
     """dx/dt of the ODE with the marginals of the SDE: (B, C, H, W), for x (B, C, H, W) and t (1,) or (B,)."""
     return sde.reverse_sde(model(x, t), x, t, probability_flow=True)[0]
-
-
-def solve_ode(velocity, start, span, *, rtol, atol):
-    """Solves dy/dt = velocity(y, t) by SciPy's adaptive Runge-Kutta 4(5), whose state is float64 on the CPU.
-
-    The step size is one for all of y, from the mean square of its errors: rows of a batch are tied together within
-    the tolerances.
-
-    Args:
-        velocity: takes y, of the start's shape, type and device, and t (1,).
-        start: a tensor, y at the first time.
-        span: the first and the last time.
-        rtol, atol: error tolerances.
-
-    Returns:
-        y at the last time, and the number of function evaluations.
-
-    Raises:
-        UserError: the velocity is not finite, or changes too fast to be followed.
-    """
-    from scipy.integrate import solve_ivp  # here, as it takes long and few need it
-
-    def flat_velocity(t, flat):
-        y = torch.as_tensor(flat, dtype=start.dtype, device=start.device).view_as(start)
-        time = torch.full((1,), t, dtype=start.dtype, device=start.device)
-        return velocity(y, time).flatten().cpu().numpy()
-
-    solution = solve_ivp(flat_velocity, span, start.flatten().cpu().numpy(), method="RK45", rtol=rtol, atol=atol)
-    if not solution.success:
-        raise UserError(
-            f"the probability flow cannot be followed beyond t = {solution.t[-1]:.3g}: the network's output is NaN, "
-            "infinite or too steep; check the checkpoint and its config"
-        )
-    end = torch.as_tensor(solution.y[:, -1], dtype=start.dtype, device=start.device).view_as(start)
-    return end, solution.nfev

@@ -164,7 +164,7 @@ def times(seconds):
 FORMATS = {
     **{"ms": ".2f", "plain ms": ".2f", "ours ms": ".2f", "first s": ".1f", "seconds": ".2f"},
     **{"evaluations/s": ".0f", "images/s": ".2f", "GFLOP/s": ".0f", "share": ".0%", "GB": ".1f"},
-    **{"rate": ".2f", "of the network": ".2%", "of proportion": ".2f"},
+    **{"rate": ".2f", "evaluations": ".0f", "bits/dim": ".3f", "of the network": ".2%", "of proportion": ".2f"},
 }  # of a table's columns; others are text or whole numbers
 
 

@@ -3,16 +3,19 @@
 NCHW, eager, one module for every operation of the papers: 1x1 projections and attention by einsum over the pixels,
 normalisation and nonlinearity apart, nearest upsampling before the convolution, FIR filters by inserting zeros,
 convolving everything and dropping what is not kept, Adam and the moving average one tensor after another, fresh noise
-from the global generator.  The weights have the same names, so both hold the same network.
+from the global generator, SciPy's solver of ODEs.  The weights have the same names, so both hold the same network.
 """
 
 import math
 
 import torch
 import torch.nn.functional as F
+from scipy.integrate import solve_ivp
 from torch import nn
 
+from lmd import likelihood
 from models import create_model, layers, ncsnpp, resample
+from sampling import probability_flow
 from sde_lib import per_image
 
 
@@ -174,3 +177,24 @@ def plain_inpaint(net, sde, data, mask, steps):
 def _constrain(sde, x, data, mask, times):
     alpha, std = (per_image(v) for v in sde.marginal(times))
     return x * (1 - mask) + (alpha * data + std * torch.randn_like(data)) * mask
+
+
+@torch.no_grad()
+def plain_log_likelihood(model, sde, x, probe):
+    """As `likelihood.log_likelihood`, with the state on the CPU and one step size for the whole batch.
+
+    Returns:
+        (B,) float64, and the number of function evaluations.
+    """
+    flow = lambda x, t: probability_flow(model, sde, x, t)
+
+    def velocity(t, flat):
+        images = torch.as_tensor(flat).view(len(x), -1)[:, :-1].view_as(x).to(x)
+        v, divergence = likelihood.hutchinson(flow, images, x.new_full((1,), t), probe)
+        return torch.cat([v.flatten(1), divergence[:, None]], dim=1).flatten().double().cpu().numpy()
+
+    start = torch.cat([x.flatten(1), x.new_zeros(len(x), 1)], dim=1).flatten().double().cpu().numpy()
+    tolerance = likelihood.TOLERANCE
+    solution = solve_ivp(velocity, (likelihood.EPS, sde.T), start, method="RK45", rtol=tolerance, atol=tolerance)
+    end = torch.as_tensor(solution.y[:, -1]).view(len(x), -1)
+    return sde.prior_logp(end[:, :-1].view(x.shape)) + end[:, -1], solution.nfev

@@ -11,6 +11,8 @@ On the GPU if torch sees one.  The parts:
 - training: a step; on a GPU that has it in TF32, as main.py trains;
 - reconstruction: a step of the published loop; images/s are for its 1000 steps (and one repetition);
 - fast: the whole reconstruction of a batch with --sampler fast;
+- likelihood: of the first of --images by the network of --ckpt_path, ours: with SciPy's solver on the CPU and one step
+  size for the batch (plain), and with ours;
 - noise: the two keyed draws of a reconstruction step, and the global generator's;
 - resampling: NCSN++'s FIR filters alone, on an image pyramid's 3 channels and on features;
 - growth: how the cost of --sampler fast grows with images, steps, repetitions and pixels; the last column is 1 on a
@@ -30,16 +32,19 @@ import itertools
 
 import torch
 
+import datasets
 import losses
 import sde_lib
 from basics import noise
 from basics.console import choose, guard
 from basics.machine import keep_freed_memory
+from basics.pixels import dequantize, to_model_range
 from benchmarks import machine, plain
 from benchmarks.machine import median
+from lmd import likelihood
 from lmd.process import create_process, preset
 from lmd.reconstructor import MaskOptions, Reconstructor
-from lmd.trained_model import rows_within
+from lmd.trained_model import load_model, rows_within
 from models import create_model, inference
 from models.resample import Down, Up
 from models.score import ScoreModel
@@ -65,6 +70,8 @@ def main(arguments=None):
     parser.add_argument("--versions", default="plain,ours", help=", ".join(VERSIONS))
     parser.add_argument("--steps", type=int, default=2, help="of the published loop, timed together")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ckpt_path", default="pretrained/fashion_mnist_small.safetensors", help="of the likelihood")
+    parser.add_argument("--images", default="demo/fashion_mnist.npz", help="of the likelihood")
     options = parser.parse_args(arguments)
     names, versions, clock = options.parts.split(","), options.versions.split(","), machine.clock()
     parts = [choose(name, PARTS, "part (--parts)") for name in names]
@@ -273,6 +280,36 @@ def keyed_noise(options, clock):
         yield {"part": "noise", "draws": name, **machine.times(seconds[name]), "of the network": share}
 
 
+def likelihoods(options, clock):
+    """Rows of the likelihoods of a batch by two solvers, which must agree; bits and evaluations are means."""
+    config = machine.load_config(options.config)
+    model, _ = load_model(config, options.ckpt_path, clock.device, "fp32")
+    size = {"image_size": config.data.image_size, "num_channels": config.data.num_channels}
+    pixels = datasets.load(options.images, split="test", **size).read(0, options.batch_size)
+    generator = noise.generator("benchmark")
+    x = to_model_range(dequantize(to_model_range(pixels, centered=False), generator), config.data.centered)
+    given = model, model.sde, x.to(clock.device), likelihood.rademacher(x.shape, generator).to(clock.device)
+    solvers = {"plain": plain.plain_log_likelihood, "ours": likelihood.log_likelihood}
+    solvers = {name: solver for name, solver in solvers.items() if name in options.versions.split(",")}
+    results = {}
+
+    def call(name):
+        density, *_, evaluations = solvers[name](*given)
+        bits = likelihood.bits_per_dimension(density.cpu(), x[0].numel(), config.data.centered)
+        results[name] = bits, torch.as_tensor(evaluations).double().mean().item()
+
+    seconds = machine.alternate(clock, {name: functools.partial(call, name) for name in solvers}, options.rounds)
+    first = next(iter(results.values()))[0]  # (B,)
+    for name, (bits, evaluations) in results.items():
+        torch.testing.assert_close(bits, first, rtol=0, atol=0.01)
+        rate = median(seconds["plain"]) / median(seconds[name]) if "plain" in seconds else None
+        yield {
+            **{"part": "likelihood", "version": name, "seconds": median(seconds[name])},
+            **{"spread": f"{min(seconds[name]):.4g}-{max(seconds[name]):.4g}"},
+            **{"bits/dim": bits.mean().item(), "evaluations": evaluations, "rate": rate},
+        }
+
+
 TAPS = (1, 3, 3, 1)
 SHAPES = [(3, 256), (128, 32), (256, 32), (256, 16)]  # channels and pixels an edge, of the larger side
 FILTERS = {"down": (Down, plain.PlainDown, 1), "up": (Up, plain.PlainUp, 2)}  # and how much smaller the input is
@@ -328,7 +365,7 @@ def growth(options, clock):
 
 PARTS = {
     **{name: functools.partial(compare, name) for name in OURS},
-    **{"noise": keyed_noise, "resampling": resampling, "growth": growth},
+    **{"likelihood": likelihoods, "noise": keyed_noise, "resampling": resampling, "growth": growth},
 }
 
 if __name__ == "__main__":

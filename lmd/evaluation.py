@@ -27,7 +27,8 @@ from storage.checkpoints import check_division, data_of, load_ema_weights, what_
 
 PRECISION = "fp32"  # of everything that is computed here
 BPD_REPEATS = {"train": 1, "test": 5}  # dequantisations of each image, as published
-ODE = {"eps": likelihood.EPS, "tolerance": likelihood.TOLERANCE}  # of likelihoods
+SOLVER = "RK45 for each image"  # of likelihoods and ODE sampling; earlier versions had one step size for a batch
+ODE = {"solver": SOLVER, "eps": likelihood.EPS, "tolerance": likelihood.TOLERANCE}  # of likelihoods
 
 
 class Evaluation:
@@ -205,12 +206,12 @@ def write_bpd(run, k, origin):
     """Bits per dimension of the images of eval.bpd_dataset, each dequantised `BPD_REPEATS` times.
 
     Writes `{split}_ckpt_{k}_bpd_{i}.npz`, i counting the batches of all repeats, with `bpd` (one an image) and
-    `evaluations` (of the network, by the batch's ODE solver).  Arguments as `write_loss`.
+    `evaluations` (of the network, the mean over the batch's images).  Arguments as `write_loss`.
     """
     split = run.config.eval.bpd_dataset
     images, repeats = run.images(split), BPD_REPEATS[split]
     settings, rounds = {**origin, "images": images.fingerprint, "ode": ODE}, _rounds(len(images), run.batch_size)
-    values, evaluations = [], []
+    values, evaluations = [], 0.0
     with progress(total=repeats * rounds, unit="batch", desc=f"checkpoint {k}, bits per dimension") as bar:
         for i in range(repeats * rounds):
             path, (repeat, batch) = run.folder / f"{split}_ckpt_{k}_bpd_{i}.npz", divmod(i, rounds)
@@ -221,14 +222,14 @@ def write_bpd(run, k, origin):
                 arrays = _bpd_of_batch(run, images, batch, repeat)
                 write_arrays(path, numbered, **arrays)
             values.append(arrays["bpd"])
-            evaluations.append(int(arrays["evaluations"]))
+            evaluations += count * float(arrays["evaluations"])
             bar.set_postfix(bpd=f"{np.concatenate(values).mean():.4f}", refresh=False)
             bar.update()
     bpd = np.concatenate(values).reshape(repeats, -1).mean(axis=0)  # (N,)
     say(
         f"checkpoint {k}: {bpd.mean():.4f} bits per dimension (standard error {_standard_error(bpd):.4f}) over "
-        f"{counted(len(images), f'{split} image')}, {repeats} times each; {np.mean(evaluations):.0f} network "
-        f"evaluations a batch; written to {run.folder}"
+        f"{counted(len(images), f'{split} image')}, {repeats} times each; {evaluations / (repeats * len(images)):.0f} "
+        f"network evaluations each time; written to {run.folder}"
     )
 
 
@@ -244,7 +245,7 @@ def _bpd_of_batch(run, images, batch, repeat):
     x = to_model_range(torch.cat(dequantized).to(device), centered)  # (B, C, H, W)
     density, _, evaluations = likelihood.log_likelihood(model, run.trainer.sde, x, torch.cat(probes).to(device))
     bpd = likelihood.bits_per_dimension(density, x[0].numel(), centered)
-    return {"bpd": bpd.cpu().numpy(), "evaluations": np.array(evaluations)}
+    return {"bpd": bpd.cpu().numpy(), "evaluations": evaluations.double().mean().cpu().numpy()}
 
 
 def _standard_error(values):
@@ -284,6 +285,7 @@ def _samples_settings(run, origin, r):
     return {
         **origin,
         "sampling": tree["sampling"],
+        **({"solver": SOLVER} if tree["sampling"]["method"].lower() == "ode" else {}),
         "num_scales": tree["model"]["num_scales"],  # the steps where sampling.steps is 0, and what steps are a part of
         "image_size": tree["data"]["image_size"],
         "count": min(run.batch_size, tree["eval"]["num_samples"] - r * run.batch_size),

@@ -35,7 +35,7 @@ LAYERS = [  # from the top; a module imports those below its own layer, and thos
     ("datasets",),
     ("models",),
     ("metrics",),
-    ("configs", "sde_lib", "masks"),
+    ("configs", "sde_lib", "ode", "masks"),
     ("basics",),
 ]
 LAYER = {name: index for index, layer in enumerate(LAYERS) for name in layer}

@@ -192,8 +192,10 @@ def test_bpd_files(likelihoods, bpd_tree, capsys):
     evaluate(bpd_tree, likelihoods)
     error = bpd.mean(axis=0).std(ddof=1) / 10**0.5
     assert f"checkpoint 2: {bpd.mean():.4f} bits per dimension (standard error {error:.4f}) over 10 test images" in (
-        capsys.readouterr().out
+        out := capsys.readouterr().out
     )
+    mean = np.average([batch["evaluations"] for batch in found], weights=[8, 2] * 5)
+    assert f", 5 times each; {mean:.0f} network evaluations each time; written to" in out
 
 
 def test_bpd_by_hand(likelihoods, tree):
@@ -508,6 +510,14 @@ def test_every_field_that_a_result_depends_on_enters_its_identity(every_part, id
             assert now[kind] != first[kind], f"{kind} does not depend on {path}"
     assert refused.isdisjoint({"sampling.steps", "sampling.predictor", "model.num_scales", "training.reduce_mean"})
     assert {"sampling.t_start", "sampling.snr", "model.nf"} <= refused
+
+
+def test_the_solver_of_an_ode_enters_the_identity_of_what_it_makes(every_part, identities):
+    """Results of another solver agree within its tolerance alone."""
+    odes = changed(every_part, "sampling.method", "ode")
+    first, by_ode = identities(every_part), identities(odes)
+    assert first["bpd"]["ode"]["solver"] == by_ode["samples"]["solver"] == by_ode["report"]["solver"]
+    assert "solver" not in first["samples"]
 
 
 @pytest.mark.parametrize("name", SAMPLING)

@@ -5,12 +5,12 @@ import gc
 import pytest
 import tiny
 import torch
-from helpers import small
+from helpers import GaussianScore, small
 
 import metrics
 import models
 import sde_lib
-from lmd import training
+from lmd import likelihood, training
 from lmd.reconstructor import Reconstructor
 from models import inference, memory
 from models.score import ScoreModel
@@ -100,6 +100,23 @@ def test_gpu_rows_are_learned_and_halved_where_that_was_too_bold():
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+
+
+def test_gpu_likelihoods_are_those_of_the_cpu():
+    """Whose steps are chosen on the CPU; in float64, so that none is another."""
+    generator, sde = torch.Generator().manual_seed(0), sde_lib.SubVPSDE()
+    x = (
+        torch.randn(5, 1, 2, 2, generator=generator, dtype=torch.float64)
+        * torch.logspace(-2, 1, 5)[:, None, None, None]
+    )
+    mean, cov = torch.linspace(-0.5, 0.5, 4).double(), torch.diag(torch.linspace(0.1, 0.4, 4).double())
+    results = []
+    for device in (GPU, tiny.CPU):
+        model, given = GaussianScore(sde, mean.to(device), cov.to(device)), x.to(device)
+        density, latent, evaluations = likelihood.log_likelihood(model, sde, given, torch.ones_like(given))
+        assert density.device.type == latent.device.type == device.type
+        results.append((density.cpu(), evaluations.cpu()))
+    torch.testing.assert_close(*results, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", ["MSE", "SSIM"])

@@ -150,7 +150,9 @@ def test_probability_flow_reproduces_a_gaussian(sde_name):
     model = GaussianScore(sde, mean, cov)
     prior = keyed(COUNT)(0, "prior") * sde.prior_std
     by_ode, evaluations = sampling.sample_ode(model, sde, prior)
-    assert evaluations > 10
+    assert evaluations.min() > 10
+    alone, _ = sampling.sample_ode(model, sde, prior[7:8])  # whose number of steps depends on float32 rounding
+    torch.testing.assert_close(alone, by_ode[7:8], rtol=1e-4, atol=1e-4)
     scheme = Scheme(sampling.ReverseDiffusion(sde, probability_flow=True))
     by_steps = sampling.integrate(model, prior, scheme, keyed(COUNT))
     for result in (by_ode, by_steps):

@@ -5,7 +5,7 @@ import argparse
 import pytest
 import torch
 from helpers import load_config
-from tiny import config
+from tiny import config, write_checkpoint, write_pictures
 
 from basics.console import UserError
 from benchmarks import machine, speed
@@ -17,6 +17,7 @@ TABLES = {  # part -> columns, and the second column's entries
     "training": (COMPARED, ["plain", "ours"]),
     "reconstruction": (COMPARED, ["plain", "ours", "ours-bf16"]),
     "fast": (COMPARED, ["ours", "ours-bf16"]),
+    "likelihood": ("part, version, seconds, spread, bits/dim, evaluations, rate", ["plain", "ours"]),
     "noise": ("part, draws, ms, spread, of the network", ["keyed", "global"]),
     "resampling": ("part, filter, channels, from, to, plain ms, ours ms, rate", ["down", "up"]),
     "growth": (
@@ -43,14 +44,16 @@ def path(tmp_path):
 
 
 @pytest.fixture
-def options(path, monkeypatch):
+def options(path, tmp_path, monkeypatch):
     """The command's, at the least size on the CPU, everything in this process."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(machine, "in_turns", here)
     monkeypatch.setattr(speed, "matrix_rate", lambda clock, precision: RATES[precision])
     monkeypatch.setattr(speed, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(speed, "SHAPES", [(3, 8)])
-    return argparse.Namespace(config=path, batch_size=2, versions="plain,ours,ours-bf16", steps=2, rounds=1)
+    files = {"ckpt_path": write_checkpoint(tmp_path / "a.pth"), "images": write_pictures(tmp_path / "a.npz", 5)}
+    sizes = {"batch_size": 2, "steps": 2, "rounds": 1}
+    return argparse.Namespace(config=path, versions="plain,ours,ours-bf16", **files, **sizes)
 
 
 def test_every_part_is_tested():
