@@ -30,10 +30,11 @@ class Draws:
         """The draws that belong to the key `words`, for images of `shape` (B, C, H, W); `share` picks some of the B."""
         rows = noise.image_keys(noise.key(*words, "loss"), torch.arange(shape[0])[share], reps=[0])  # (B,)
         generator = noise.generator(*words, "times")
+        send = lambda values: values[share].to(device, non_blocking=True)  # waits for no earlier step
         return cls(
-            normal=noise.KeyedNoise(rows, shape[1:], device)(0, "prior"),
-            uniform=torch.rand(shape[0], generator=generator)[share].to(device),
-            labels=torch.randint(num_scales, (shape[0],), generator=generator)[share].to(device),
+            normal=noise.KeyedNoise(rows.to(device, non_blocking=True), shape[1:], device)(0, "prior"),
+            uniform=send(torch.rand(shape[0], generator=generator)),
+            labels=send(torch.randint(num_scales, (shape[0],), generator=generator)),
         )
 
 
@@ -161,17 +162,31 @@ class EMA:
 
 @dataclasses.dataclass
 class TrainState:
-    """What training changes: network, optimiser, EMA and the number of steps done."""
+    """What training changes: network, optimiser, EMA and the number of steps done; and the precision it is done in.
+
+    The precision is 'fp32', 'tf32' or 'bf16', or None where it is not trained.
+    """
 
     net: torch.nn.Module
     optimizer: torch.optim.Optimizer
     ema: EMA
     step: int = 0
+    precision: str | None = None
 
 
 def create_state(config, net):
     """A fresh `TrainState` of a network."""
     return TrainState(net, create_optimizer(config, net.parameters()), EMA(net.parameters(), config.model.ema_rate))
+
+
+@torch.no_grad()
+def match_layout(state):
+    """Lays out averages and moments in memory as their weights are, which one pass over all of them relies on."""
+    like = lambda value, weight: value if value.stride() == weight.stride() else torch.empty_like(weight).copy_(value)
+    trained = [p for p in state.net.parameters() if p.requires_grad]
+    state.ema.shadow = [like(average, p) for average, p in zip(state.ema.shadow, trained, strict=True)]
+    for weight, entry in state.optimizer.state.items():
+        entry.update({name: like(value, weight) for name, value in entry.items() if name != "step"})
 
 
 @torch.no_grad()

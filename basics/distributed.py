@@ -28,7 +28,7 @@ class FailedElsewhere(SystemExit):
 class Ranks:
     """This process's place among all.
 
-    Every method but `share` and `wrap` is a collective: all ranks call it, in the same order.
+    Every method but `share` and `unshared` is a collective: all ranks call it, in the same order.
 
     Attributes:
         rank: 0 .. world_size - 1; rank 0 writes what is written once.
@@ -64,6 +64,10 @@ class Ranks:
         known = inspect.signature(DistributedDataParallel).parameters
         option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         return DistributedDataParallel(net, gradient_as_bucket_view=True, **{option: False})
+
+    def unshared(self, wrapped):
+        """A block in which the gradients of what `wrap` gave are those of this process alone, and nothing is sent."""
+        return wrapped.no_sync() if self.world_size > 1 else contextlib.nullcontext()
 
     def any(self, flag):
         """Whether `flag` is true on any rank."""

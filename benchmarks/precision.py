@@ -39,7 +39,7 @@ def main():
     if device.type == "cpu":
         keep_freed_memory()
     names = options.metric.split(",")
-    reduced = ("tf32", "bf16") if inference.training_precision(device) == "tf32" else ("bf16",)
+    reduced = ("tf32", "bf16") if inference.has_tf32(device) else ("bf16",)
     scores = {precision: scores_of(options, names, device, precision) for precision in ("fp32", *reduced)}
     print(f"{options.setting}, {options.images} images a side; {machine.clock().describe()}")
     print(

@@ -2,13 +2,13 @@
 
     python -m benchmarks.speed
     python -m benchmarks.speed --parts evaluation,resampling --config configs/ve/cifar10_ncsnpp_continuous.py
-    python -m benchmarks.speed --parts reconstruction,fast --versions plain,ours,ours-bf16,ours-bf16-compiled
+    python -m benchmarks.speed --parts training,reconstruction,fast --versions plain,ours,ours-bf16,ours-bf16-compiled
     python -m benchmarks.speed --parts growth --batch_size 8 --rounds 1
 
 On the GPU if torch sees one.  The parts:
 
 - evaluation: of the network, for a batch;
-- training: a step; on a GPU that has it in TF32, as main.py trains;
+- training: a step, in the version's precision; compiled, its first call compiles both passes;
 - reconstruction: a step of the published loop; images/s are for its 1000 steps (and one repetition);
 - fast: the whole reconstruction of a batch with --sampler fast;
 - likelihood: of the first of --images by the network of --ckpt_path, ours: with SciPy's solver on the CPU and one step
@@ -28,7 +28,6 @@ the largest resident set of the process, or on a GPU the most that its tensors t
 import argparse
 import dataclasses
 import functools
-import itertools
 
 import torch
 
@@ -80,9 +79,9 @@ def main(arguments=None):
     if clock.device.type == "cpu":
         keep_freed_memory()
     print(f"{options.config}, batch {options.batch_size}; {clock.describe()}")
-    if compared := [name for name in names if name in OURS]:
+    if any(name in OURS for name in names):
         print(f"an evaluation of an image: {operations(machine.load_config(options.config), False) / 1e9:.3f} GFLOP")
-        for precision in sorted({precision_of(*pair, clock.device) for pair in itertools.product(versions, compared)}):
+        for precision in sorted({VERSIONS[version][0] for version in versions}):
             print(f"{precision} matrix product: {matrix_rate(clock, precision) / 1e9:.0f} GFLOP/s", flush=True)
     machine.show(row for part in parts for row in part(options, clock))
 
@@ -98,7 +97,7 @@ def compare(part, options, clock):
     results = machine.in_turns(call_of, versions, (part, options), options.rounds)
     work = options.batch_size * evaluations * operations(config, part == "training")
     for version, ((first, *seconds), peak) in results.items():
-        precision, time = precision_of(version, part, clock.device), median(seconds)
+        precision, time = VERSIONS[version][0], median(seconds)
         count = options.batch_size * evaluations / time
         yield {
             **{"part": part, "version": version, "precision": precision},
@@ -124,9 +123,8 @@ def amounts(part, options, config):
 
 
 def _has(version, part, config):
-    if version == "plain":
-        return part == "evaluation" or (part != "fast" and isinstance(sde_lib.create_sde(config), sde_lib.SubVPSDE))
-    return part != "training" or version == "ours"
+    subvp = isinstance(sde_lib.create_sde(config), sde_lib.SubVPSDE)
+    return version != "plain" or part == "evaluation" or (part != "fast" and subvp)
 
 
 def operations(config, backward):
@@ -138,11 +136,6 @@ def operations(config, backward):
 
 
 matrix_rate = functools.cache(machine.matrix_rate)  # of a clock and a precision
-
-
-def precision_of(version, part, device):
-    """What a version computes in: 'fp32', 'tf32' or 'bf16'."""
-    return inference.training_precision(device) if part == "training" else VERSIONS[version][0]
 
 
 def images(config, batch_size):
@@ -161,7 +154,7 @@ def call_of(version, part, options):
         if device.type == "cpu":
             keep_freed_memory()
         call = OURS[part](config, x, options.steps, *VERSIONS[version])
-    return inference.arithmetic(precision_of(version, part, device))(call)
+    return inference.arithmetic(VERSIONS[version][0])(call)
 
 
 # The functions of `PLAIN` and `OURS` take the config, a batch (B, C, H, W) on the device, the steps of the published
@@ -194,11 +187,12 @@ def our_evaluation(config, x, steps, *prepared):
     return torch.no_grad()(lambda: net(x, labels))
 
 
-def our_training(config, x, steps, *prepared):
+def our_training(config, x, steps, precision, compiled):
     sde = sde_lib.create_sde(config)
-    net = create_model(config).train().to(x.device, memory_format=inference.layout(x.device))
+    net = create_model(config).train().to(x.device, memory_format=inference.layout(x.device, compiled))
     state, loss = losses.create_state(config, net), losses.create_loss(config, sde)
-    model = ScoreModel(net, sde, config.training.continuous)
+    network = inference.InPrecision(torch.compile(net) if compiled else net, x.device, precision)
+    model = ScoreModel(network, sde, config.training.continuous)
 
     def train():
         draws = losses.Draws.keyed(x.shape, sde.N, config.seed, "train", state.step, device=x.device)

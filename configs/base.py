@@ -78,6 +78,9 @@ TREE = {
         "snapshot_freq": 10000,  # steps between numbered checkpoints
         "snapshot_freq_for_preemption": 5000,  # steps between overwrites of the checkpoint that a restart resumes from
         "snapshot_sampling": True,  # draw samples at every numbered checkpoint
+        # Of this program alone
+        "precision": "auto",  # of the network: bf16, tf32, fp32, or auto (bf16 on a GPU that has it, else fp32)
+        "compile": "auto",  # compile the network: on, off, or auto (on a GPU, for a run long enough)
     },
     "sampling": {
         "method": "pc",  # pc (predictor-corrector) or ode (probability flow, RK45)

@@ -238,6 +238,8 @@ FIELDS = {
         "snapshot_freq": _ITERATIONS,
         "snapshot_freq_for_preemption": _ITERATIONS,
         "snapshot_sampling": Flag(),
+        "precision": Choice("precision", ("auto", "bf16", "tf32", "fp32"), exact=True),
+        "compile": Choice("choice", ("auto", "on", "off"), exact=True),
     },
     "sampling": {
         "method": Choice("method", ("pc", "ode")),
@@ -281,8 +283,10 @@ FIELDS = {
     },
 }
 
-# Fields that a config may lack although the tree gives them a value: some published configs do.
+# Fields that a config may lack although the tree gives them a value: some published configs do, and configs of earlier
+# versions.
 OPTIONAL = {
+    *("training.precision", "training.compile"),
     *("data.test_dataset", "model.beta_min", "model.beta_max"),
     *(f"eval.{name}" for name in ("enable_loss", "enable_sampling", "enable_bpd", "bpd_dataset")),
     *("eval.n_samples", "eval.recon_ckpt"),

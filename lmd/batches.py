@@ -1,5 +1,6 @@
 """Batches for training and evaluation, from an `ImageSet`."""
 
+import time
 import weakref
 
 import torch
@@ -30,6 +31,9 @@ class TrainingBatches:
         centered: range [-1, 1] instead of [0, 1].
         share: the slice of each batch that is made, as the whole batch would have it; B is then its length.
 
+    Attributes:
+        waited: seconds that were spent so far until the images of a batch were there.
+
     Raises:
         UserError: a batch larger than the data set, or below 1.
     """
@@ -49,6 +53,7 @@ class TrainingBatches:
         self._orders = {}  # epoch -> its order, for the two epochs last asked for
         self._ahead = {}  # step -> futures of its images
         weakref.finalize(self, _cancel, self._ahead)  # or the interpreter would decode them before it exits
+        self.waited = 0.0
         self._pixels = None
         if isinstance(images.store, InMemory):
             pixels = images.store.pixels
@@ -56,7 +61,10 @@ class TrainingBatches:
 
     def batch(self, step):
         """The batch of step 0, 1, 2, ...: (B, C, H, W) float32 on the device, in the model's range."""
-        images = self._gather(step).to(self.device, non_blocking=True)  # (B, 1 or C, H, W) uint8
+        start = time.perf_counter()
+        images = self._gather(step)  # (B, 1 or C, H, W) uint8
+        self.waited += time.perf_counter() - start
+        images = images.to(self.device, non_blocking=True)
         if self.random_flip:
             chances = torch.rand(self.batch_size, generator=noise.generator(self.seed, "flip", step))
             images = _mirror(images, chances[self.share] < 0.5)

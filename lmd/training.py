@@ -5,6 +5,8 @@ weights, bit for bit on a CPU, as one that never was.
 
 Several processes (`distributed.Ranks`) share each batch: every rank has the images, the times and the noise that the
 whole batch would give its part, so the gradient is that of one process up to rounding.  Rank 0 alone writes.
+
+The network's forward pass is in config.training.precision; weights, gradients, loss, optimiser and EMA are float32.
 """
 
 import contextlib
@@ -30,7 +32,7 @@ from basics.console import UserError, are, choose, counted, log, printable, prog
 from basics.distributed import ALONE
 from basics.pixels import to_data_range
 from basics.tensor_files import WrongFile
-from configs.base import to_dict
+from configs.base import TREE, to_dict
 from lmd.batches import TrainingBatches
 from lmd.process import check_effects, create_process
 from models import inference
@@ -75,8 +77,7 @@ class Trainer:
         torch.manual_seed(noise.key(config.seed, "initialisation") & (2**63 - 1))
         net = models.create_model(config).to(device, memory_format=inference.layout(device))
         self.sde = sde_lib.create_sde(config)
-        self.model = ScoreModel(net, self.sde, config.training.continuous)
-        self.shared_model = ScoreModel(ranks.wrap(net), self.sde, config.training.continuous)  # for training steps
+        self.model = self.shared_model = ScoreModel(net, self.sde, config.training.continuous)  # see `get_ready`
         self.loss = losses.create_loss(config, self.sde)
         self.state = losses.create_state(config, net)
         self.trained_on = None  # what the checkpoints say of the training images, see `checkpoints.write_checkpoint`
@@ -160,27 +161,72 @@ class Trainer:
         """The loss's random numbers for images x (B, C, H, W), keyed by the seed and `words`."""
         return losses.Draws.keyed(x.shape, self.sde.N, self.config.seed, *words, device=self.device)
 
+    def get_ready(self, steps, batches):
+        """Readies the network for training: layout, precision, and for the steps themselves shared and compiled.
+
+        Without it the network is trained and evaluated eagerly in float32, by one process.
+
+        Args:
+            steps: to come.
+            batches: the `TrainingBatches`; the first one shows whether the network can be compiled.
+
+        Raises:
+            UserError: it is to be compiled, and cannot be.
+        """
+        net, precision, choice = self.state.net, self.state.precision, setting(self.config, "compile")
+        network, images = inference.InPrecision(net, self.device, precision), steps * self.config.training.batch_size
+        evaluations = inference.PASSES * images / self.ranks.world_size  # the same on all ranks
+        least, shape = inference.COMPILE_TRAINING_FROM, batches.images.shape
+        compiled = steps > 0 and inference.worth_compiling(choice, network, evaluations, shape, least)
+        net.to(memory_format=inference.layout(self.device, compiled))
+        losses.match_layout(self.state)
+        shared = self.ranks.wrap(net)
+        # the solver of the method ode would answer bfloat16's rounding with ever smaller steps
+        exact = self.config.sampling.method.lower() == "ode"
+        self.model, self.shared_model = self._score(net, "fp32" if exact else precision), self._score(shared, precision)
+        if compiled:
+            log(f"compiling the network for {steps:,} steps; the first one waits for it")
+            self._compile(shared, batches.batch(self.state.step), required=choice == "on")
+
+    def _score(self, net, precision):
+        network = inference.InPrecision(net, self.device, precision)
+        return ScoreModel(network, self.sde, self.config.training.continuous)
+
+    def _compile(self, shared, x, required):
+        """Compiles both passes of a training step by the loss of the first, on all ranks or, where one cannot, none."""
+        compiled = self._score(torch.compile(shared), self.state.precision)
+
+        def work():
+            self._part_of_loss(compiled, x, self._draws_of_step(x)).backward()
+            return True
+
+        with self.ranks.together(), self.ranks.unshared(shared):
+            done = inference.attempt_compiled(work, required, "set --config.training.compile=off")
+        self.state.optimizer.zero_grad(set_to_none=True)
+        if not self.ranks.any(not done):
+            self.shared_model = compiled
+
     def train_step(self, x):
         """One step on this rank's share x (B, C, H, W) of the batch; returns the share's part of the loss, a scalar.
 
         The mean of the parts over the ranks is the loss of the whole batch.
         """
-        step, ranks, batch = self.state.step, self.ranks, self.config.training.batch_size
+        return losses.train_step(
+            self.state, self._part_of_loss, self.shared_model, x, self._draws_of_step(x), self.config
+        )
+
+    def _draws_of_step(self, x):
+        """The random numbers of the next step for this rank's share x; dropout's are keyed, too."""
+        step, ranks, shape = self.state.step, self.ranks, (self.config.training.batch_size, *x.shape[1:])
         # dropout takes no generator: it is the one user of the global one, keyed anew for every step
         words = (step,) if ranks.world_size == 1 else (step, ranks.rank)
         torch.manual_seed(noise.key(self.config.seed, "dropout", *words) & (2**63 - 1))
-        draws = losses.Draws.keyed(
-            (batch, *x.shape[1:]),
-            self.sde.N,
-            self.config.seed,
-            "train",
-            step,
-            device=self.device,
-            share=self.share,
-        )
-        weight = len(x) * ranks.world_size / batch  # 1, unless the shares differ
-        part = lambda model, x, draws: self.loss(model, x, draws) * weight
-        return losses.train_step(self.state, part, self.shared_model, x, draws, self.config)
+        options = {"device": self.device, "share": self.share}
+        return losses.Draws.keyed(shape, self.sde.N, self.config.seed, "train", step, **options)
+
+    def _part_of_loss(self, model, x, draws):
+        weight = len(x) * self.ranks.world_size / self.config.training.batch_size  # 1, unless the shares differ
+        return self.loss(model, x, draws) * weight
 
     def with_ema(self):
         """A context in which the network has the EMA weights and is in eval mode."""
@@ -226,6 +272,11 @@ class Trainer:
         }
         check_data(self.workdir / META_CHECKPOINT, self.trained_on, here)
         self.trained_on = here
+
+
+def setting(config, name):
+    """`config.training.precision` or `compile`, which a config of earlier versions lacks."""
+    return config.training.get(name, TREE["training"][name])
 
 
 def held_back(count):
@@ -279,7 +330,10 @@ def train(config, workdir, device, data_root, workers=None, ranks=ALONE):
         UserError: bad config or data, a checkpoint that does not fit or is of other images or settings, or a loss that
             is not finite.
     """
+    precision = inference.resolve(setting(config, "precision"), device, "--config.training.precision")
+    choose(setting(config, "compile"), inference.CHOICES, "choice (--config.training.compile)")
     trainer = Trainer(config, workdir, device, data_root, workers, ranks)
+    trainer.state.precision = precision
     found, resumed = _stamp(trainer), trainer.resume()
     first, last = trainer.state.step, config.training.n_iters
     ranks.check_same(first, "checkpoints")
@@ -289,7 +343,7 @@ def train(config, workdir, device, data_root, workers=None, ranks=ALONE):
     if config.training.snapshot_sampling:
         create_sampler(config, trainer.sde)  # what cannot be sampled is told before the first step
     train_batches = ranks.in_turn(lambda: trainer.batches("train"))
-    ranks.check_same((to_dict(config), train_batches.images.fingerprint), "settings or training images")
+    ranks.check_same((to_dict(config), precision, train_batches.images.fingerprint), "settings or training images")
     ranks.on_main(lambda: trainer.check_images(train_batches.images))
     with _owning(trainer, found):
         _train(trainer, train_batches, resumed)
@@ -333,15 +387,19 @@ def _train(trainer, train_batches, resumed):
             log.line(_headline(trainer, len(train_batches.images), first if resumed else None))
     bar = progress(total=last + 1, initial=first, unit="step", desc="training")
     try:
-        with _noted_interrupt() as interrupted, inference.arithmetic(inference.training_precision(trainer.device)):
-            ranks.on_main(lambda: _sample(trainer, log, first - 1) if _lacks_samples(trainer) else None)
-            for step in range(first, last + 1):
-                value = trainer.train_step(train_batches.batch(step))
-                bar.update()
-                _after_step(trainer, log, test_batches, step, value)
-                if _all_stop(ranks, interrupted, step):
-                    ranks.on_main(lambda: trainer.save(META_CHECKPOINT))
-                    raise KeyboardInterrupt
+        with inference.arithmetic(trainer.state.precision):
+            trainer.get_ready(last + 1 - first, train_batches)
+            with _noted_interrupt() as interrupted:
+                ranks.on_main(lambda: _sample(trainer, log, first - 1) if _lacks_samples(trainer) else None)
+                pace = Pace(train_batches, trainer.config.training.batch_size)
+                for step in range(first, last + 1):
+                    value = trainer.train_step(train_batches.batch(step))
+                    bar.update()
+                    pace.steps += 1
+                    _after_step(trainer, log, test_batches, step, value, pace)
+                    if _all_stop(ranks, interrupted, step):
+                        ranks.on_main(lambda: trainer.save(META_CHECKPOINT))
+                        raise KeyboardInterrupt
     finally:
         bar.close()
         if log:
@@ -382,7 +440,7 @@ def _all_stop(ranks, interrupted, step):
 def _headline(trainer, images, resumed_at):
     count = sum(p.numel() for p in trainer.state.net.parameters())
     training = trainer.config.training
-    where = f"{trainer.device}, {inference.training_precision(trainer.device)}"
+    where = f"{trainer.device}, {trainer.state.precision}"
     start = "starting" if resumed_at is None else f"resuming at step {resumed_at}"
     return (
         f"{start}: {trainer.config.model.name}, {count:,} parameters, {training.sde}, {counted(images, 'image')} of "
@@ -403,8 +461,39 @@ def _due(training, step):
     return {name for name, now in table.items() if now}
 
 
-def _after_step(trainer, log, test_batches, step, part):
-    """Logs, evaluates and saves what is due after `step`; `part` is what `Trainer.train_step` gave, a scalar tensor."""
+class Pace:
+    """How fast training goes, since it was last measured or interrupted by other work.
+
+    Args:
+        batches: the `TrainingBatches`.
+        batch_size: images of a step, of all ranks together.
+
+    Attributes:
+        steps: done since then, to be counted by the caller.
+    """
+
+    def __init__(self, batches, batch_size):
+        self.batches, self.batch_size = batches, batch_size
+        self.restart()
+
+    def restart(self):
+        """From here on it is measured."""
+        self.steps, self.begun, self.waited = 0, time.perf_counter(), self.batches.waited
+
+    def __str__(self):
+        seconds = time.perf_counter() - self.begun
+        share = (self.batches.waited - self.waited) / seconds
+        return f"{self.steps * self.batch_size / seconds:,.1f} images/s, {share:.0%} of the time waiting for data"
+
+
+def _after_step(trainer, log, test_batches, step, part, pace):
+    """Logs, evaluates and saves what is due after `step`.
+
+    Args:
+        trainer, log, test_batches, step: of the loop.
+        part: what `Trainer.train_step` gave, a scalar tensor, which is read where something is due.
+        pace: the `Pace`, which goes on to count after it.
+    """
     ranks, due, value = trainer.ranks, _due(trainer.config.training, step), None
     if due - {"evaluate"}:
         value = ranks.mean(part.item())
@@ -413,13 +502,14 @@ def _after_step(trainer, log, test_batches, step, part):
     if due:
         with ranks.together():
             if ranks.is_main:
-                _write_due(trainer, log, test_batches, step, value, due)
+                if "log" in due:
+                    log.scalar("training_loss", value, step, pace)
+                _write_due(trainer, log, test_batches, step, due)
+        pace.restart()
 
 
-def _write_due(trainer, log, test_batches, step, value, due):
+def _write_due(trainer, log, test_batches, step, due):
     training = trainer.config.training
-    if "log" in due:
-        log.scalar("training_loss", value, step)
     if "evaluate" in due:
         with trainer.with_ema():
             log.scalar("eval_loss", trainer.loss_on(test_batches.batch(step), "eval", step), step)
@@ -472,9 +562,9 @@ class Log:
         log(stamped)
         print(printable(stamped), file=self.file, flush=True)
 
-    def scalar(self, name, value, step):
-        """Writes `step: N, name: value`."""
-        self.line(f"step: {step}, {name}: {value:.5e}")
+    def scalar(self, name, value, step, *notes):
+        """Writes `step: N, name: value`, and the notes behind it."""
+        self.line(", ".join([f"step: {step}, {name}: {value:.5e}", *map(str, notes)]))
         if self.writer:
             self.writer.add_scalar(name, value, step)
 

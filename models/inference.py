@@ -1,4 +1,4 @@
-"""A network made ready for inference: layout, precision, compilation."""
+"""A network made ready for inference or training: layout, precision, compilation."""
 
 import contextlib
 
@@ -8,41 +8,49 @@ from torch.utils.flop_counter import FlopCounterMode
 from basics.console import UserError, choose, warn
 from models import memory
 
-# What --precision says -> what it comes to on a device.
+# What --precision and config.training.precision say -> what it comes to on a device.
 PRECISIONS = {
-    "fp32": lambda device: "fp32",
-    "tf32": lambda device: _tf32(device),
-    "bf16": lambda device: "bf16",
-    "auto": lambda device: "bf16" if _has_bf16(device) else "fp32",
+    "fp32": lambda device, setting: "fp32",
+    "tf32": lambda device, setting: _tf32(device, setting),
+    "bf16": lambda device, setting: "bf16",
+    "auto": lambda device, setting: "bf16" if _has_bf16(device) else "fp32",
 }
-CHOICES = dict.fromkeys(["auto", "on", "off"])  # of --compile
+CHOICES = dict.fromkeys(["auto", "on", "off"])  # of --compile and config.training.compile
 # Operations to come from which on compiling, 24 to 46 s, is worth it on a GPU: 300,000 evaluations of the CIFAR-10 DDPM
 # network, 12.04 GFLOP each. (Measured on an H200: 512,000 of a network of 0.49 GFLOP take 13 s, 46 s when compiled.)
 COMPILE_FROM = 3.6e15
+# The same of training, where it takes 65 s and saves 8 of 48 ms a step: 8,100 steps of 128 images of that network.
+COMPILE_TRAINING_FROM = 3.8e16
+PASSES = 3  # of a training step in units of an evaluation: the gradients take twice the forward pass
 
 
-def resolve(precision, device):
+def resolve(precision, device, setting="--precision"):
     """What a precision comes to on a torch.device, and what a reconstruction depends on: 'fp32', 'tf32' or 'bf16'.
+
+    Args:
+        precision: a key of `PRECISIONS`.
+        device: torch.device.
+        setting: what the user calls the place of `precision`.
 
     Raises:
         UserError: an unknown precision, or one that the device does not have.
     """
-    return choose(precision, PRECISIONS, "precision (--precision)")(device)
+    return choose(precision, PRECISIONS, f"precision ({setting})")(device, setting)
 
 
 def _has_bf16(device):
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def _tf32(device):
-    if device.type != "cuda" or not torch.cuda.is_tf32_supported():
-        raise UserError(f"tf32 is arithmetic of newer GPUs, which {device} does not have; use --precision fp32 or auto")
+def has_tf32(device):
+    """Whether a torch.device can compute in TF32."""
+    return device.type == "cuda" and torch.cuda.is_tf32_supported()
+
+
+def _tf32(device, setting):
+    if not has_tf32(device):
+        raise UserError(f"tf32 is arithmetic of newer GPUs, which {device} does not have; use {setting} fp32 or auto")
     return "tf32"
-
-
-def training_precision(device):
-    """What training computes in: 'tf32' on a GPU that has it, 'fp32' elsewhere."""
-    return "tf32" if device.type == "cuda" and torch.cuda.is_tf32_supported() else "fp32"
 
 
 @contextlib.contextmanager
@@ -71,37 +79,60 @@ def layout(device, compiled=False):
     return torch.channels_last if compiled or device.type == "cpu" else torch.contiguous_format
 
 
-def worth_compiling(choice, network, evaluations, shape):
+def worth_compiling(choice, network, evaluations, shape, least=COMPILE_FROM):
     """Whether to compile a network for so many evaluations to come.
 
     Args:
         choice: 'on', 'off', or 'auto', on a GPU where it saves more time than it takes.
-        network: a `Network`.
+        network: an `InPrecision`.
         evaluations: of the network, each of one image.
         shape: (C, H, W) of an image.
+        least: operations from which on it saves more time than it takes.
 
     Raises:
         UserError: another choice.
     """
     choose(choice, CHOICES, "choice (--compile)")
     if choice == "auto":
-        return network.device.type == "cuda" and evaluations * network.operations(shape) > COMPILE_FROM
+        return network.device.type == "cuda" and evaluations * network.operations(shape) > least
     return choice == "on" and evaluations > 0
 
 
-class Network:
-    """A network ready for inference, called as a function of (x, labels); see `prepare`.
+def attempt_compiled(work, required, remedy):
+    """The result of a call that may compile a network, or None where that cannot be done, which is told then.
+
+    Args:
+        work: a function of no arguments.
+        required: what cannot be compiled is an error.
+        remedy: what the error says to do.
+
+    Raises:
+        UserError: it cannot be compiled here, and is required.
+    """
+    from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException  # here, as it takes seconds
+
+    try:
+        return work()
+    except (BackendCompilerFailed, TorchDynamoException) as error:  # most often there is no compiler
+        if memory.ran_out(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if required:
+            raise UserError(f"the network cannot be compiled here ({reason}); {remedy}") from error
+    warn(f"the network cannot be compiled here ({reason}); going on without")
+    return None
+
+
+class InPrecision:
+    """A network called as a function of (x, labels) that computes in a precision; its weights are float32 in each.
 
     Attributes:
-        net: the torch module.
         device: torch.device.
-        precision: what it computes in: 'fp32', 'tf32' or 'bf16'.
+        precision: 'fp32', 'tf32' or 'bf16'.
     """
 
     def __init__(self, net, device, precision):
-        self.device, self.precision = device, resolve(precision, device)
-        self.net = net.eval().requires_grad_(False)
-        self._eager()
+        self._call, self.device, self.precision = net, device, precision
 
     def __call__(self, x, labels):
         """(B, C, H, W) float32, (B,) or (1,) -> (B, C, H, W) float32."""
@@ -126,6 +157,19 @@ class Network:
             self(torch.zeros(1, *shape, device=self.device), torch.ones(1, device=self.device))
         return counter.get_total_flops()
 
+
+class Network(InPrecision):
+    """A network ready for inference; see `prepare`.
+
+    Attributes:
+        net: the torch module.
+    """
+
+    def __init__(self, net, device, precision):
+        super().__init__(net, device, resolve(precision, device))
+        self.net = net.eval().requires_grad_(False)
+        self._eager()
+
     def compile(self, required=True):
         """Compiles it, on a GPU with CUDA graphs; the first call of each shape takes long.
 
@@ -141,20 +185,12 @@ class Network:
         self._call = self.net.to(self.device, memory_format=layout(self.device))
 
     def _compiled(self, compiled, x, labels, required):
-        from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException  # here, as it takes seconds
-
         torch.compiler.cudagraph_mark_step_begin()  # no output of an earlier call is read again
-        try:
-            return compiled(x, labels)
-        except (BackendCompilerFailed, TorchDynamoException) as error:  # most often there is no compiler
-            if memory.ran_out(error):
-                raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            if required:
-                raise UserError(f"the network cannot be compiled here ({reason}); leave --compile out") from error
-        warn(f"the network cannot be compiled here ({reason}); going on without")
-        self._eager()
-        return self._call(x, labels)
+        result = attempt_compiled(lambda: compiled(x, labels), required, "leave --compile out")
+        if result is None:
+            self._eager()
+            return self._call(x, labels)
+        return result
 
 
 def prepare(net, device, precision="auto", compiled=False):

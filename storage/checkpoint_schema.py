@@ -49,6 +49,8 @@ def check_parts(content):
             raise WrongFile(f"its part {part} is no table")
     if "seed" in checked.get("randomness", {}):
         whole(checked["randomness"]["seed"], "its seed", -LARGEST)
+    if not (isinstance(precision := checked.get("precision", ""), str) and len(precision) <= 16):
+        raise WrongFile("its precision is no word")
     if "data" in checked:
         check_data(checked["data"])
     return checked

@@ -26,9 +26,9 @@ _PREFIX = "module."  # published checkpoints are saved from DataParallel
 
 # ------------------------------------------------------------------------------------------------- checkpoints
 # As published: {'optimizer', 'model' (keys prefixed "module."), 'ema': {decay, num_updates, shadow_params}, 'step'};
-# ours add 'config' (JSON types), 'randomness' (what the data order and every later draw are keyed by) and 'data' (what
-# it was trained on).  An EMA-only file is a safetensors file: the network's weights by their published names, and
-# metadata as text.  A file of plain weights is a state dict alone.
+# ours add 'config' (JSON types), 'randomness' (what the data order and every later draw are keyed by), 'precision' (in
+# which the network was computed) and 'data' (what it was trained on).  An EMA-only file is a safetensors file: the
+# network's weights by their published names, and metadata as text.  A file of plain weights is a state dict alone.
 
 # What shapes a run besides what its weights depend on: none of it may change between two parts of a run.
 _SHAPING = {
@@ -56,6 +56,7 @@ def write_checkpoint(path, state, config, seed, data=None):
         "step": state.step,
         "config": config,
         "randomness": {"seed": seed, "next_step": state.step},
+        **({} if state.precision is None else {"precision": state.precision}),
         **({} if data is None else {"data": data}),
     }
     write_tensors(path, checkpoint)
@@ -101,6 +102,9 @@ def restore_state(path, state, config, seed):
         raise UserError(f"{path} was trained with seed {their_seed}, not {seed}; use --config.seed={their_seed}")
     _check_config(path, checkpoint.get("config"), config, "continue with its own, or start anew in another --workdir")
     changes = _check_shaping(path, checkpoint.get("config"), config)
+    before, now = checkpoint.get("precision", state.precision), state.precision
+    if now is not None and before != now:  # the config may be the same: 'auto' depends on the device
+        changes.append(f"computed in {before} before, in {now} now")
     model, averages = schema.without_prefix(checkpoint["model"]), checkpoint["ema"]["shadow_params"]
     _check_weights(path, _shapes(model), state.net, compare_buffers=True)
     _check_ema(path, checkpoint["ema"], state.net)

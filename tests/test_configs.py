@@ -49,17 +49,21 @@ def test_leaves_are_the_published_ones_and_the_small_one():
     assert sorted([*PUBLISHED, SMALL]) == LEAVES
 
 
-OURS = {  # fields of this program alone, with the values that are the published behaviour
-    "sampler": "published", "steps": 0, "time_grid": "uniform", "t_start": 1.0, "t_end": 0.0, "eta": 1.0,
-    "constraint": "replace", "returns": 0, "lift": "mask",
+OURS = {  # fields of this program alone, with the values that are the published behaviour, up to precision
+    "data": {"test_dataset": ""},
+    "training": {"precision": "auto", "compile": "auto"},
+    "sampling": {
+        "sampler": "published", "steps": 0, "time_grid": "uniform", "t_start": 1.0, "t_end": 0.0, "eta": 1.0,
+        "constraint": "replace", "returns": 0, "lift": "mask",
+    },
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("path", PUBLISHED)
 def test_values_equal_the_published_ones(path):
     expected = {**PUBLISHED[path], "device": "auto"}
-    expected["data"] = {**expected["data"], "test_dataset": ""}
-    assert to_dict(load(path).get_config()) == {**expected, "sampling": {**expected["sampling"], **OURS}}
+    expected |= {section: {**expected[section], **fields} for section, fields in OURS.items()}
+    assert to_dict(load(path).get_config()) == expected
 
 
 @pytest.mark.parametrize("path", LEAVES)

@@ -125,6 +125,8 @@ EVERY_READER = {  # what neither reconstructing nor training can use
     "config of another size": (put("config", "data", "image_size", 64), r"data\.image_size: 64 there, 8 here"),
     "randomness is a list": (put("randomness", [1]), "its part randomness is no table"),
     "seed is text": (put("randomness", "seed", "x"), "its seed is no whole number"),
+    "precision is a list": (put("precision", [1]), "its precision is no word"),
+    "precision is long": (put("precision", "x" * 999), "its precision is no word"),
     "data is text": (put("data", "photos"), "its part data is no table"),
     "data without a fingerprint": (put("data", {"images": 3}), "no fingerprint"),
 }

@@ -37,15 +37,16 @@ class Watched(TorchDispatchMode):
 
     Args:
         results: whether copies to the CPU are the results of the work, and let pass.
+        stream: whether copies to the device may not wait for what was asked of it before.
 
     Attributes:
         steady: set when the first step is done: from then on nothing may be sent to the device either.
         scalars: operations that took a CPU tensor without dimensions beside the device's, as torch allows.
     """
 
-    def __init__(self, results=False):
+    def __init__(self, results=False, stream=False):
         super().__init__()
-        self.results, self.steady, self.scalars = results, False, set()
+        self.results, self.stream, self.steady, self.scalars = results, stream, False, set()
 
     def __torch_dispatch__(self, function, types, arguments=(), named=None):
         named = named or {}
@@ -70,6 +71,8 @@ class Watched(TorchDispatchMode):
         if source.device == META:
             assert self.results, f"{packet} brings a tensor of shape {tuple(source.shape)} to the CPU"
             return arguments[0].zero_() if packet == "copy_" else torch.zeros(source.shape, dtype=source.dtype)
+        waits = not (named.get("non_blocking") or arguments[2:3] == (True,))
+        assert not (self.stream and waits), f"{packet} of a tensor of shape {tuple(source.shape)} waits for the device"
         assert not self.steady, f"{packet} sends a tensor of shape {tuple(source.shape)} in every step"
         return function(*arguments, **named)
 
@@ -89,10 +92,12 @@ class Watched(TorchDispatchMode):
         (lambda x: x[torch.tensor([0, 1])], "index mixes"),
         (lambda x: x.cpu(), "_to_copy brings"),
         (lambda x: torch.zeros(3).copy_(x), "copy_ brings"),
+        (lambda x: torch.ones(3).to(META), r"_to_copy of a tensor of shape \(3,\) waits"),
+        (lambda x: x.copy_(torch.ones(3)), r"copy_ of a tensor of shape \(3,\) waits"),
     ],
 )
 def test_the_watch_sees_what_a_gpu_could_not_do(operation, message):
-    with pytest.raises(AssertionError, match=message), Watched():
+    with pytest.raises(AssertionError, match=message), Watched(stream=True):
         operation(torch.zeros(3, device=META))
     with Watched() as watched:
         torch.zeros(3, device=META) * torch.tensor(2.0)
@@ -201,7 +206,7 @@ def test_training_stays_on_the_device(name, tmp_path, monkeypatch):
     trainer = training.Trainer(tiny.config(**TRAININGS[name]), tmp_path, META, "./data")
     for step in range(3):
         images = torch.zeros(4, *SHAPE, device=META)
-        with Watched() as watched:
+        with Watched(stream=step > 0) as watched:
             loss = trainer.train_step(images)
         assert (loss.device, loss.shape, trainer.state.step) == (META, (), step + 1)
         assert not watched.scalars

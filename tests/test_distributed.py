@@ -243,6 +243,30 @@ def test_two_processes_train_as_one_and_one_goes_on(two, data, tmp_path):
     assert any(not torch.equal(last[1]["model"][name], ours["model"][name]) for name in ours["model"])
 
 
+COMPILING = """
+import functools
+import torch
+
+import command_line, main
+
+torch.compile = functools.partial(torch.compile, backend="aot_eager")  # without generating code
+main.define_flags()
+command_line.run(main.main)
+"""
+
+
+def test_two_processes_train_a_compiled_network(data, tmp_path):
+    """As one does that is not compiled."""
+    child = tmp_path / "child.py"
+    child.write_text(COMPILING)
+    command = train_command(data, tmp_path / "two", training__compile="on", training__snapshot_sampling=False)
+    code, out, err = torchrun(2, child, *command[1:])
+    assert code == 0, err
+    assert "compiling the network for 7 steps" in out
+    train(data, tmp_path / "one", training__snapshot_sampling=False)
+    same_state(*(read_checkpoint(tmp_path / name / training.META_CHECKPOINT) for name in ("two", "one")))
+
+
 def test_rank_0_alone_logs(two):
     workdir, out = two
     assert out.count("starting: ddpm") == out.count("trained: checkpoints are in") == 1
@@ -325,10 +349,10 @@ def batch_of(self, step):  # in the midst of a step, when the other rank waits f
         raise UserError("image 7 can no longer be read")
     return batch(self, step)
 
-def log(self, name, value, step):  # when the other rank waits for the agreement
+def log(self, name, value, step, *notes):  # when the other rank waits for the agreement
     if step == 4:
         raise ZeroDivisionError("a bug")
-    scalar(self, name, value, step)
+    scalar(self, name, value, step, *notes)
 
 if "{where}" == "rank 1":
     batches.TrainingBatches.batch = batch_of

@@ -440,7 +440,7 @@ FREE = {  # fields that no result depends on, and why
             f"training.{name}"
             for name in (
                 *("batch_size", "n_iters", "log_freq", "eval_freq", "snapshot_freq", "snapshot_freq_for_preemption"),
-                "snapshot_sampling",
+                *("snapshot_sampling", "precision", "compile"),
             )
         ),
         "training alone; the weights enter",

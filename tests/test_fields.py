@@ -17,7 +17,7 @@ from configs.base import ABSENT, TREE, check
 from configs.fields import FIELDS, Choice, Flag, NonZero, OneOf, Real, Text, Whole, Wholes, check_value
 from configs.presets import NCSNPP, SUBVP, build
 from lmd import evaluation, process, training
-from models import layers, ncsnpp
+from models import inference, layers, ncsnpp
 
 KINDS = base._flat(FIELDS)
 
@@ -44,6 +44,8 @@ TABLES = {
     "model.normalization": [ncsnpp.FIXED["normalization"]],
     "model.attention_type": [ncsnpp.FIXED["attention_type"]],
     "training.sde": sde_lib.SDES,
+    "training.precision": inference.PRECISIONS,
+    "training.compile": inference.CHOICES,
     "sampling.method": training.METHODS,
     "sampling.predictor": sampling.PREDICTORS,
     "sampling.corrector": sampling.CORRECTORS,

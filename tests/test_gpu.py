@@ -126,11 +126,12 @@ def test_gpu_distances_are_those_of_the_cpu(name):
     torch.testing.assert_close(metrics.create(name, GPU)(orig, other).cpu(), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_gpu_training_learns_and_goes_on(tmp_path):
+@pytest.mark.parametrize("choice", ["off", "on"])
+def test_gpu_training_learns_and_goes_on(choice, tmp_path):
     source = str(tiny.write_pictures(tmp_path / "pictures.npz", 16))
     for last in (12, 20):
-        tree = tiny.config(data__dataset=source, training__n_iters=last)
+        tree = tiny.config(data__dataset=source, training__n_iters=last, training__compile=choice)
         training.train(tree, tmp_path / "run", GPU, "./data")
     said = (tmp_path / "run" / "stdout.txt").read_text()
-    assert f", cuda, {inference.training_precision(GPU)}" in said
+    assert f", cuda, {inference.resolve('auto', GPU)}" in said
     assert "resuming at step 13" in said

@@ -56,12 +56,12 @@ GPU = torch.device("cuda")
 def test_what_precisions_come_to(monkeypatch):
     """The manifest records this, so that a GPU does not continue in bfloat16 what a CPU began in float32."""
     assert [inference.resolve(name, CPU) for name in ("fp32", "bf16", "auto")] == ["fp32", "bf16", "fp32"]
-    for able, auto, training in ((True, "bf16", "tf32"), (False, "fp32", "fp32")):
+    for able, auto in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, able=able: able)
         monkeypatch.setattr(torch.cuda, "is_tf32_supported", lambda able=able: able)
         assert inference.resolve("auto", GPU) == auto
-        assert inference.training_precision(GPU) == training
-    assert inference.training_precision(CPU) == "fp32"
+        assert inference.has_tf32(GPU) == able
+    assert not inference.has_tf32(CPU)
     with pytest.raises(UserError, match="tf32 is arithmetic of newer GPUs, which cuda does not have; use --precision"):
         inference.resolve("tf32", GPU)
     with pytest.raises(UserError, match="tf32 is arithmetic of newer GPUs, which cpu does not have; use --precision"):
@@ -97,7 +97,7 @@ def test_float32_is_float32_wherever_it_is_computed(network, monkeypatch):
 
 
 def test_distances_losses_and_training_say_what_they_compute_in(monkeypatch, tmp_path, capsys):
-    """Distances and evaluation in strict float32, training in TF32 where it is; its first line says so."""
+    """Distances and evaluation in strict float32, training in what its config says; its first line tells."""
     from lmd import training
 
     def switched(*arguments):
@@ -110,11 +110,12 @@ def test_distances_losses_and_training_say_what_they_compute_in(monkeypatch, tmp
     seen = []
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     distances.compare([Tool(CPU)], images(), [images()], CPU)
-    monkeypatch.setattr(inference, "training_precision", lambda device: "tf32")
+    monkeypatch.setattr(inference, "has_tf32", lambda device: True)
     step = training.Trainer.train_step
     monkeypatch.setattr(training.Trainer, "train_step", lambda self, x: [step(self, x), switched()][0])
     source = str(tiny.write_pictures(tmp_path / "pictures.npz", 8))
-    tree = tiny.config(data__dataset=source, training__n_iters=1, training__snapshot_sampling=False)
+    changes = {"training__n_iters": 1, "training__snapshot_sampling": False, "training__precision": "tf32"}
+    tree = tiny.config(data__dataset=source, **changes)
     tiny.train(tree, tmp_path / "run")
     assert ", cpu, tf32" in (tmp_path / "run" / "stdout.txt").read_text()
     monkeypatch.setattr(training.Trainer, "loss_on", lambda self, x, *words: [1.0, switched()][0])

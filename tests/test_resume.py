@@ -101,10 +101,50 @@ def test_what_may_change_is_told(run, data, capsys):
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (3e-5, (0.8, 0.999), 1e-6, 0.01)
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"training__precision": "bf16"},
+            ['training.precision: "auto" before, "bf16" now', "computed in fp32 before, in bf16 now"],
+        ),
+        ({"training__compile": "off"}, ['training.compile: "auto" before, "off" now']),
+    ],
+)
+def test_another_precision_is_told(changes, told, run, data, capsys):
+    tiny.train(short(data, training__n_iters=3, **changes), run)
+    said = capsys.readouterr().out
+    assert all(text in said for text in told)
+    assert read_checkpoint(run / META)["precision"] == changes.get("training__precision", "fp32")
+
+
+def test_what_auto_came_to_elsewhere_is_told(run, data, capsys):
+    """A run of a GPU, continued on a CPU: its config is the same."""
+    content = torch.load(run / META, weights_only=True)
+    torch.save({**content, "precision": "bf16"}, run / META)
+    tiny.train(short(data, training__n_iters=3, training__log_freq=2), run)
+    assert "computed in bf16 before, in fp32 now" in capsys.readouterr().out
+
+
+def test_averages_and_moments_follow_the_weights_layout(done, run, data):
+    """As of a checkpoint of a GPU, where the network is not channels-last; or one pass would mix up their entries."""
+    content = torch.load(run / META, weights_only=True)
+    for entry in content["optimizer"]["state"].values():
+        entry.update({name: entry[name].contiguous() for name in ("exp_avg", "exp_avg_sq")})
+    torch.save(content, run / META)
+    same = shutil.copytree(done, run.parent / "same")
+    for workdir in (run, same):
+        tiny.train(short(data, training__n_iters=4), workdir)
+    ends = [read_checkpoint(workdir / META) for workdir in (run, same)]
+    assert all(tiny.same(ends[0][part], ends[1][part]) for part in ("model", "ema", "optimizer"))
+
+
 def test_a_checkpoint_that_says_less_is_continued(run, data):
     """Of the published program, or of an earlier version of this one."""
     content = torch.load(run / META, weights_only=True)
-    for part in ("data", "config", "randomness"):
+    for field in ("precision", "compile"):
+        del content["config"]["training"][field]
+    for part in ("precision", "data", "config", "randomness"):
         content.pop(part)
         torch.save(content, run / META)
         tiny.train(short(data, training__n_iters=3), run)

@@ -9,12 +9,11 @@ from tiny import config, write_checkpoint, write_pictures
 
 from basics.console import UserError
 from benchmarks import machine, speed
-from models import inference
 
 COMPARED = "part, version, precision, ms, spread, evaluations/s, images/s, GFLOP/s, share, rate, first s, GB"
 TABLES = {  # part -> columns, and the second column's entries
     "evaluation": (COMPARED, ["plain", "ours", "ours-bf16"]),
-    "training": (COMPARED, ["plain", "ours"]),
+    "training": (COMPARED, ["plain", "ours", "ours-bf16"]),
     "reconstruction": (COMPARED, ["plain", "ours", "ours-bf16"]),
     "fast": (COMPARED, ["ours", "ours-bf16"]),
     "likelihood": ("part, version, seconds, spread, bits/dim, evaluations, rate", ["plain", "ours"]),
@@ -93,7 +92,8 @@ def test_operations_are_those_of_the_plain_training_step():
 
 def test_another_sde_has_ours_alone_and_its_corrector_counts(options):
     path = "ve/cifar10_ncsnpp_continuous.py"
-    assert [name for name in speed.VERSIONS if speed._has(name, "training", load_config(path))] == ["ours"]
+    ours = [name for name in speed.VERSIONS if name != "plain"]
+    assert [name for name in speed.VERSIONS if speed._has(name, "training", load_config(path))] == ours
     assert speed.amounts("reconstruction", options, load_config(path)) == (2, 4, 2000)
 
 
@@ -148,15 +148,15 @@ def test_gpu_is_timed_by_its_events_and_measured_by_its_allocator(options, monke
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: Event.log.append("wait"))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7e9)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    monkeypatch.setattr(inference, "training_precision", lambda device: "tf32")
     monkeypatch.setattr(machine, "time", None)
     monkeypatch.setattr(machine, "resource", None)
     clock.seconds(lambda: Event.log.append("call"))
     assert Event.log == ["wait", "event", "call", "event", "wait"]
     assert clock.describe() == f"a GPU, torch {torch.__version__}"
-    for row in speed.compare("training", options, clock):
-        assert (row["ms"], row["spread"], row["GB"], row["precision"]) == (5.0, "5-5", 7.0, "tf32")
-        assert row["share"] == pytest.approx(row["GFLOP/s"] * 1e9 / RATES["tf32"])
+    options.versions = "plain,ours-tf32,ours-bf16"
+    for row, precision in zip(speed.compare("training", options, clock), ("fp32", "tf32", "bf16"), strict=True):
+        assert (row["ms"], row["spread"], row["GB"], row["precision"]) == (5.0, "5-5", 7.0, precision)
+        assert row["share"] == pytest.approx(row["GFLOP/s"] * 1e9 / RATES[precision])
     assert next(speed.keyed_noise(options, clock))["ms"] == 5.0
 
 

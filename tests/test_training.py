@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import types
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,12 @@ import torch
 from PIL import Image
 
 import losses
+import models
 from basics import files
 from basics.console import EXIT_INTERRUPTED, UserError, guard
+from configs.base import check
 from lmd import training
+from models import inference
 from storage.checkpoints import read_checkpoint
 
 META = training.META_CHECKPOINT
@@ -279,11 +283,29 @@ def test_log(whole):
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in lines)
     assert "starting: ddpm" in lines[0]
     assert f"subvpsde, {IMAGES} images of " in lines[0]
-    logged = [re.search(r"step: (\d+), (\w+): (\S+)$", line).groups() for line in lines if "step: " in line]
+    pace = r"(?:, [\d,.]+ images/s, \d+% of the time waiting for data)"
+    pattern = rf"step: (\d+), (training_loss(?=.*{pace}$)|eval_loss): ([\d.e+-]+){pace}?$"
+    logged = [re.search(pattern, line).groups() for line in lines if "step: " in line]
     assert [int(step) for step, name, _ in logged if name == "training_loss"] == [0, 2, 4, 6, 8, 10, 12]
     assert [int(step) for step, name, _ in logged if name == "eval_loss"] == [0, 4, 8, 12]
     assert all(0.05 < float(value) < 3 for *_, value in logged)  # the untrained network's loss is 1
     assert sum("samples of step" in line for line in lines) == 3
+
+
+def test_the_pace_is_that_since_the_last_pause(monkeypatch):
+    clock, batches = [100.0], types.SimpleNamespace(waited=7.0)
+    monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
+    pace = training.Pace(batches, 128)
+    for steps, seconds, waited, expected in (
+        (50, 2.0, 0.5, "3,200.0 images/s, 25%"),
+        (1, 64.0, 0.0, "2.0 images/s, 0%"),
+    ):
+        pace.steps += steps
+        clock[0] += seconds
+        batches.waited += waited
+        assert str(pace) == f"{expected} of the time waiting for data"
+        clock[0] += 1000  # a pause
+        pace.restart()
 
 
 def test_tensorboard(whole):
@@ -303,6 +325,123 @@ def test_training_learns(data, tmp_path):
     values = [trainer.train_step(batches.batch(step)).item() for step in range(60)]
     assert np.mean(values[:5]) == pytest.approx(1, abs=0.15)
     assert np.mean(values[-15:]) < 0.75
+
+
+# -------------------------------------------------------------------------------------- precision and compilation
+
+
+def trained(tree, tmp_path, precision, steps=40):
+    """A trainer after some steps, and the loss of each."""
+    trainer = training.Trainer(tree, tmp_path, tiny.CPU, "./data")
+    batches, trainer.state.precision = trainer.batches("train"), precision
+    trainer.get_ready(steps, batches)
+    return trainer, [trainer.train_step(batches.batch(step)).item() for step in range(steps)]
+
+
+def test_bfloat16_learns_as_float32_does(data, tmp_path):
+    """What it changes is less than another seed does, and the forward pass alone is in it."""
+    late = {}
+    for name, precision, seed in (("a", "fp32", 1), ("b", "fp32", 2), ("c", "fp32", 3), ("bf16", "bf16", 1)):
+        tree = tiny.config(data__dataset=str(data), optim__lr=2e-3, seed=seed)
+        trainer, values = trained(tree, tmp_path, precision)
+        late[name] = np.mean(values[-15:])
+    assert 0 < abs(late["bf16"] - late["a"]) < 0.5 * np.std([late[name] for name in "abc"], ddof=1)
+    state = trainer.state
+    moments = [value for entry in state.optimizer.state.values() for value in entry.values()]
+    kept = [*state.net.parameters(), *(p.grad for p in state.net.parameters()), *state.ema.shadow, *moments]
+    assert {value.dtype for value in kept} == {torch.float32}
+
+
+def test_the_forward_pass_alone_is_in_bfloat16(tree, tmp_path, monkeypatch):
+    """Not the loss, and the ODE's samples not at all, whose solver would follow the rounding."""
+    seen, forward, reduce = {}, models.ddpm.DDPM.forward, losses._reduce
+    note = lambda where, *more: seen.setdefault(where, set()).add((torch.is_autocast_enabled("cpu"), *more))
+
+    def watched(self, x, labels):
+        note("step" if self.training else "sample")
+        return forward(self, x, labels)
+
+    monkeypatch.setattr(models.ddpm.DDPM, "forward", watched)
+    monkeypatch.setattr(losses, "_reduce", lambda x, mean: [reduce(x, mean), note("loss", x.dtype)][0])
+    tree.training.precision = "bf16"
+    for method in ("pc", "ode"):
+        seen.clear()
+        tree.sampling.method, tree.training.n_iters = method, 5
+        tiny.train(tree, tmp_path / method)
+        assert seen == {"step": {(True,)}, "sample": {(method == "pc",)}, "loss": {(False, torch.float32)}}
+    assert ", cpu, bf16" in (tmp_path / "pc" / "stdout.txt").read_text()
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """torch.compile without generating code, and what it was given."""
+    given, compile_ = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda net: given.append(net) or compile_(net, backend="aot_eager"))
+    return given
+
+
+def test_a_compiled_training_is_the_same_and_goes_on(data, tmp_path, compiler):
+    """Eagerly, too; its checkpoints have the same names."""
+    changes = {"optim__eps": 1e-2, "training__snapshot_sampling": False}  # steps proportional to gradients
+    tree = tiny.config(data__dataset=str(data), **changes)
+    tiny.train(tree, tmp_path / "eager")
+    for choice, last in (("on", 7), ("off", 12)):
+        tree.training.compile, tree.training.n_iters = choice, last
+        tiny.train(tree, tmp_path / "compiled")
+    assert [type(net) for net in compiler] == [models.ddpm.DDPM]
+    mine, theirs = (read_checkpoint(tmp_path / name / META)["model"] for name in ("compiled", "eager"))
+    assert mine.keys() == theirs.keys()
+    for weight, value in mine.items():
+        torch.testing.assert_close(value, theirs[weight], rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_compiled_is_told_before_the_first_step(tree, whole, tmp_path, monkeypatch, capsys):
+    """Also where the backward pass alone cannot; where nobody asked for it training goes on without."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    class Broken(torch.autograd.Function):
+        forward = staticmethod(lambda ctx, x: x.clone())
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise TorchDynamoException("no C++ compiler found\nand much more")
+
+    monkeypatch.setattr(torch, "compile", lambda net: lambda x, labels: Broken.apply(net(x, labels)))
+    tree.training.compile = "on"
+    with pytest.raises(
+        UserError, match=r"cannot be compiled here \(no C\+\+ compiler found\); set --config\.training\.c"
+    ):
+        tiny.train(tree, tmp_path / "on")
+    assert results(tmp_path / "on") == {}
+    tree.training.compile, asked = "auto", []
+    monkeypatch.setattr(inference, "worth_compiling", lambda *given: asked.append(given) or True)
+    tiny.train(tree, tmp_path / "auto")
+    assert "cannot be compiled here (no C++ compiler found); going on without" in capsys.readouterr().err
+    [(choice, network, evaluations, shape, least)] = asked
+    assert (choice, network.device, shape) == ("auto", tiny.CPU, (1, 8, 8))
+    assert (evaluations, least) == (3 * 13 * 4, inference.COMPILE_TRAINING_FROM)
+    mine, theirs = results(tmp_path / "auto"), results(whole)
+    assert all(tiny.same(mine[name][part], theirs[name][part]) for name in (str(META),) for part in ("model", "ema"))
+
+
+def test_compiling_by_itself_is_for_long_trainings_on_a_gpu():
+    """65 s are won back in 8,100 steps of 128 images of the CIFAR-10 network."""
+    network = types.SimpleNamespace(device=torch.device("cuda"), operations=lambda shape: 12.04e9)
+    worth = lambda steps: inference.worth_compiling(
+        "auto", network, inference.PASSES * 128 * steps, (3, 32, 32), inference.COMPILE_TRAINING_FROM
+    )
+    assert [worth(steps) for steps in (8_000, 8_400)] == [False, True]
+    network.device = tiny.CPU
+    assert not worth(10**6)
+
+
+def test_a_config_of_earlier_versions_trains(tree, whole, tmp_path):
+    with tree.training.unlocked():
+        del tree.training.precision, tree.training.compile
+    check(tree)
+    tiny.train(tree, tmp_path)
+    mine, theirs = results(tmp_path), results(whole)
+    assert all(tiny.same(mine[str(META)][part], theirs[str(META)][part]) for part in ("model", "ema", "optimizer"))
 
 
 def test_evaluation_weights_are_put_back(tree, tmp_path):
@@ -394,6 +533,15 @@ BAD = {
     "unknown data set": ({"data__dataset": "CIFAR11"}, "unknown data set 'CIFAR11'; choose one of: CIFAR10"),
     "absent files": ({"data__dataset": "CELEBA"}, "the train split of CelebA is not in data: put a .txt list of image"),
     "few images": ({"training__batch_size": 11}, "a batch of 11 cannot be taken from the 10 images"),
+    "precision": (
+        {"training__precision": "fp16"},
+        r"unknown precision \(--config\.training\.precision\) 'fp16'; choose",
+    ),
+    "precision of GPUs": (
+        {"training__precision": "tf32"},
+        "does not have; use --config.training.precision fp32 or auto",
+    ),
+    "compile": ({"training__compile": "maybe"}, "unknown choice .* 'maybe'; choose one of: auto, on, off"),
     "no batch": ({"training__batch_size": 0}, "a batch of 0 cannot be taken"),
     "model": ({"model__name": "unet"}, r"unknown model \(config\.model\.name\) 'unet'; choose one of: ddpm, ncsnpp"),
     "SDE": ({"training__sde": "sde"}, "unknown SDE.* 'sde'; choose one of: vpsde"),
