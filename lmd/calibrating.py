@@ -11,7 +11,7 @@ from basics import distributed
 from basics.console import UserError, choose, counted, say, warn
 from lmd import calibration, shifts
 from lmd.calibration import percent
-from lmd.card import bands, histogram, rarest_first
+from lmd.card import bands, familiarity, histogram, rarest_first
 from lmd.detector import AUTO, Detector
 from lmd.held_out import content_keys_of, held_out
 from lmd.measurement import Measurement, statistics_of
@@ -85,7 +85,7 @@ def calibrate(job, device, ranks=distributed.ALONE):
         _tell(detector)
         detector.rate = job.false_alarm_rate
         spots = blind_spots(detector, images, job, unfinished / "blind_spots", origin, ranks)
-        facts = _facts(job, detector, images, source, spots)
+        facts = _facts(job, detector, source, spots)
         ranks.on_main(lambda: detector.save(job.detector, **facts))
     ranks.on_main(lambda: shutil.rmtree(unfinished, ignore_errors=True))
     say(f"detector: {job.detector}")
@@ -133,6 +133,9 @@ def _tell(detector):
         say(line)
     for line in histogram(known.scores):
         say(line)
+    known_well, lines = familiarity(detector.description["images"])
+    for line in lines:
+        (say if known_well else warn)(line)
     if n < 99:
         warn(f"{n} calibration images cannot give a false-alarm rate of 1 %; hold back at least 99 for the p-values")
 
@@ -167,11 +170,10 @@ def blind_spots(detector, images, job, folder, origin, ranks=distributed.ALONE):
 # ---------------------------------------------------------------------------------------------------- the folder
 
 
-def _facts(job, detector, images, source, spots):
+def _facts(job, detector, source, spots):
     """What the folder says of where the detector comes from."""
     return {
-        "images": {"source": str(job.in_domain), "fingerprint": images.fingerprint, "count": len(images)},
-        "treatment": images.treatment,
+        "images": {**detector.description["images"], "source": str(job.in_domain)},
         "checkpoint": dataclasses.asdict(source),
         "blind_spots": spots,
         "command": job.command,

@@ -14,6 +14,7 @@ from scipy import special
 
 from basics.console import UserError
 
+LOWER = 0.05  # weight of scores that are too small; .02 to .1 detect equally well, see docs/results.md
 _ROUNDING = 1e-12  # relative; what products of a few doubles may be off
 
 
@@ -180,7 +181,7 @@ def folder_test(calibration, scores):
 # ---------------------------------------------------------------------------------------------- several scores
 
 
-def two_sided(calibration, scores, lower=0.2):
+def two_sided(calibration, scores, lower=LOWER):
     """p-values that see scores that are too small as well: p = min(1, upper / (1 - lower), below / lower).
 
     `upper` is the one-sided p-value, `below` the same for small scores, (1 + #{calibration <= s}) / (n + 1).  The

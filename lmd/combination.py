@@ -2,8 +2,8 @@
 
 Each part becomes a p-value among reference images, in-domain ones that were not trained on; Fisher's sum of these,
 -2 sum ln p, is the score.  It is a fixed function once the reference is, so calibrating it on other images gives valid
-p-values whatever the dependence of the parts.  Both tails count, the lower with a fifth of the weight: smooth and faint
-images are mapped back better than the domain's own.
+p-values whatever the dependence of the parts.  Both tails count, the lower with a twentieth of the weight: smooth and
+faint images are mapped back better than the domain's own.
 
 m reference images cannot tell apart what is further out than all of them: every p-value there would be 1/(m + 1), and a
 part that sees nothing would hide what another sees clearly.  So the tails go on exponentially.
@@ -11,9 +11,8 @@ part that sees nothing would hide what another sees clearly.  So the tails go on
 
 import numpy as np
 
-from lmd.calibration import as_scores
+from lmd.calibration import LOWER, as_scores
 
-_LOWER = 0.2  # weight of the lower tail
 _TAIL = 0.1  # share of the reference images from which on a tail is exponential; .05 to .2 detect equally well
 
 
@@ -37,8 +36,8 @@ def combined(reference, scores):
 
 def _surprise(reference, scores):
     """-ln p (N,) of scores that may be too large or too small, p as `calibration.two_sided` but for the tails."""
-    upper = _log_p(reference, scores) - np.log(1 - _LOWER)
-    below = _log_p(-reference, -scores) - np.log(_LOWER)
+    upper = _log_p(reference, scores) - np.log(1 - LOWER)
+    below = _log_p(-reference, -scores) - np.log(LOWER)
     return -np.minimum(0, np.minimum(upper, below)) + 0.0  # no -0.0
 
 

@@ -121,7 +121,7 @@ class Detector:
         images = self._held_out(held_back)
         self.choose_method(len(images), fit_share)
         self.calibration_images(len(images), fit_share)
-        chunks = self.measurement(images, folder, origin, keep=_pixel_sums).run("calibrating", ranks)
+        chunks = self.measurement(images, folder, origin, keep=_of_the_domain).run("calibrating", ranks)
         statistics = statistics_of(chunks)
         learning = self._learning(images, fit_share)
         self.method.fit_statistics(statistics[learning])
@@ -132,10 +132,11 @@ class Detector:
         calibration.threshold(self.calibration.scores, 0.5)  # NaN and infinite scores are refused
         self.rate = max(self.rate, calibration.smallest_rate(len(parts)))
         source = held_back if isinstance(held_back, (str, Path)) else images.name
-        self.description = {
-            "images": {"source": str(source), "fingerprint": images.fingerprint, "count": len(images)},
-            "treatment": images.treatment,
-        }
+        described = {"source": str(source), "fingerprint": images.fingerprint, "count": len(images)}
+        misfit = np.concatenate([chunk["misfit"] for chunk in chunks])
+        if misfit.size:
+            described["misfit"] = round(float(np.median(misfit)), 4)
+        self.description = {"images": described, "treatment": images.treatment}
         return self
 
     def _held_out(self, source):
@@ -381,5 +382,7 @@ def _versions():
     return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
 
 
-def _pixel_sums(pixels, examined, start):
-    return {"pixel_sums": heat.sums(examined.distances)}
+def _of_the_domain(pixels, examined, start):
+    """For `Measurement.keep`: what a chunk of held-back images says of single pixels, and of the model."""
+    misfit = np.zeros(0) if examined.misfit is None else examined.misfit
+    return {"pixel_sums": heat.sums(examined.distances), "misfit": misfit}

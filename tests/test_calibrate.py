@@ -12,10 +12,11 @@ import tiny
 import torch
 from scipy import stats
 
+from basics import noise
 from basics.console import UserError
 from lmd import Detector, calibrating, shifts
 from lmd.calibrating import CalibrationJob
-from lmd.card import bands, histogram
+from lmd.card import bands, familiarity, histogram
 from lmd.held_out import content_keys_of
 from lmd.methods.lmd import LMD
 from lmd.training import held_back
@@ -111,6 +112,27 @@ def test_bands_and_histogram():
     lines = histogram(np.arange(24.0))
     assert [line.split()[3:] for line in lines] == 12 * [["2", 40 * "#"]]
     assert len(histogram(np.ones(5))) == 12
+
+
+def test_how_well_the_model_knows_the_domain_is_told(data, tmp_path, capsys):
+    """The median over all held-back images, as soon as each pixel was masked more than once."""
+    calibrate(job(data, tmp_path / "mine", method="lmd:reps=4", card_images=0))
+    detector = Detector.load(tmp_path / "mine", device="cpu")
+    pixels = detector.images_of(str(data / "held.npz")).read(0, 100)
+    keys = noise.seed_keys(detector.seed, noise.content_keys(pixels))
+    expected = np.median(detector.method.examine(detector.model, pixels, keys).misfit)
+    assert detector.description["images"]["misfit"] == pytest.approx(expected, rel=1e-3)
+    _, (line,) = familiarity(detector.description["images"])
+    assert line in "".join(capsys.readouterr())
+    assert line[1:] in (tmp_path / "mine" / "card.md").read_text()
+
+
+@pytest.mark.parametrize(("misfit", "known"), [(1.0, True), (1.3, True), (1.31, False), (2.0, False)])
+def test_what_is_known_well(misfit, known):
+    found, (line,) = familiarity({"misfit": misfit})
+    assert found == known
+    assert f"{misfit:.2f} times" in line
+    assert familiarity({}) == (True, [])
 
 
 def test_no_card_and_another_share(data, tmp_path, capsys):

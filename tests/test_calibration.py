@@ -175,7 +175,7 @@ def test_false_alarms_of_exchangeable_scores(decide, levels):
         shares = (p <= rate).mean(axis=1)
         expected = calibration.flagged_ranks(n, rate) / (n + 1)
         if decide is calibration.two_sided:  # each tail has its own whole number of ranks
-            tails = rate * 0.8, rate * 0.2
+            tails = rate * (1 - calibration.LOWER), rate * calibration.LOWER
             expected = sum(calibration.flagged_ranks(n, tail) if tail > 1 / 101 else 0 for tail in tails) / (n + 1)
         error = 4 * shares.std() / sets**0.5
         assert shares.mean() <= min(rate, expected) + error
@@ -269,12 +269,13 @@ def test_folder_test_where_all_are_tied():
 
 
 def test_two_sided_by_hand():
-    """n = 9, a fifth of the weight below: a score above all has p = .1 / .8, one below all .1 / .2."""
+    """n = 9, a weight of .2 below: a score above all has p = .1 / .8, one below all .1 / .2."""
     known = np.arange(1.0, 10.0)
-    found = calibration.two_sided(known, [10, 0, 9, 1, 5.5])
+    found = calibration.two_sided(known, [10, 0, 9, 1, 5.5], lower=0.2)
     assert found == pytest.approx([0.125, 0.5, 0.25, 1, 0.625])
     assert calibration.two_sided(known, [0], lower=0.5) == pytest.approx([0.2])
-    assert calibration.two_sided(np.zeros(9), [0, 1, -1]) == pytest.approx([1, 0.125, 0.5])  # ties are in neither tail
+    tied = calibration.two_sided(np.zeros(9), [0, 1, -1], lower=0.2)
+    assert tied == pytest.approx([1, 0.125, 0.5])  # ties are in neither tail
 
 
 # ----------------------------------------------------------------------------------------------------- bad input
