@@ -21,7 +21,7 @@ from PIL import Image
 
 from basics.console import UserError, are, counted, warn
 from basics.files import expand_home
-from basics.image_arrays import load_array_file, load_memory, load_pictures, load_small_images
+from basics.image_arrays import IN_MEMORY, load_array_file, load_memory, load_pictures, load_small_images
 from basics.image_files import NAMED_FAILURES, load_files
 from basics.image_lists import NOT_IMAGES, folder_files, lines_of, listed_files, say_once
 from basics.image_sets import InMemory
@@ -119,8 +119,8 @@ def load_any(source, split="test", **options):
     """As `load`, also of images that are in memory.
 
     Args:
-        source: as in `load`; or a tensor or array (N, H, W) or (N, C, H, W) uint8, C 1 or 3; or a list of paths, or of
-            PIL pictures; or one PIL picture.
+        source: as in `load`; or a tensor or array (N, H, W), (N, C, H, W) or (N, H, W, C) uint8, C 1 or 3; or a list of
+            paths, or of PIL pictures; or one PIL picture.
         split, options: as in `load`.
 
     Raises:
@@ -149,7 +149,7 @@ def _tensor(source):
         return torch.as_tensor(source)
     except (TypeError, ValueError) as error:  # text, objects
         kind = getattr(source, "dtype", type(source).__name__)
-        raise UserError(f"images in memory are (N, H, W) or (N, 1 or 3, H, W) uint8, not {kind}") from error
+        raise UserError(f"{IN_MEMORY}, not {kind}") from error
 
 
 def _list(source):
@@ -199,10 +199,11 @@ def _load_source(source, split, data_root, category, preparation):
         return load_files(_stem(source), *listed_files(Path(source)), preparation)
     if is_file and Path(source).suffix.lower() not in NOT_IMAGES:
         return load_files(_stem(source), [source], [Path(source)], preparation)
-    raise UserError(
-        f"unknown data set '{source}'; choose one of: {', '.join(DATASETS)}; or give the path of an existing folder of "
-        "images, image file, .txt list of image paths, or .npz or .npy file of images"
-    )
+    kinds = "folder of images, image file, .txt list of image paths, or .npz or .npy file of images"
+    names = f"choose one of: {', '.join(DATASETS)}"
+    if "/" in source and not (is_file or is_folder):
+        raise UserError(f"there is no file or folder '{source}'; give a {kinds}, or the name of a data set: {names}")
+    raise UserError(f"unknown data set '{source}'; {names}; or give the path of an existing {kinds}")
 
 
 def _warn_of(images):

@@ -12,6 +12,8 @@ from basics.images import array_headers, array_names, first_line, on_white, read
 from basics.pixels import crop_all, resize_bilinear, to_grey
 from basics.preparation import spread
 
+IN_MEMORY = "images in memory are (N, H, W), (N, 1 or 3, H, W) or (N, H, W, 1 or 3) uint8"
+
 
 def load_array_file(name, path, array_name, preparation):
     """The set of the images in an .npz or .npy file; see `datasets.load`.
@@ -39,16 +41,19 @@ def load_array_file(name, path, array_name, preparation):
 
 
 def load_memory(name, stored, preparation):
-    """The set of images in a tensor (N, H, W) or (N, 1 | 3, H, W) uint8.
+    """The set of images in a tensor (N, H, W), (N, 1 | 3, H, W) or (N, H, W, 1 | 3) uint8.
 
     Raises:
         UserError: there are none, they are of other numbers or shapes, or (N, H, W) may be one image in colour.
     """
+    if stored.ndim == 4 and stored.shape[1] not in (1, 3) and stored.shape[3] in (1, 3):
+        stored = stored.permute(0, 3, 1, 2)
     grey = stored.ndim == 3
     if stored.dtype != torch.uint8 or not (grey or (stored.ndim == 4 and stored.shape[1] in (1, 3))):
         cast = "; write (255 * array).round() as uint8 if values are in 0..1" if stored.is_floating_point() else ""
-        what = f"{stored.dtype} {tuple(stored.shape)}"
-        raise UserError(f"images in memory are (N, H, W) or (N, 1 or 3, H, W) uint8, not {what}{cast}")
+        what = f"{str(stored.dtype).removeprefix('torch.')} {tuple(stored.shape)}"
+        single = "; give one image as array[None]" if stored.ndim == 2 else ""
+        raise UserError(f"{IN_MEMORY}, not {what}{cast}{single}")
     if not len(stored):
         raise UserError("there are no images; give at least one")
     if grey and (stored.shape[2] == 3 or (len(stored) == 3 and preparation.num_channels == 3)):

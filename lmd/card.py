@@ -31,16 +31,16 @@ def familiarity(images):
     if "misfit" not in images:
         return True, []
     known = images["misfit"] <= _KNOWN
-    verdict = (
-        "the model knows such images (1 is ideal)"
-        if known
-        else "the model knows such images badly (1 is ideal) and sees little of their structure; decisions stay valid, "
-        "and a model trained on such images, or for longer, catches more"
-    )
     far = (
-        f"held-back images are {images['misfit']:.2f} times as far from their reconstructions as these from each other"
+        f"held-back images are {images['misfit']:.2f} times as far from their reconstructions as two of these are from"
     )
-    return known, [f"{far}: {verdict}"]
+    verdict = (
+        "as it should be where the model knows such images (1 is ideal; a hardly trained model has 1, too)"
+        if known
+        else f"above {_KNOWN} the model knows such images badly and sees little of their structure; decisions stay "
+        "valid, and a model trained on such images, or for longer, catches more"
+    )
+    return known, [f"{far} each other: {verdict}"]
 
 
 def histogram(scores):

@@ -21,6 +21,7 @@ from lmd.trained_model import identity, open_model
 
 MADE_UP = "shifts"  # stands for all kinds of made-up foreign images; `shifts:blur` is one of them
 _SMALLEST = 8  # pixels an edge, of which `shifts` makes others
+FEWEST = 50  # in-domain images to score; of fewer even the first digit of a ROC-AUC is luck
 _KEPT = "measured"  # folder in the output
 
 
@@ -149,6 +150,9 @@ def _load(job, sources, ckpt_path):
     else:
         fit = held_out(load, job.fit, "--fit", job.config, ckpt_path, job.max_images)
         _check_apart(job, fit, known)
+    if len(known) < FEWEST:
+        few = counted(len(known), "in-domain image")
+        warn(f"{few} to score {are(len(known))} too few for the table to say much; give at least {FEWEST}")
     if data.image_size < _SMALLEST and any(name.startswith(f"{MADE_UP}:") for name in sources):
         raise UserError(f"foreign images are made up of images of {_SMALLEST} pixels at least; leave {MADE_UP} out")
     keys = content_keys_of(known)

@@ -55,7 +55,7 @@ class Rule:
             except UserError as error:
                 if not 0 < self.false_alarm_rate < 1:
                     raise
-                halves = "that give p-values, as half of what calibrate.py gets do (--fit_share)"
+                halves = "for the p-values, that is, give calibrate.py twice as many (--fit_share)"
                 raise UserError(f"{error} {halves}") from error
         if self.false_discovery_rate is not None:
             calibration.discoveries(np.ones(1), self.false_discovery_rate)
@@ -112,6 +112,8 @@ def decide(rule):
 def _tell(output, description, p_value, named, sentences):
     for sentence in sentences:
         say(sentence)
+    if len(named):
+        say("the furthest out:")
     for row in named:
         say(f"  {printable(description['files'][row])}: p = {p_value[row]:.4g}")
     if count := len(description["skipped"]):

@@ -168,7 +168,7 @@ class Detector:
         if count < FEWEST:
             raise UserError(
                 f"{counted(count, 'image')} {are(count)} too few to calibrate with: the false-alarm rate could not be "
-                f"known; give at least {FEWEST}, better 1,000"
+                f"known; give at least {FEWEST}, better 2,000"
             )
         if not self.method.fewest_images and len(self.method.parts) == 1:
             return count
@@ -268,8 +268,9 @@ class Detector:
         """Images of the model's size, an `ImageSet`.
 
         Args:
-            source: (N, C, H, W) or (N, H, W) uint8, a tensor or an array; a list of paths or of PIL pictures; one
-                picture; a folder, a file, a .txt list, or a data set's name; or an ImageSet, taken as it is.
+            source: (N, C, H, W), (N, H, W, C) or (N, H, W) uint8, a tensor or an array; a list of paths or of PIL
+                pictures; one picture; a folder, a file, a .txt list, or a data set's name; or an ImageSet, taken as it
+                is.
             options: further arguments of `datasets.load`.
 
         Raises:

@@ -43,7 +43,10 @@ def held_out(load, source, flag, config, ckpt_path, max_images=None):
         )
     held = held_back(len(images))
     if known is not None and len(held) and _without(images, held).fingerprint == known["fingerprint"]:
-        say(f"{source} is what the model was trained on: the {len(held):,} images held back then are used")
+        say(
+            f"{source} is what the model was trained on: the {len(held):,} images held back then are used; "
+            "training with --config.data.test_dataset sets other images aside"
+        )
         return _some(images.part(held), max_images)
     images = _some(images, max_images)
     _check_against_training_folder(load, source, flag, config, images)

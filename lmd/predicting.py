@@ -152,7 +152,7 @@ def _facts(job, detector, images):
     rates = [spot["rate"] for spot in made["blind_spots"].values()]
     return {
         "images": {"source": str(job.images), "name": images.name, "fingerprint": images.fingerprint},
-        "command": job.command,
+        "measured by": job.command,
         "method": {"name": made["method"], "settings": made["settings"]},
         "precision": made["precision"],
         "seed": made["seed"],

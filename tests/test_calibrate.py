@@ -197,7 +197,7 @@ def test_what_training_held_back_is_used(trained, tmp_path, capsys):
     values = {"card_images": 0, "method": "lmd:reps=1", "detector": str(tmp_path / "mine")}
     job = CalibrationJob(config, str(trained / "work"), str(trained / "all.npz"), **values)
     calibrate(job)
-    assert f"{trained}/all.npz is what the model was trained on: the 60 images held back then are used\n" in (
+    assert f"{trained}/all.npz is what the model was trained on: the 60 images held back then are used; " in (
         capsys.readouterr().out
     )
     detector = Detector.load(tmp_path / "mine", device="cpu")

@@ -59,7 +59,7 @@ def test_one_picture_is_a_set(folder):
     ("source", "options", "message"),
     [
         ("CIFAR11", {}, "unknown data set 'CIFAR11'; choose one of: CIFAR10, .*LSUN; or give the path"),
-        ("gone/pictures.npz", {}, "unknown data set"),
+        ("gone/pictures.npz", {}, "there is no file or folder 'gone/pictures.npz'; give a folder"),
         ("MNIST:digits", {}, "unknown data set"),
         ("gone.txt", {}, "unknown data set"),
         ("", {}, "unknown data set"),

@@ -108,7 +108,7 @@ def test_what_it_says(made):
     assert (summary["images"], summary["flagged"], summary["skipped"]) == (40, flagged, 0)
     assert (summary["false_alarm_rate"], summary["false_discovery_rate"]) == (0.05, None)
     assert summary["calibration_images"] == 50
-    assert {"images", "command", "method", "versions", "checkpoint", "detector files"} <= summary["facts"].keys()
+    assert {"images", "measured by", "method", "versions", "checkpoint", "detector files"} <= summary["facts"].keys()
 
 
 def read_arrays_of(output):
@@ -480,7 +480,7 @@ def test_the_command_measures(made, data, tmp_path):
     assert said.endswith("report.html opens in a browser\n")
     assert (second[0], third[0]) == (0, 0)
     assert "0 of 40 images are flagged at a false discovery rate of 0.1 %" in third[1]
-    assert "predict.py --detector=" in summary_of(tmp_path / "a")["facts"]["command"]
+    assert "predict.py --detector=" in summary_of(tmp_path / "a")["facts"]["measured by"]
 
 
 # -------------------------------------------------------------------------------------------------------- tables
