@@ -405,7 +405,7 @@ def test_overlay():
     [
         (
             {"false_alarm_rate": 0.01},
-            r"^n = 50 cannot give 1 %; calibrate with at least 99 that give p-values",
+            r"^n = 50 cannot give 1 %; calibrate with at least 99 for the p-values",
         ),
         ({"false_alarm_rate": 1.5}, "^a false-alarm rate lies between 0 and 1, not at 1.5"),
         ({"false_discovery_rate": 0.0}, "^a false discovery rate lies between 0 and 1, not at 0.0"),
