@@ -2,7 +2,7 @@
 
 Single pixels say little, so each takes the mean of its neighbourhood, weighted by a Gaussian.  Mean and standard
 deviation are those of all pixels of held-back images: standardising each place by itself finds pasted patches less
-well (docs/results.md), since a place that is hard to reconstruct is also where something foreign shows.
+well (docs/decisions.md), since a place that is hard to reconstruct is also where something foreign shows.
 """
 
 import math
