@@ -69,8 +69,9 @@ class DDPM(layers.PublishedNames, nn.Module):
         self.use_published_names()
 
     def forward(self, x, labels):
-        temb = self.time(layers.sinusoids(labels, self.nf)) if self.time else None  # (B or 1, 4 nf)
-        h = self.conv_in(x if self.centered else 2 * x - 1)
+        dtype = self.conv_in.weight.dtype  # from here on, see `models.inference`
+        temb = self.time(layers.sinusoids(labels, self.nf)).to(dtype) if self.time else None  # (B or 1, 4 nf)
+        h = self.conv_in((x if self.centered else 2 * x - 1).to(dtype))
         skips = [h]
         for module in self.down:
             h = module(h, temb) if isinstance(module, Stage) else module(h)
@@ -80,7 +81,7 @@ class DDPM(layers.PublishedNames, nn.Module):
         for module in self.up:
             h = module(h, temb, skips.pop()) if isinstance(module, Stage) else module(h)
         h = self.conv_out(self.norm_out(h))  # (B, C, H, W)
-        return h / self.sigmas[labels.long()].to(h.dtype)[:, None, None, None] if self.scale_by_sigma else h
+        return layers.divided(h, self.sigmas[labels.long()]) if self.scale_by_sigma else h
 
 
 class Stage(nn.Module):

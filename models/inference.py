@@ -3,10 +3,9 @@
 import contextlib
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from basics.console import UserError, choose, warn
-from models import memory
+from models import layers, memory
 
 # What --precision and config.training.precision say -> what it comes to on a device.
 PRECISIONS = {
@@ -126,6 +125,8 @@ def attempt_compiled(work, required, remedy):
 class InPrecision:
     """A network called as a function of (x, labels) that computes in a precision; its weights are float32 in each.
 
+    In bfloat16 each call converts them, so that they can be trained.
+
     Attributes:
         device: torch.device.
         precision: 'fp32', 'tf32' or 'bf16'.
@@ -136,11 +137,13 @@ class InPrecision:
 
     def __call__(self, x, labels):
         """(B, C, H, W) float32, (B,) or (1,) -> (B, C, H, W) float32."""
-        with arithmetic(self.precision):
-            if self.precision != "bf16":
-                return self._call(x, labels)
-            with torch.autocast(self.device.type, dtype=torch.bfloat16):
-                return self._call(x, labels).float()
+        with arithmetic(self.precision), self._conversion():
+            return self._call(x, labels).float()
+
+    def _conversion(self):
+        if self.precision != "bf16":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     @contextlib.contextmanager
     def watched(self, follow):
@@ -153,6 +156,8 @@ class InPrecision:
 
     def operations(self, shape):
         """Floating-point operations of its products and convolutions for one image (C, H, W), by torch's counter."""
+        from torch.utils.flop_counter import FlopCounterMode  # here, as it brings in the compiler of GPU kernels
+
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             self(torch.zeros(1, *shape, device=self.device), torch.ones(1, device=self.device))
         return counter.get_total_flops()
@@ -168,7 +173,12 @@ class Network(InPrecision):
     def __init__(self, net, device, precision):
         super().__init__(net, device, resolve(precision, device))
         self.net = net.eval().requires_grad_(False)
+        if self.precision == "bf16":
+            _round_weights(net)
         self._eager()
+
+    def _conversion(self):
+        return contextlib.nullcontext()  # the weights are converted already
 
     def compile(self, required=True):
         """Compiles it, on a GPU with CUDA graphs; the first call of each shape takes long.
@@ -193,6 +203,19 @@ class Network(InPrecision):
         return result
 
 
+def _round_weights(net):
+    """Turns a network's weights into bfloat16, once, but for those by which it knows the noise level.
+
+    The latter cost nothing, and rounding their sinusoids would blur the level.  The network then computes in bfloat16
+    from its first convolution on; torch's normalisations hold their statistics in float32.
+    """
+    exact = (layers.TimeEmbedding, layers.FourierFeatures)
+    kept = {p for module in net.modules() if isinstance(module, exact) for p in module.parameters()}
+    for weight in net.parameters():
+        if weight not in kept:
+            weight.data = weight.data.to(torch.bfloat16)
+
+
 def prepare(net, device, precision="auto", compiled=False):
     """The network as a function of (x, labels) for inference.
 
@@ -200,8 +223,8 @@ def prepare(net, device, precision="auto", compiled=False):
         net: a network; it is moved to the device, in eval mode, without gradients, in the layout that is fastest there.
         device: torch.device.
         precision: 'fp32', float32 throughout; 'tf32', a GPU's convolutions and matrix products with 10 bits of
-            mantissa; 'bf16', these in bfloat16, with statistics of normalisations and the result in float32; or 'auto',
-            bf16 on GPUs that have it, else fp32.
+            mantissa; 'bf16', weights and images inside the network in bfloat16, with the noise level's embedding,
+            statistics of normalisations and the result in float32; or 'auto', bf16 on GPUs that have it, else fp32.
         compiled: through torch.compile, see `Network.compile`.
 
     Returns:

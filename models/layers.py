@@ -317,9 +317,29 @@ def sinusoids(labels, features):
     return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, features % 2))
 
 
+class FourierFeatures(nn.Module):
+    """[sin, cos](2 pi W ln(labels)), W ~ N(0, scale^2) frozen: labels (B,) > 0 -> (B, 2 features)."""
+
+    def __init__(self, features, scale):
+        super().__init__()
+        self.W = nn.Parameter(torch.randn(features) * scale, requires_grad=False)
+
+    def forward(self, labels):
+        angles = labels.float().log()[:, None] * self.W * 2 * math.pi  # (B, features)
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def divided(h, sigmas):
+    """Images h (B, C, H, W) divided by noise levels (B,) or (1,), which are never rounded to less than float32."""
+    return h / sigmas.to(torch.promote_types(h.dtype, torch.float32))[:, None, None, None]
+
+
 def sigma_table(sigma_min, sigma_max, num_scales):
     """The descending noise levels exp(linspace(ln sigma_max, ln sigma_min, N)): (N,) float64."""
-    return torch.exp(torch.linspace(math.log(sigma_max), math.log(sigma_min), num_scales, dtype=torch.float64))
+    # Always on the CPU: on the device `meta`, where checkpoints are held against their config, torch would import its
+    # compiler for it, which takes more than a second.
+    options = {"dtype": torch.float64, "device": "cpu"}
+    return torch.linspace(math.log(sigma_max), math.log(sigma_min), num_scales, **options).exp()
 
 
 # -------------------------------------------------------------------------------------------------- published names

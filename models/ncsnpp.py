@@ -34,7 +34,7 @@ class NCSNPP(layers.PublishedNames, nn.Module):
         self.register_buffer("sigmas", layers.sigma_table(model.sigma_min, model.sigma_max, model.num_scales))
 
         fourier = choose(model.embedding_type.lower(), EMBEDDINGS, "embedding (config.model.embedding_type)")
-        self.fourier = FourierFeatures(nf, model.get("fourier_scale", FOURIER_SCALE)) if fourier else None
+        self.fourier = layers.FourierFeatures(nf, model.get("fourier_scale", FOURIER_SCALE)) if fourier else None
         self.time = layers.TimeEmbedding(nf, parts.act, 2 * nf if fourier else nf) if model.conditional else None
         self.conv_in = layers.conv(data.num_channels, nf)
 
@@ -87,8 +87,9 @@ class NCSNPP(layers.PublishedNames, nn.Module):
         return levels, c
 
     def forward(self, x, labels):
-        temb = self._embed(labels)  # (B or 1, 4 nf)
-        x = x if self.centered else 2 * x - 1
+        dtype = self.conv_in.weight.dtype  # from here on, see `models.inference`
+        temb = self._embed(labels, dtype)  # (B or 1, 4 nf)
+        x = (x if self.centered else 2 * x - 1).to(dtype)
         skips, pyramid = [self.conv_in(x)], x
         for level in self.down:
             outputs, pyramid = level(skips[-1], temb, pyramid)
@@ -101,25 +102,13 @@ class NCSNPP(layers.PublishedNames, nn.Module):
         h = pyramid if self.head is None else self.head(h)  # (B, C, H, W)
         if not self.scale_by_sigma:
             return h
-        sigmas = self.sigmas[labels.long()] if self.fourier is None else labels  # (B,) or (1,)
-        return h / sigmas.to(h.dtype)[:, None, None, None]
+        return layers.divided(h, self.sigmas[labels.long()] if self.fourier is None else labels)
 
-    def _embed(self, labels):
+    def _embed(self, labels, dtype):
         if self.time is None:
             return None
-        return self.time(layers.sinusoids(labels, self.nf) if self.fourier is None else self.fourier(labels))
-
-
-class FourierFeatures(nn.Module):
-    """[sin, cos](2 pi W ln(labels)), W ~ N(0, scale^2) frozen: labels (B,) > 0 -> (B, 2 features)."""
-
-    def __init__(self, features, scale):
-        super().__init__()
-        self.W = nn.Parameter(torch.randn(features) * scale, requires_grad=False)
-
-    def forward(self, labels):
-        angles = labels.float().log()[:, None] * self.W * 2 * math.pi  # (B, features)
-        return torch.cat([angles.sin(), angles.cos()], dim=1)
+        embedded = layers.sinusoids(labels, self.nf) if self.fourier is None else self.fourier(labels)
+        return self.time(embedded).to(dtype)
 
 
 # ------------------------------------------------------------------------------------------------- levels of the U

@@ -166,6 +166,20 @@ def test_help_imports_nothing_heavy(command):
     assert out.splitlines()[-1] == "[]", err
 
 
+OPENED = """
+import sys
+from lmd import open_model, reconstruction
+open_model("pretrained/fashion_mnist_small.safetensors", device="cpu")
+print([name for name in ("torch._dynamo", "torch._inductor", "triton", "sympy") if name in sys.modules])
+"""
+
+
+def test_a_model_is_opened_without_a_compiler():
+    """Torch's takes more than a second to import, and a check of the checkpoint or a count brings it in unseen."""
+    _, out, err = tiny.command("-c", OPENED)
+    assert out.splitlines()[-1:] == ["[]"], err
+
+
 CALLED = """
 import json, types
 import command_line, recon
