@@ -165,6 +165,7 @@ FORMATS = {
     **{"ms": ".2f", "plain ms": ".2f", "ours ms": ".2f", "first s": ".1f", "seconds": ".2f"},
     **{"evaluations/s": ".0f", "images/s": ".2f", "GFLOP/s": ".0f", "share": ".0%", "GB": ".1f"},
     **{"rate": ".2f", "evaluations": ".0f", "bits/dim": ".3f", "of the network": ".2%", "of proportion": ".2f"},
+    **{"apart images/s": ".2f", "of apart": ".0%", "of ideal": ".0%"},
 }  # of a table's columns; others are text or whole numbers
 
 
