@@ -81,11 +81,12 @@ def path_moments(model, images, reach, steps):
     """
     levels = network.levels_at(model, network.even_ratios(math.exp(-reach), math.exp(reach), steps))
     x0 = to_model_range(images.to(model.device), model.config.data.centered)  # (B, C, H, W)
+    score = network.stepping(model.score)
 
     def moments(rows):
         predicted = []
         x = levels.alpha[0] * x0[rows.to(model.device)]  # (n, C, H, W)
-        sampling.invert(model.score, x, levels.t.cpu(), lambda t, x, eps, x0: predicted.append(eps))
+        sampling.invert(score, x, levels.t.cpu(), lambda t, x, eps, x0: predicted.append(eps))
         eps = torch.stack(predicted, dim=1).flatten(2).double()  # (n, S, D)
         both = eps, eps.diff(dim=1)
         return torch.cat([values.pow(power).mean(dim=2) for values in both for power in POWERS], dim=1)
