@@ -13,7 +13,7 @@ from lmd import methods
 from lmd.methods.combined import Excess
 from lmd.methods.complexity import lossless_bits
 from lmd.methods.projection import END
-from lmd.trained_model import TrainedModel
+from lmd.trained_model import TrainedModel, open_model
 
 RATIOS = np.exp(np.linspace(-3, 3, 10))
 
@@ -133,6 +133,18 @@ def test_eigenscore(name):
     variances = np.linalg.eigvalsh(COV)[-3:]
     expected = [(variances * g**2 / (variances + g**2)).mean() for g in trained(name, np.geomspace(2, 0.2, 3))]
     np.testing.assert_allclose(statistics, np.tile(expected, (4, 1)), rtol=3e-3)
+
+
+def test_eigenscore_is_in_float32(tmp_path):
+    """Whatever the model's precision, which stays what it is: differences of rounded predictions say little."""
+    path, tree = tiny.write_checkpoint(tmp_path / "checkpoint.pth"), tiny.config()
+    pixels = torch.from_numpy(tiny.pictures(3))[:, None]
+    measure = lambda model, name: methods.create(name).statistics(model, pixels, noise.content_keys(pixels))
+    models = [open_model(path, tree, tiny.CPU, precision) for precision in ("fp32", "bf16")]
+    exact, rounded = (measure(model, "eigenscore") for model in models)
+    np.testing.assert_allclose(rounded, exact, rtol=1e-6)
+    assert [model.score.net.precision for model in models] == ["fp32", "bf16"]
+    assert not np.allclose(*(measure(model, "msma") for model in models), rtol=1e-6)
 
 
 # -------------------------------------------------------------------------------------------------------- combined
