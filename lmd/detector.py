@@ -151,7 +151,7 @@ class Detector:
     def choose_method(self, count, fit_share=0.5):
         """Where the method is 'auto': `combined` if `count` images are enough for it, else `lmd`, which learns nothing.
 
-        The path of `combined` is one of continuous times, so models of discrete ones get `lmd`, too.
+        What `combined` gains was measured on models of continuous times, so models of discrete ones get `lmd`, too.
         """
         if self.method != AUTO:
             return

@@ -61,7 +61,11 @@ def aupr_in(in_domain, out_of_domain):
 def fpr95(in_domain, out_of_domain):
     """FPR95: the false-alarm rate of in-domain images at the threshold that catches 95 % of the out-of-domain images.
 
-    The threshold is the largest score from which on at least 95 % of the out-of-domain images are flagged.
+    Out of domain is the positive class, as in OpenOOD and pytorch-ood: TPR is the share of foreign images that are
+    flagged, FPR that of in-domain ones.  (Papers whose positive class is in domain report another number under the same
+    name: the share of foreign images passed at the threshold that passes 95 % of the in-domain ones.)  The threshold is
+    the largest score from which on at least 95 % of the out-of-domain images are flagged, a score at the threshold
+    being flagged: the first point of the ROC curve with a TPR of 0.95 or more, nothing interpolated.
 
     Returns:
         float: in [0, 1], smaller is better.

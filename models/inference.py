@@ -1,6 +1,7 @@
 """A network made ready for inference or training: layout, precision, compilation."""
 
 import contextlib
+import copy
 
 import torch
 
@@ -190,6 +191,14 @@ class Network(InPrecision):
         mode = "reduce-overhead" if self.device.type == "cuda" else "default"
         compiled = torch.compile(self.net, mode=mode)
         self._call = lambda x, labels: self._compiled(compiled, x, labels, required)
+
+    def in_float32(self):
+        """The same network, its weights shared, that computes in float32 and is not compiled; itself if it does."""
+        if self.precision == "fp32":
+            return self
+        other = copy.copy(self)
+        other._call, other.precision = self.net, "fp32"
+        return other
 
     def _eager(self):
         self._call = self.net.to(self.device, memory_format=layout(self.device))

@@ -3,6 +3,7 @@
 import torch
 
 import sde_lib
+from models.inference import Network
 from sde_lib import per_image
 
 
@@ -21,6 +22,10 @@ class Score:
         """`eps` and `x0` that belong to a score (B, C, H, W)."""
         alpha, std = self.sde.marginal(t)
         return -per_image(std) * score, (x + per_image(std**2) * score) / per_image(alpha)
+
+    def in_float32(self):
+        """The same score in float32; itself where no network is behind it."""
+        return self
 
     def eps(self, x, t):
         """The predicted noise, -std(t) score: (B, C, H, W)."""
@@ -47,6 +52,11 @@ class ScoreModel(Score):
     def __call__(self, x, t):
         """The score, grad_x log p_t(x): (B, C, H, W)."""
         return self._score(x, t)
+
+    def in_float32(self):
+        """The same score by a network that computes in float32, whatever this one does."""
+        net = self.net.in_float32() if isinstance(self.net, Network) else self.net
+        return ScoreModel(net, self.sde, self.continuous)
 
     def _vp_score(self, x, t):
         if self.continuous:

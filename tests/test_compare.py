@@ -71,6 +71,7 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     tiny.write_checkpoint(folder / "checkpoint.pth")
     tiny.write_pictures(folder / "fit.npz", 30, seed=1)
+    tiny.write_pictures(folder / "many.npz", 60, seed=1)
     tiny.write_pictures(folder / "known.npz", 20, seed=2)
     np.savez(folder / "noise.npz", images=np.random.default_rng(2).integers(0, 256, (12, 8, 8), dtype=np.uint8))
     Image.fromarray(tiny.pictures(1, seed=5)[0]).save(folder / "one.png")
@@ -80,11 +81,9 @@ def data(tmp_path_factory):
 def compared(data, output, chosen, foreign="noise.npz", **changes):
     """Runs a comparison on the CPU; its `Table`."""
     paths = ",".join(str(data / name) if "." in name else name for name in foreign.split(","))
-    options = {"fit": str(data / "fit.npz"), "in_domain": str(data / "known.npz"), "config": tiny.config(), **changes}
-    job = comparison.ComparisonJob(
-        ckpt_path=str(data / "checkpoint.pth"), out_of_domain=paths, output=str(output), methods=chosen, **options
-    )
-    return comparison.compare(job, tiny.CPU)
+    options = {"fit": str(data / "fit.npz"), "in_domain": str(data / "known.npz"), "config": tiny.config()}
+    options |= {"ckpt_path": str(data / "checkpoint.pth"), "output": str(output), **changes}
+    return comparison.compare(comparison.ComparisonJob(out_of_domain=paths, methods=chosen, **options), tiny.CPU)
 
 
 def rows_of(output):
@@ -429,6 +428,19 @@ def test_a_method_that_fails_is_marked_and_the_rest_goes_on(broken, lacking, rea
     assert [row["method"] for row in table.summaries if row["mean"] is None] == [broken]
     assert len(re.findall(rf"warning: {broken}( \(which needs 31\))? is left out", capsys.readouterr().err)) == 1
     assert [row["roc_auc"] == "" for row in rows_of(tmp_path)].count(True) == lacking
+
+
+def test_methods_that_refuse_a_model_of_discrete_times_are_marked(data, tmp_path):
+    """Of 100 levels the first is at the noise ratio 0.03: too much for MSMA, not for a path."""
+    tree = tiny.config(training__sde="vpsde", training__continuous=False, model__num_scales=100)
+    checkpoint = tiny.write_checkpoint(tmp_path / "discrete.pth", tree)
+    table = compared(
+        data, tmp_path, "nll,msma,ufcod", config=tree, ckpt_path=str(checkpoint), fit=str(data / "many.npz")
+    )
+    notes = {row["method"]: row["note"] for row in table.rows}
+    assert "nll follows the image through continuous times" in notes["nll"]
+    assert "trained at 100 discrete levels, has no level of the noise ratio 0.0" in notes["msma"]
+    assert not notes["ufcod"]
 
 
 def test_too_few_images_to_learn_from_are_told_first(data, tmp_path, brightness, monkeypatch, capsys):

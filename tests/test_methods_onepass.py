@@ -26,10 +26,15 @@ from models.score import ScoreModel
 
 SDES = {"vp": sde_lib.VPSDE(), "subvp": sde_lib.SubVPSDE(), "ve": sde_lib.VESDE()}
 COEFFICIENTS = {  # g -> a, from a^2 + b^2 = 1, a^2 + b = 1, a = 1
-    "vp": lambda g: 1 / np.sqrt(1 + g**2),
-    "subvp": lambda g: (np.sqrt(g**2 + 4) - g) / 2,
+    "vp": lambda g: (1 + g**2) ** -0.5,
+    "subvp": lambda g: ((g**2 + 4) ** 0.5 - g) / 2,
     "ve": lambda g: 1.0,
 }
+RATIO_TABLES = {  # b/a at each of the steps that networks of discrete times know
+    "vp discrete": np.sqrt(1 / np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)) - 1),  # DDPM's
+    "ve discrete": np.geomspace(0.01, 50, 1000),  # SMLD's
+}
+KINDS = *SDES, *RATIO_TABLES
 SHAPE = 1, 4, 4
 D = 16
 _rng = np.random.default_rng(0)
@@ -38,9 +43,36 @@ _root = _rng.normal(size=(D, D)) / 8 + np.diag(np.linspace(0.05, 0.4, D))
 COV = _root @ _root.T
 
 
+class DiscreteNet:
+    """The exact noise (DDPM) or score (SMLD) of N(MEAN, cov) at the labels of `kind`; knows nothing in between."""
+
+    def __init__(self, kind, cov):
+        self.sde, self.ratios = kind.split()[0], torch.from_numpy(RATIO_TABLES[kind])
+        self.variances, self.axes = torch.linalg.eigh(torch.from_numpy(cov))
+
+    def __call__(self, x, labels):
+        steps = labels.double().round()
+        assert (labels - steps).abs().max() < 1e-3
+        a, b = level(self.sde, self.ratios[steps.long() if self.sde == "vp" else 999 - steps.long()][:, None])
+        along = (x.flatten(1) - a * torch.from_numpy(MEAN)) @ self.axes
+        score = -(along / (a**2 * self.variances + b**2)) @ self.axes.T
+        return (-b * score if self.sde == "vp" else score).float().view_as(x)
+
+
 def gaussian_model(name, rows=7, cov=COV):
-    score = GaussianScore(SDES[name], *(torch.from_numpy(value).float() for value in (MEAN, cov)))
+    if name in SDES:
+        score = GaussianScore(SDES[name], *(torch.from_numpy(value).float() for value in (MEAN, cov)))
+    else:
+        score = ScoreModel(DiscreteNet(name, cov), SDES[name.split()[0]], continuous=False)
     return TrainedModel(tiny.config(data__image_size=4), score, tiny.CPU, rows)
+
+
+def trained(name, ratios):
+    """The noise ratios nearest to these that the network of `gaussian_model` knows: themselves if it knows all."""
+    if name in SDES:
+        return np.asarray(ratios)
+    table = RATIO_TABLES[name]
+    return table[np.abs(np.log(table) - np.log(ratios)[:, None]).argmin(axis=1)]
 
 
 def images(count, seed=0):
@@ -56,7 +88,7 @@ def flat(pixels):
 
 
 def level(name, g):
-    a = COEFFICIENTS[name](g)
+    a = COEFFICIENTS[name.split()[0]](g)
     return a, g * a
 
 
@@ -162,17 +194,17 @@ def test_every_kind_of_network(path):
     model = TrainedModel(config, filled_model(config), tiny.CPU, 6)
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 3, 16, 16), dtype=np.uint8))
     keys = noise.content_keys(pixels)
-    for name in ONE_PASS if config.training.continuous else set(ONE_PASS) - {"nll"}:
+    for name in ONE_PASS if config.training.continuous else {*ONE_PASS, "diffpath", "ddpm_ood"} - {"nll"}:
         method = methods.create(name, **({"steps": 1} if name == "nll" else {}))
         statistics = method.statistics(model, pixels, keys)
         assert np.isfinite(statistics).all(), name
         np.testing.assert_allclose(method.statistics(model, pixels[1:2], keys[1:2])[0], statistics[1], rtol=2e-3)
 
 
-@pytest.mark.parametrize("name", SDES)
+@pytest.mark.parametrize("name", KINDS)
 def test_msma(name):
     statistics, x0, _ = measured(methods.create("msma"), name)
-    expected = [np.linalg.norm(exact_eps(name, g, x0), axis=1) for g in np.geomspace(1, 0.01, 10)]
+    expected = [np.linalg.norm(exact_eps(name, g, x0), axis=1) for g in trained(name, np.geomspace(1, 0.01, 10))]
     np.testing.assert_allclose(statistics, np.transpose(expected), rtol=3e-3)
 
 
@@ -185,7 +217,7 @@ def test_few_images_are_refused():
         method.restore({"other.means": np.zeros(3)})
 
 
-@pytest.mark.parametrize("name", SDES)
+@pytest.mark.parametrize("name", KINDS)
 def test_denoising_loss(name):
     method = methods.create("denoising_loss", levels=7)
     statistics, x0, keys = measured(method, name)
@@ -193,7 +225,7 @@ def test_denoising_loss(name):
     ratios = np.geomspace(np.exp(-3), np.exp(3), 7)
     expected = [
         np.mean([np.square(exact_eps(name, g, x0, z) - z).mean(axis=1) for z in two], axis=0)
-        for g, two in zip(ratios, z, strict=True)
+        for g, two in zip(trained(name, ratios), z, strict=True)
     ]
     np.testing.assert_allclose(statistics, np.transpose(expected), rtol=2e-3, atol=1e-5)
 
@@ -210,10 +242,10 @@ def test_denoising_loss(name):
     assert method.score_statistics(later)[0, 1] < expected < method.score_statistics(sooner)[0, 1]
 
 
-@pytest.mark.parametrize("name", SDES)
+@pytest.mark.parametrize("name", KINDS)
 def test_scoped(name):
     """|s|^2 and v' J v with J = -(a^2 C + b^2)^-1; their ratio is -1 on average over the domain."""
-    method, ratios = methods.create("scoped"), (0.0148, 1.23)
+    method, ratios = methods.create("scoped"), trained(name, (0.0148, 1.23))
     statistics, x0, keys = measured(method, name)
     draws = noise.KeyedNoise(noise.repetition_keys(noise.seed_keys("scoped", keys), range(2)), SHAPE)
     probes = draws(1, "prior").sign().flatten(1).numpy().reshape(2, 5, D)
@@ -236,12 +268,12 @@ def test_scoped(name):
 FLIPS = (2,), (1,), (1, 2)  # of (B, 4, 4)
 
 
-@pytest.mark.parametrize("name", SDES)
+@pytest.mark.parametrize("name", KINDS)
 def test_gepc(name):
     method = methods.create("gepc")
     statistics, x0, keys = measured(method, name)
     maps = []
-    for g, z in zip((0.1, 0.5), normals(method, keys, 2), strict=True):
+    for g, z in zip(trained(name, (0.1, 0.5)), normals(method, keys, 2), strict=True):
         turn = lambda rows, axes: np.flip(rows.reshape(-1, 4, 4), axes).reshape(-1, D)
         straight = exact_eps(name, g, x0, z)
         squares = [
@@ -294,9 +326,12 @@ def test_nll_agrees_with_the_adaptive_solver():
     expected, _, _ = likelihood.log_likelihood(model.score, model.score.sde, x, probe)
     for steps, error in ((25, 0.1), (50, 0.01)):
         np.testing.assert_allclose(nll.log_likelihood(model.score, x, probe, steps), expected, atol=error)
-    discrete = TrainedModel(model.config, ScoreModel(None, SDES["vp"], continuous=False), tiny.CPU, 3)
-    with pytest.raises(UserError, match="trained at 1000 discrete levels"):
-        methods.create("nll").statistics(discrete, pixels, keys)
+
+
+@pytest.mark.parametrize("name", RATIO_TABLES)
+def test_nll_refuses_discrete_times(name):
+    with pytest.raises(UserError, match="trained at 1000 discrete levels; use another checkpoint or another method"):
+        methods.create("nll").statistics(gaussian_model(name), *images(2))
 
 
 class Passing(torch.nn.Module):
@@ -311,13 +346,14 @@ class Passing(torch.nn.Module):
         return 0 * self.up(h, None, h)
 
 
-@pytest.mark.parametrize("name", SDES)
+@pytest.mark.parametrize("name", KINDS)
 def test_cfs(name):
     """A channel's mean and standard deviation, and the distance in units of the fitted variance."""
     method, (pixels, keys) = methods.create("cfs"), images(30)
-    model = TrainedModel(tiny.config(), ScoreModel(Passing(), SDES[name]), tiny.CPU, 7)
+    score = ScoreModel(Passing(), SDES[name.split()[0]], continuous=name in SDES)
+    model = TrainedModel(tiny.config(), score, tiny.CPU, 7)
     statistics = method.statistics(model, pixels, keys)
-    a, b = level(name, np.exp(-2.5))
+    a, b = level(name, trained(name, [np.exp(-2.5)])[0])
     x = a * flat(pixels) + b * normals(method, keys, 1)[0]
     moments = np.stack([x.mean(axis=1), x.std(axis=1)], axis=1)
     expected = np.concatenate([moments, 2 * moments], axis=1)
@@ -327,7 +363,7 @@ def test_cfs(name):
     np.testing.assert_allclose(scores[:, 0], np.square(z).sum(axis=1), rtol=1e-3)
     assert not model.score.net.down._forward_hooks
     with pytest.raises(UserError, match="this network has none"):
-        method.statistics(TrainedModel(tiny.config(), ScoreModel(None, SDES[name]), tiny.CPU, 7), pixels, keys)
+        method.statistics(TrainedModel(tiny.config(), ScoreModel(None, score.sde), tiny.CPU, 7), pixels, keys)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -1,4 +1,6 @@
-"""AUPR, FPR95 and paired tests: definitions one by one, scikit-learn, pytorch-ood, and simulation."""
+"""ROC-AUC, AUPR, FPR95 and paired tests: definitions one by one, scikit-learn, pytorch-ood, and simulation."""
+
+import itertools
 
 import numpy as np
 import pytest
@@ -10,7 +12,9 @@ from lmd import separation
 
 
 def tables(count=60):
-    """Scores of both sides: continuous ones, ones full of ties, and sides of one image."""
+    """Scores of both sides: all sides of one or two images with scores 0 to 2, continuous ones, ones full of ties."""
+    tiny = [side for size in (1, 2) for side in itertools.product([0.0, 1.0, 2.0], repeat=size)]
+    yield from itertools.product(map(np.array, tiny), repeat=2)
     rng = np.random.default_rng(7)
     for number in range(count):
         n, m = (int(rng.integers(1, 80)) for _ in range(2))
@@ -41,18 +45,24 @@ def test_rates_of_extremes():
     assert [rate(*useless) for rate in rates] == pytest.approx([3 / 5, 2 / 5, 1])
 
 
-def test_average_precision_is_scikit_learns():
-    for sides in tables():
-        labels, scores = labelled(*sides)
-        assert separation.aupr_out(*sides) == pytest.approx(metrics.average_precision_score(labels, scores), rel=1e-12)
-        expected = metrics.average_precision_score(1 - labels, -scores)
-        assert separation.aupr_in(*sides) == pytest.approx(expected, rel=1e-12)
+def fpr_at_95(labels, scores):
+    """The first point of scikit-learn's ROC curve at which 95 % are caught."""
+    alarms, caught, _ = metrics.roc_curve(labels, scores, drop_intermediate=False)
+    return alarms[caught >= 0.95][0]
 
 
-def test_fpr95_is_the_first_point_of_the_curve():
+@pytest.mark.parametrize(
+    ("rate", "expected"),
+    [
+        (separation.roc_auc, metrics.roc_auc_score),
+        (separation.aupr_out, metrics.average_precision_score),
+        (separation.aupr_in, lambda labels, scores: metrics.average_precision_score(1 - labels, -scores)),
+        (separation.fpr95, fpr_at_95),
+    ],
+)
+def test_rates_are_scikit_learns(rate, expected):
     for sides in tables():
-        alarms, caught, _ = metrics.roc_curve(*labelled(*sides), drop_intermediate=False)
-        assert separation.fpr95(*sides) == pytest.approx(alarms[caught >= 0.95][0], rel=1e-12)
+        assert rate(*sides) == pytest.approx(expected(*labelled(*sides)), rel=1e-12), sides
 
 
 @pytest.mark.parametrize("count", [1, 19, 20, 21, 39, 40, 59, 60, 100])

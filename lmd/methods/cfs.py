@@ -2,10 +2,10 @@
 
 "CFS" (arXiv 2605.11014): at logSNR ln(a^2/b^2) = 5, the means and standard deviations z over the pixels of each channel
 of one block of the encoder and one of the decoder; the sum of (z - mu)^2 / var with the mean and variance of fitted
-images.  As published: the blocks whose ratio of between-image to within-noise variance is largest on 32 fitted images.
-Ours: the encoder's first residual stage and the decoder's first at full size, for every network, so that what is
-measured does not depend on what is fitted; on the two models tried they had the largest ratios or nearly so.  Cost: 1
-evaluation of the network.
+images.  As published: these numbers, and the blocks whose ratio of between-image to within-noise variance is largest on
+32 fitted images.  Ours: the encoder's first residual stage and the decoder's first at full size, for every network, so
+that what is measured does not depend on what is fitted; on the two models tried they had the largest ratios or nearly
+so.  Cost: 1 evaluation of the network.
 """
 
 import contextlib

@@ -5,7 +5,7 @@ maps back better than the domain's own images.  The path norms (see `diffpath`) 
 see them together, with the bits of the image's PNG file (see `complexity`): a mixture of Gaussians of all these numbers
 in logarithms, and by how much LMD's distance is above what the other numbers let expect.  The parts stay apart here;
 one decision is made of them by their p-values among in-domain images, see `lmd.combination`.
-Cost: 30 evaluations of the network, 20 of them for LMD.
+The combination is ours, from no paper.  Cost: 30 evaluations of the network, 20 of them for LMD.
 """
 
 import dataclasses

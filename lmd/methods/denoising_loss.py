@@ -3,7 +3,7 @@
 The losses are E_z |eps(a x + b z) - z|^2 / D (DDPM, arXiv 2006.11239, equation 14), for one image.  Two parts:
 
 - `denoising_loss`: the distance of the ten log losses to the fifth nearest fitted image's, in units of their standard
-  deviations.
+  deviations.  Ours: the losses are DDPM's, this score of them is from no paper.
 - `cclr`, the complexity-corrected loss ratio of Goodier and Campbell, "Likelihood-based Out-of-Distribution Detection
   with Denoising Diffusion Probabilistic Models" (arXiv 2310.17432): the loss over t <= f T divided by that over all t.
   As published: f = 0.5 and 100 draws of t and z for each of the two.  Ours: f = 0.5 and an integral by trapezoids over

@@ -1,12 +1,14 @@
 """How the predicted noise changes along an image's path to noise.
 
 Heng, Thiery and Soh, "Out-of-Distribution Detection with a Single Unconditional Diffusion Model", NeurIPS 2024 (arXiv
-2405.11881), equations 9 to 11.  The path is DDIM inversion, eps_i the predicted noise at its i-th time, and
-d_i = eps_i - eps_(i-1).  As published: 10 steps of DDIM; '1d' is a kernel density of the root of the sum of d^2 over
-pixels and steps, '6d' a Gaussian mixture, chosen by cross-validation, of the sums of eps, eps^2, eps^3, d, d^2 and d^3.
-Ours by default, 'norms': times even in ln(a / b), b / a being the noise ratio, and a mixture of at most 5 Gaussians of
-the logarithms of the means of eps^2 at each time and of d^2 between them, which the sums hide from each other.  The
-published two take these times too.  Cost: 10 evaluations of the network.
+2405.11881), equations 9 to 11.  The path is DDIM inversion, eps_i the predicted noise at its i-th time, and d_i = eps_i
+- eps_(i-1).  As published: 10 steps of DDIM; '1d' is a kernel density of the root of the sum of d^2 over pixels and
+steps, '6d' a Gaussian mixture of the sums of eps, eps^2, eps^3, d, d^2 and d^3, of 50 or 100 components, their number
+and kind of covariance by cross-validation.  (Published d are divided by the step in time, 1/10, which densities of
+standardised numbers do not see.)  Ours by default, 'norms': times even in ln(a / b), b / a being the noise ratio, and a
+mixture of at most 5 Gaussians of the logarithms of the means of eps^2 at each time and of d^2 between them, which the
+sums hide from each other.  The published two take these times and, '6d', at most 5 components too.
+Cost: 10 evaluations of the network.
 """
 
 import math
@@ -81,11 +83,12 @@ def path_moments(model, images, reach, steps):
     """
     levels = network.levels_at(model, network.even_ratios(math.exp(-reach), math.exp(reach), steps))
     x0 = to_model_range(images.to(model.device), model.config.data.centered)  # (B, C, H, W)
+    score = network.stepping(model.score)
 
     def moments(rows):
         predicted = []
         x = levels.alpha[0] * x0[rows.to(model.device)]  # (n, C, H, W)
-        sampling.invert(model.score, x, levels.t.cpu(), lambda t, x, eps, x0: predicted.append(eps))
+        sampling.invert(score, x, levels.t.cpu(), lambda t, x, eps, x0: predicted.append(eps))
         eps = torch.stack(predicted, dim=1).flatten(2).double()  # (n, S, D)
         both = eps, eps.diff(dim=1)
         return torch.cat([values.pow(power).mean(dim=2) for values in both for power in POWERS], dim=1)

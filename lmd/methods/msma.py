@@ -3,8 +3,9 @@
 Mahmood, Oliva and Styner, "Multiscale Score Matching for Out-of-Distribution Detection", ICLR 2021 (arXiv 2010.13132),
 equations 5 and 6: v_i = sigma_i |score(x, sigma_i)|, which is the norm of the predicted noise.  The image itself is not
 noised: the network sees a x.  As published: 10 levels from sigma 1 to 0.01, a geometric sequence; the negative log
-density of v under a Gaussian mixture of 2 to 20 components by cross-validation.  Ours: the same levels as noise ratios
-b/a, the logarithms of the norms, at most 5 components.  Cost: 10 evaluations of the network.
+density of v under a Gaussian mixture of 2 to 20 components by cross-validation, or the distance to the 5th nearest
+fitted v.  Ours: the mixture, the same levels as noise ratios b/a, the logarithms of the norms, at most 5 components.
+Cost: 10 evaluations of the network.
 """
 
 from lmd.methods import network

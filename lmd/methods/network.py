@@ -1,7 +1,7 @@
 """The network at levels of noise, many images and levels in one call.
 
 Levels are told by their noise ratio g = b/a of x_t = a x0 + b z, which means the same for VP, sub-VP and VE; x0 is in
-the model's own range.
+the model's own range.  A network of discrete times is asked at levels that it was trained at, never between them.
 """
 
 import dataclasses
@@ -14,7 +14,8 @@ from basics.console import UserError
 from basics.pixels import to_model_range
 from losses import TRAINING_EPS
 from models import memory
-from sde_lib import VESDE, per_image
+from models.score import ScoreModel
+from sde_lib import VESDE, VPSDE, per_image
 
 TOLERANCE = 0.25  # in ln g, by which a level may miss what was asked for
 
@@ -47,7 +48,7 @@ class Levels:
 
 
 def levels_at(model, ratios):
-    """The levels of some noise ratios, the nearest that the network was trained at.
+    """The levels of some noise ratios; a network of discrete times gets the nearest of those that it was trained at.
 
     Args:
         model: a `trained_model.TrainedModel`.
@@ -89,6 +90,29 @@ def _discrete(sde, wanted):
     while (short := sde.timestep(t) < step).any():  # rounding down would make it the step before
         t = torch.where(short, torch.nextafter(t, torch.ones_like(t)), t)
     return t, alpha[step], std[step]
+
+
+def stepping(score):
+    """The score for solvers that step between `levels_at`: its SDE has the marginals that the network was trained on.
+
+    DDPM's discrete process has gone k + 1 of N steps where its label is k, at t = k / (N - 1), and the VP SDE a time of
+    k / (N - 1): their noise is 4 % apart at the ratio 0.05 (N = 1000), and at k = 0 the SDE has none.  SMLD's levels
+    are those of the VE SDE.
+
+    Args:
+        score: a `models.score.Score`.
+    """
+    if score.continuous or isinstance(score.sde, VESDE):
+        return score
+    return ScoreModel(score.net, _DDPM(score.sde.beta_min, score.sde.beta_max, score.sde.N), continuous=False)
+
+
+class _DDPM(VPSDE):
+    """VP with the marginals of its discrete process."""
+
+    def marginal(self, t):
+        bar = self.table("alphas_bar", t.float()).to(t.dtype)  # `_discrete` chose t so that float32 gives the step
+        return bar.sqrt(), (1 - bar).sqrt()
 
 
 @torch.no_grad()

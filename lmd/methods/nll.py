@@ -13,6 +13,7 @@ fourth order with fixed steps, at less than half the cost, which is known before
 u = ln g, g = b/a, where dy/du = g eps for every SDE: for Gaussian data the slopes d(g eps)/dy are between 0 and 1 at
 every level, so 25 even steps do (on the shipped model within 0.005 bits of RK45).  They begin at the time of
 `likelihood.EPS`, or where g = 0.001 if that is later: sub-VP begins at 1e-6, of which its network knows little.
+Networks of discrete times are refused: they know nothing below their first level (0.01 of DDPM's), nor between levels.
 
 Cost: 100 evaluations of the network and as many vector-Jacobian products.
 """

@@ -26,7 +26,8 @@ class Projection:
 
     def __init__(self, model, ratio, steps):
         self._model, self._levels = model, network.levels_at(model, network.even_ratios(ratio, END, steps))
-        predictor = sampling.ExponentialIntegrator(model.score.sde, eta=0.0)
+        self._score = network.stepping(model.score)
+        predictor = sampling.ExponentialIntegrator(self._score.sde, eta=0.0)
         self._scheme = sampling.Scheme(predictor, self._levels.t.cpu())
 
     def __call__(self, images, keys):
@@ -45,7 +46,7 @@ class Projection:
             x0 = to_model_range(images[rows].to(model.device), centered)
             z = noise.KeyedNoise(keys[rows], x0.shape[1:], model.device)(0, "prior")
             x = self._levels.alpha[0] * x0 + self._levels.std[0] * z
-            return to_data_range(sampling.integrate(model.score, x, self._scheme, None), centered).clamp(0, 1)
+            return to_data_range(sampling.integrate(self._score, x, self._scheme, None), centered).clamp(0, 1)
 
         return network.in_chunks(model, len(images), some)
 
