@@ -221,10 +221,17 @@ def _reason(error):
         return f"{missing[1]} is needed; --help says what it is"
     if field := re.match(r"Could not parse '(.*?)': \w+Error", text):
         return _NO_FIELD.format(field[1])
-    text = re.sub(r"(?s) as tuple\. If you intended.*", " as a tuple; write one as (1,2,2)", text)
-    return re.sub(r"(?s)\('Non-boolean argument to boolean flag'.*", "write true or false", text)
+    for complaint, kind in _KINDS.items():
+        if wrong := re.fullmatch(rf"flag (--[\w.]+)=(.*): {complaint}.*", text, re.DOTALL):
+            return f"{wrong[1]} must be {kind}, not '{wrong[2]}'"
+    return re.sub(r"(?s) as tuple\. If you intended.*", " as a tuple; write one as (1,2,2)", text)
 
 
+_KINDS = {  # what Python and absl say of a value that they cannot read, as patterns, and what it must be
+    r"invalid literal for int\(\) with base": "a whole number",
+    r"could not convert string to float:": "a number",
+    r"\('Non-boolean argument to boolean flag'": "true or false",
+}
 _NO_FIELD = "the config has no such field: {}; configs/base.py lists them"
 
 
