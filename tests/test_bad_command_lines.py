@@ -137,10 +137,10 @@ ROWS = {
     "unknown flag with an escape": ([*TRAIN, "--\x1b[31mx=1"], r"Unknown command line flag '\\x1b\[31mx'"),
     "flag without value": (["detect", "--result_path"], "Missing value for flag --result_path"),
     "a word too many": ([*DETECT, "--result_path=.", "\x1b[31m"], r"unexpected argument '\\x1b\[31m'; flags are"),
-    "no flags": (["main"], "--config is needed"),
+    "no flags": (["main"], "error: --config, --workdir, --mode are needed; --help says what they are$"),
     "no flags of detect": (["detect"], "--result_path is needed; --help says what it is"),
     # calibrate.py and predict.py
-    "no flags of calibrate": (["calibrate"], "--ckpt_path is needed|--config is needed"),
+    "no flags of calibrate": (["calibrate"], "error: --ckpt_path, --in_domain, --detector are needed; --help"),
     "no detector to write": ([*CALIBRATE[:4], "--device=cpu"], "--detector is needed; --help says what it is"),
     "no held-back images": ([*CALIBRATE[:3], "--detector=out"], "--in_domain is needed; --help says what it is"),
     "empty detector": ([*CALIBRATE, "--detector="], "flag --detector is empty; give it a value or leave it out"),

@@ -295,7 +295,7 @@ MISTAKES = {  # noticed before anything is loaded
     "missing config overridden": ([*TRAIN, "--config=nowhere.py", "--config.seed=1"], "no config can be read"),
     "no config field": ([*TRAIN, CONFIG, "--config.model.width=3"], "the config has no such field: .*width"),
     "no config section": ([*TRAIN, CONFIG, "--config.net.nf=3"], "the config has no such field: .*net"),
-    "a config value of another type": ([*TRAIN, CONFIG, "--config.training.batch_size=few"], "batch_size=few: inval"),
+    "a config value of another type": ([*TRAIN, CONFIG, "--config.training.batch_size=few"], "must be a whole number"),
     "no checkpoint": ([*RECON[:2], RECON[3], CONFIG], "--ckpt_path is needed; --help says what it is"),
     "no in-domain": ([*RECON[:3], CONFIG], "--in_domain is needed; --help says what it is"),
     "no repetitions": ([*RECON, CONFIG, "--reps_per_image=0"], "--reps_per_image=0: 0 is not an integer in the range"),
