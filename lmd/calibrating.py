@@ -94,7 +94,14 @@ def calibrate(job, device, ranks=distributed.ALONE):
 def _method(text):
     """The one method that --method names; 'auto' as it is."""
     choose(text.split(":")[0], {AUTO: None, **METHODS}, "method (--method)")
-    return AUTO if text == AUTO else next(iter(select(text).values()))
+    if text == AUTO:
+        return AUTO
+    if text.startswith(f"{AUTO}:"):
+        raise UserError(f"--method {AUTO} has no settings; leave them out, or name the method that is to have them")
+    method, *others = select(text, "--method").values()
+    if others:
+        raise UserError(f"--method names {1 + len(others)} methods; a detector has one; leave the others out")
+    return method
 
 
 # ------------------------------------------------------------------------------------------------------- images
