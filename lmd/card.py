@@ -2,9 +2,8 @@
 
 import numpy as np
 
-from basics.console import counted
+from basics.console import counted, percent
 from lmd import calibration
-from lmd.calibration import percent
 
 BAND_RATES = 0.01, 0.05  # at which the band of the realised false-alarm rate is told
 _BINS = 12  # of the histogram
@@ -17,8 +16,8 @@ def bands(n):
     lines = []
     for rate in BAND_RATES:
         if rate >= calibration.smallest_rate(n):
-            low, high = calibration.band(n, rate)
-            lines.append(f"at {percent(rate)} the realised rate lies between {low:.2%} and {high:.2%} (95 %)")
+            low, high = (percent(end, 2) for end in calibration.band(n, rate))
+            lines.append(f"at {percent(rate)} the realised rate lies between {low} and {high} (95 %)")
     return lines
 
 
@@ -75,7 +74,7 @@ def card(detector, description):
         f"- Method: {detector.method.name}, {cost} an image of {data.image_size}x{data.image_size} pixels, "
         f"{counted(data.num_channels, 'channel')}.",
         f"- Calibrated with {n:,} images; {len(known.reference):,} others are what the method compares with.",
-        f"- Decides at {percent(detector.rate)}; smallest rate: {percent(calibration.smallest_rate(n))}.",
+        f"- Decides at {percent(detector.rate)}; smallest rate: {calibration.smallest_percent(n)}.",
         *(f"- {line[0].upper()}{line[1:]}." for line in [*bands(n), *familiarity(description["images"])[1]]),
         *([f"- Made by: `{description['command']}`"] if description["command"] else []),
         "",
@@ -101,6 +100,6 @@ def _blind_spots(spots):
         "",
         "| kind | caught | images |",
         "|---|---|---|",
-        *(f"| {spot['kind']} | {spot['caught']:.0%} | {spot['images']} |" for spot in rarest_first(spots)),
+        *(f"| {spot['kind']} | {percent(spot['caught'])} | {spot['images']} |" for spot in rarest_first(spots)),
         "",
     ]

@@ -8,10 +8,9 @@ import numpy as np
 from PIL import Image
 
 from basics import files
-from basics.console import UserError, are, counted, printable, say, shell, warn
+from basics.console import UserError, are, counted, percent, printable, say, shell, warn
 from lmd import calibration
 from lmd import report as reports
-from lmd.calibration import percent
 from lmd.report import BlindSpot, Picture, Report
 from storage.predictions import (
     PREDICTIONS,

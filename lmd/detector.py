@@ -14,12 +14,11 @@ import torch
 
 import datasets
 from basics import distributed, noise
-from basics.console import UserError, are, counted, printable, warn
+from basics.console import UserError, are, counted, percent, printable, warn
 from basics.image_sets import ImageSet
 from basics.machine import choose_device
 from configs.base import to_dict
 from lmd import calibration, heat, methods
-from lmd.calibration import percent
 from lmd.card import card
 from lmd.combination import combined
 from lmd.held_out import content_keys_of, held_out

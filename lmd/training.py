@@ -28,7 +28,7 @@ import models
 import sampling
 import sde_lib
 from basics import files, noise
-from basics.console import UserError, are, choose, counted, log, printable, progress, remedy, say, warn
+from basics.console import UserError, are, choose, counted, log, percent, printable, progress, remedy, say, warn
 from basics.distributed import ALONE
 from basics.pixels import to_data_range
 from basics.tensor_files import WrongFile
@@ -482,8 +482,8 @@ class Pace:
 
     def __str__(self):
         seconds = time.perf_counter() - self.begun
-        share = (self.batches.waited - self.waited) / seconds
-        return f"{self.steps * self.batch_size / seconds:,.1f} images/s, {share:.0%} of the time waiting for data"
+        share = percent(round((self.batches.waited - self.waited) / seconds, 2))
+        return f"{self.steps * self.batch_size / seconds:,.1f} images/s, {share} of the time waiting for data"
 
 
 def _after_step(trainer, log, test_batches, step, part, pace):

@@ -13,7 +13,7 @@ import torch
 from scipy import stats
 
 from basics import noise
-from basics.console import UserError
+from basics.console import UserError, percent
 from lmd import Detector, calibrating, shifts
 from lmd.calibrating import CalibrationJob
 from lmd.card import bands, familiarity, histogram
@@ -60,11 +60,11 @@ def made(data, tmp_path_factory):
 def test_what_it_prints_and_stores(made):
     path, out, err = made
     low, high = stats.beta.ppf([0.025, 0.975], 2, 49)  # k = floor(0.05 * 51)
-    band = f"at 5 % the realised rate lies between {low:.2%} and {high:.2%} (95 %)"
+    band = f"at 5 % the realised rate lies between {percent(low, 2)} and {percent(high, 2)} (95 %)"
     lines = out.splitlines()
     assert "method lmd: 5 network evaluations an image, fp32" in lines
     assert "calibrated with n = 50 images (50 others are what the method compares with); smallest " in out
-    assert "smallest false-alarm rate: 1.96078 %" in out
+    assert "smallest false-alarm rate: 1.97 %" in out
     assert band in lines
     assert "at 1 %" not in out
     assert "warning: 50 calibration images cannot give a false-alarm rate of 1 %; hold back at least 99" in err
@@ -74,7 +74,7 @@ def test_what_it_prints_and_stores(made):
     for text in (
         band[1:],
         *histogram(detector.calibration.scores),
-        "smallest rate: 1.96078 %",
+        "smallest rate: 1.97 %",
         "n image of 8x8 pixels",
     ):
         assert text in card
@@ -92,7 +92,7 @@ def test_blind_spots(made, data):
     spots = detector.description["blind_spots"]
     assert spots.keys() == shifts.SHIFTS.keys()
     assert len(spots) == 12
-    printed = [float(share) for share in re.findall(r"^  .{45} +([0-9.]+)%$", out, re.M)]
+    printed = [float(share) for share in re.findall(r"^  .{45} +([0-9.]+) %$", out, re.M)]
     assert printed == sorted(round(100 * spot["caught"], 1) for spot in spots.values())
     images = detector.images_of(str(data / "held.npz"))
     chosen = images.take(torch.linspace(0, 99, 8).round().long())
@@ -101,13 +101,13 @@ def test_blind_spots(made, data):
         shifted = shifts.make(kind, chosen, keys, chosen[shifts.partner_positions(keys)])
         assert spots[kind]["caught"] == detector.predict(shifted).is_outlier.mean()
         assert spots[kind]["images"] == 8
-        assert f"| {spots[kind]['kind']} | {spots[kind]['caught']:.0%} | 8 |" in (path / "card.md").read_text()
+        assert f"| {spots[kind]['kind']} | {percent(spots[kind]['caught'])} | 8 |" in (path / "card.md").read_text()
 
 
 def test_bands_and_histogram():
     assert [line.split(" the ")[0] for line in bands(99)] == ["at 1 %", "at 5 %"]
     low, high = stats.beta.ppf([0.025, 0.975], 10, 991)
-    assert bands(1000)[0] == f"at 1 % the realised rate lies between {low:.2%} and {high:.2%} (95 %)"
+    assert bands(1000)[0] == f"at 1 % the realised rate lies between {percent(low, 2)} and {percent(high, 2)} (95 %)"
     assert bands(18) == []
     lines = histogram(np.arange(24.0))
     assert [line.split()[3:] for line in lines] == 12 * [["2", 40 * "#"]]

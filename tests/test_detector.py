@@ -244,9 +244,9 @@ def test_saved_and_loaded_without_the_checkpoint(detector_folder, predicted, tmp
         assert again.description[name] == loaded.description[name], name
     assert again.description["images"]["count"] == 100
     card = (tmp_path / "again" / "deeper" / "card.md").read_text()
-    assert "- Decides at 10 %; smallest rate: 1.96078 %." in card
+    assert "- Decides at 10 %; smallest rate: 1.97 %." in card
     assert "that is caught at 5 %." in card  # as it was measured
-    assert "| noisy | 25% | 8 |" in card
+    assert "| noisy | 25 % | 8 |" in card
 
 
 def test_precision_that_another_machine_lacks(detector_folder, monkeypatch, capsys, predicted):

@@ -297,8 +297,8 @@ def test_the_pace_is_that_since_the_last_pause(monkeypatch):
     monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
     pace = training.Pace(batches, 128)
     for steps, seconds, waited, expected in (
-        (50, 2.0, 0.5, "3,200.0 images/s, 25%"),
-        (1, 64.0, 0.0, "2.0 images/s, 0%"),
+        (50, 2.0, 0.5, "3,200.0 images/s, 25 %"),
+        (1, 64.0, 0.0, "2.0 images/s, 0 %"),
     ):
         pace.steps += steps
         clock[0] += seconds
