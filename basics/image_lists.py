@@ -21,7 +21,9 @@ def say_once(line):
 
 
 def folder_files(folder):
-    """Labels (paths below the folder) and full paths of its images, sorted; links to folders are followed once.
+    """Labels (paths below the folder) and full paths of its images, sorted, and the labels of files that are none.
+
+    Links to folders are followed once.
 
     All files are taken for images but those whose ending says otherwise (they are counted in a line), system files,
     and folders that this program wrote (they are named in a line).
@@ -29,7 +31,7 @@ def folder_files(folder):
     Raises:
         UserError: it cannot be listed, holds no images, or was itself written by this program.
     """
-    paths, written, others = [], [], collections.Counter()
+    paths, written, left_out, endings = [], [], [], collections.Counter()
     for parent, below, names in _walk(folder):
         if _is_written(parent, below, names, whole=parent != folder):
             if parent == folder:
@@ -42,14 +44,15 @@ def folder_files(folder):
         for path in (Path(parent, name) for name in names if name != files.MARK):
             ending = ".tfevents" if _EVENTS.fullmatch(path.name) else path.suffix.lower()
             if ending in NOT_IMAGES:
-                others[ending] += 1
+                endings[ending] += 1
+                left_out.append(path.relative_to(folder).as_posix())
             else:
                 paths.append(path)
-    left_out = _tell_left_out(folder, written, others)
+    told = _tell_left_out(folder, written, endings)
     if not paths:
-        raise UserError(f"folder {folder} holds no images{left_out}; check the path")
+        raise UserError(f"folder {folder} holds no images{told}; check the path")
     labels = sorted(path.relative_to(folder).as_posix() for path in paths)
-    return labels, [Path(folder, label) for label in labels]
+    return labels, [Path(folder, label) for label in labels], sorted(left_out)
 
 
 def _walk(folder):
@@ -116,16 +119,16 @@ def _visible(folder):
         return []
 
 
-def _tell_left_out(folder, written, others):
+def _tell_left_out(folder, written, endings):
     """Says what of a folder is not taken for images; returns it as a half sentence."""
     left_out = ""
     if written:
         named = ", ".join(sorted(written)[:10]) + (f" and {len(written) - 10} more" if len(written) > 10 else "")
         say_once(f"'{folder}': left out, as this program wrote it: {named}")
         left_out += f" (this program wrote {named})"
-    if others:
-        named = ", ".join(f"{count} {ending}" for ending, count in sorted(others.items()))
-        count = others.total()
+    if endings:
+        named = ", ".join(f"{count} {ending}" for ending, count in sorted(endings.items()))
+        count = endings.total()
         say_once(f"'{folder}': {counted(count, 'file')} {are(count)} left out by their endings: {named}")
         left_out += f" ({named})"
     return left_out

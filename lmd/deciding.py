@@ -116,7 +116,7 @@ def _tell(output, description, p_value, named, sentences):
     for row in named:
         say(f"  {printable(description['files'][row])}: p = {p_value[row]:.4g}")
     if count := len(description["skipped"]):
-        warn(f"{counted(count, 'file')} could not be read; see {output / SKIPPED}")
+        warn(f"{counted(count, 'file')} got no decision; see {output / SKIPPED}")
     say(f"results: {output / PREDICTIONS}; {output / REPORT} opens in a browser")
 
 

@@ -44,7 +44,7 @@ class Prediction:
         parts: name -> (N,) p-values of the method's parts.
         map: (N, H, W) float32, how unusual each pixel is in standard deviations, where it was asked for.
         files: the images' names, N of them, where they have some.
-        skipped: (file, reason) of what could not be read and has no row.
+        skipped: (file, reason) of what could not be read, or is no image by its ending, and has no row.
     """
 
     score: np.ndarray
@@ -221,7 +221,7 @@ class Detector:
         chunks = self.measurement(images, keep=keep).run("predicting")
         shown = np.concatenate([chunk["map"] for chunk in chunks]) if maps else None
         decided = self.decide(self.method.score_statistics(statistics_of(chunks)), shown)
-        return dataclasses.replace(decided, files=images.labels, skipped=images.skipped)
+        return dataclasses.replace(decided, files=images.labels, skipped=images.without_row)
 
     def decide(self, parts, shown=None):
         """The `Prediction` from the parts' scores (N, K) and maps (N, H, W) or None."""

@@ -83,7 +83,7 @@ class Report:
         false_discovery_rate: in (0, 1) where that has decided, else None.
         parts: p-values in [0, 1] of the method's parts, name -> (N,).
         meanings: what an image may be where a part's p-value is small, name -> text, which may be empty.
-        skipped: (file, reason) of what could not be read.
+        skipped: (file, reason) of what got no decision.
         pictures: of the rows that `pictured` names, in any order.
         blind_spots: the made-up kinds of foreign images; the page sorts them.
         blind_spot_rate: the false-alarm rate at which their shares were measured.
