@@ -135,6 +135,9 @@ class Detector:
         misfit = np.concatenate([chunk["misfit"] for chunk in chunks])
         if misfit.size:
             described["misfit"] = round(float(np.median(misfit)), 4)
+        error, spread = np.sum([chunk["restoration"] for chunk in chunks], axis=0)
+        if spread:
+            described["restored"] = round(float(1 - error / spread), 4)
         self.description = {"images": described, "treatment": images.treatment}
         return self
 
@@ -385,4 +388,25 @@ def _versions():
 def _of_the_domain(pixels, examined, start):
     """For `Measurement.keep`: what a chunk of held-back images says of single pixels, and of the model."""
     misfit = np.zeros(0) if examined.misfit is None else examined.misfit
-    return {"pixel_sums": heat.sums(examined.distances), "misfit": misfit}
+    restoration = _restoration(pixels, examined.reconstructions)
+    return {"pixel_sums": heat.sums(examined.distances), "misfit": misfit, "restoration": restoration}
+
+
+def _restoration(pixels, recons):
+    """How far masked pixels are from their reconstructions, and from their mean over the chunk: sums of squares (2,).
+
+    Less 1, their ratio is the share of the domain's variance that the model explains.  The mean of B images is as if
+    it were known without them: the second sum is multiplied by B / (B - 1).
+
+    Args:
+        pixels: (B, C, H, W) uint8.
+        recons: (B, C, H, W) in [0, 1], or None.  What equals its pixel in all images was never masked.
+    """
+    count = len(pixels)
+    if recons is None or count < 2:
+        return np.zeros(2)
+    orig = pixels.double() / 255
+    error = (orig - recons).square().sum(dim=0)
+    spread = orig.var(dim=0) * count
+    masked = error > 1e-12  # more than the rounding of 32-bit floats
+    return np.array([error[masked].sum().item(), spread[masked].sum().item()])

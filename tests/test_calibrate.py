@@ -17,6 +17,7 @@ from basics.console import UserError, percent
 from lmd import Detector, calibrating, shifts
 from lmd.calibrating import CalibrationJob
 from lmd.card import bands, familiarity, histogram
+from lmd.detector import _restoration
 from lmd.held_out import content_keys_of
 from lmd.methods.lmd import LMD
 from lmd.training import held_back
@@ -122,9 +123,13 @@ def test_how_well_the_model_knows_the_domain_is_told(data, tmp_path, capsys):
     keys = noise.seed_keys(detector.seed, noise.content_keys(pixels))
     expected = np.median(detector.method.examine(detector.model, pixels, keys).misfit)
     assert detector.description["images"]["misfit"] == pytest.approx(expected, rel=1e-3)
-    _, (line,) = familiarity(detector.description["images"])
-    assert line in "".join(capsys.readouterr())
-    assert line[1:] in (tmp_path / "mine" / "card.md").read_text()
+    known, lines = familiarity(detector.description["images"])
+    assert not known, "the model is untrained, and restores nothing"
+    assert "the model restores 0 % of what varies" in lines[1]
+    told = "".join(capsys.readouterr())
+    for line in lines:
+        assert line in told
+        assert line[1:] in (tmp_path / "mine" / "card.md").read_text()
 
 
 @pytest.mark.parametrize(("misfit", "known"), [(1.0, True), (1.3, True), (1.31, False), (2.0, False)])
@@ -133,6 +138,33 @@ def test_what_is_known_well(misfit, known):
     assert found == known
     assert f"{misfit:.2f} times" in line
     assert familiarity({}) == (True, [])
+
+
+@pytest.mark.parametrize(
+    ("restored", "known", "told"),
+    [(0.87, True, "87 %"), (0.05, False, "5 %"), (-2, False, "0 %")],
+)
+def test_a_hardly_trained_model_is_told(restored, known, told):
+    """It is as far from its reconstructions as they are from each other, too."""
+    found, (_, line) = familiarity({"misfit": 1.0, "restored": restored})
+    assert (found, "hardly" in line) == (known, not known)
+    assert f"restores {told} of what varies" in line
+
+
+def test_the_share_of_the_variance_that_is_restored():
+    """Of 128 + 15 a + 20 b, a and b standard normal, who knows a restores 15^2 / 25^2; known pixels are left out.
+
+    The mean of a chunk is that of 4 images, which would make the variance 3 / 4 of what it is.
+    """
+    a, b = torch.randn((2, 4, 3, 200, 200), generator=torch.Generator().manual_seed(0))
+    pixels = (128 + 15 * a + 20 * b).round().clamp(0, 255).byte()
+    recons = (128 + 15 * a) / 255
+    recons[..., 100:] = pixels[..., 100:] / 255
+    error, spread = _restoration(pixels, recons)
+    assert 1 - error / spread == pytest.approx(0.36, abs=0.01)
+    assert spread == pytest.approx(pixels[..., :100].numel() * (25 / 255) ** 2, rel=0.02)
+    assert not _restoration(pixels, None).any()
+    assert not _restoration(pixels[:1], recons[:1]).any()
 
 
 def test_no_card_and_another_share(data, tmp_path, capsys):
