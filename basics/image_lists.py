@@ -170,11 +170,19 @@ def listed_files(path):
     """Labels (the lines, or what of them is the path) and full paths of a txt list.
 
     A line that begins with # is a comment, unless there is a file of that name.
+
+    Raises:
+        UserError: it cannot be read, names no images, or nothing that it names is there: it may be no list.
     """
     lines = [line for line in lines_of(path) if not line.startswith("#") or _listed_file(line, path.parent)[1].exists()]
     if not lines:
         raise UserError(f"list {path} names no images; write one image path a line")
     found = [_listed_file(line, path.parent) for line in lines]
+    if not any(os.path.exists(full) for _, full in found):  # noqa: PTH110 (never raises)
+        raise UserError(
+            f"{path} was read as a list of image paths, one a line, and none of these files is there; the first is "
+            f"'{lines[0][:100]}'; correct the paths, or give images"
+        )
     return [label for label, _ in found], [full for _, full in found]
 
 
