@@ -99,7 +99,7 @@ def run(job, device, ranks=distributed.ALONE):
         missing = ranks.on_main(lambda: claim_missing(folder, settings, entries, versions))
         if job.mask_directory is not None:
             ranks.on_main(lambda: save_masks(job, entries))
-        reconstruct = Reconstructor(job.config, model, device, rows)
+        reconstruct = Reconstructor(job.config, model, device, rows, "lower --batch_size")
         get_ready(job, reconstruct, sides, missing[ranks.rank :: ranks.world_size])
         reconstruct_missing(job, folder, sides, reconstruct, missing, ranks)
     _tell_what_next(job, sides)
