@@ -178,8 +178,7 @@ class Trainer:
         evaluations = inference.PASSES * images / self.ranks.world_size  # the same on all ranks
         least, shape = inference.COMPILE_TRAINING_FROM, batches.images.shape
         compiled = steps > 0 and inference.worth_compiling(choice, network, evaluations, shape, least)
-        net.to(memory_format=inference.layout(self.device, compiled))
-        losses.match_layout(self.state)
+        self._lay_out(compiled)
         shared = self.ranks.wrap(net)
         # the solver of the method ode would answer bfloat16's rounding with ever smaller steps
         exact = self.config.sampling.method.lower() == "ode"
@@ -187,6 +186,11 @@ class Trainer:
         if compiled:
             log(f"compiling the network for {steps:,} steps; the first one waits for it")
             self._compile(shared, batches.batch(self.state.step), required=choice == "on")
+
+    def _lay_out(self, compiled):
+        """The memory layout in which the network is fastest, compiled or not; averages and moments get the same."""
+        self.state.net.to(memory_format=inference.layout(self.device, compiled))
+        losses.match_layout(self.state)
 
     def _score(self, net, precision):
         network = inference.InPrecision(net, self.device, precision)
@@ -203,7 +207,9 @@ class Trainer:
         with self.ranks.together(), self.ranks.unshared(shared):
             done = inference.attempt_compiled(work, required, "set --config.training.compile=off")
         self.state.optimizer.zero_grad(set_to_none=True)
-        if not self.ranks.any(not done):
+        if self.ranks.any(not done):
+            self._lay_out(compiled=False)
+        else:
             self.shared_model = compiled
 
     def train_step(self, x):

@@ -415,7 +415,11 @@ def test_what_cannot_be_compiled_is_told_before_the_first_step(tree, whole, tmp_
     assert results(tmp_path / "on") == {}
     tree.training.compile, asked = "auto", []
     monkeypatch.setattr(inference, "worth_compiling", lambda *given: asked.append(given) or True)
+    laid_out, layout, match = [], inference.layout, losses.match_layout
+    monkeypatch.setattr(inference, "layout", lambda device, *compiled: laid_out.append(compiled) or layout(device))
+    monkeypatch.setattr(losses, "match_layout", lambda state: laid_out.append("matched") or match(state))
     tiny.train(tree, tmp_path / "auto")
+    assert laid_out == [(), (True,), "matched", (False,), "matched"], "of what is not compiled in the end"
     assert "cannot be compiled here (no C++ compiler found); going on without" in capsys.readouterr().err
     [(choice, network, evaluations, shape, least)] = asked
     assert (choice, network.device, shape) == ("auto", tiny.CPU, (1, 8, 8))
