@@ -114,10 +114,13 @@ def _check(job, device):
     return inference.resolve(job.precision, device)
 
 
+_METRICS = "MSE,SSIM"  # they need no weights; which of them detects better depends on the images and the sampler
+
+
 def _tell_what_next(job, sides):
     say(f"reconstructions: {job.path}")
     if "neg" in sides:
-        command = shell("python", "detect.py", "--result_path", job.path, "--reps", job.reps, "--metric", "MSE")
+        command = shell("python", "detect.py", "--result_path", job.path, "--reps", job.reps, "--metric", _METRICS)
         say(f"next: {command}")
 
 

@@ -68,7 +68,7 @@ def test_reconstruction(commands):
     assert code == 0, err
     assert out.splitlines() == [
         f"reconstructions: {commands['results']}",
-        f"next: python detect.py --result_path {commands['results']} --reps 2 --metric MSE",
+        f"next: python detect.py --result_path {commands['results']} --reps 2 --metric MSE,SSIM",
     ]
     batch = torch.load(commands["results"] / "neg" / "batch_1.pth", weights_only=True)
     assert batch["orig"].shape == (1, 1, 8, 8)
