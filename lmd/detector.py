@@ -43,8 +43,10 @@ class Prediction:
         is_outlier: (N,) bool: whether the p-value is at most the detector's false-alarm rate.
         parts: name -> (N,) p-values of the method's parts.
         map: (N, H, W) float32, how unusual each pixel is in standard deviations, where it was asked for.
-        files: the images' names, N of them, where they have some.
-        skipped: (file, reason) of what could not be read, or is no image by its ending, and has no row.
+        files: N names, of the image that each row is of: the paths of a list as they were given, of a folder those
+            below it; None for arrays and pictures, whose rows are all there, in order.
+        skipped: (file, reason) of what could not be read, or is no image by its ending: it has no row, so that a list
+            of paths may have fewer rows than entries.
     """
 
     score: np.ndarray
