@@ -522,16 +522,19 @@ def _write_due(trainer, log, test_batches, step, due):
     if "snapshot" in due:
         number = step // training.snapshot_freq if training.snapshot_freq else 1  # the last step's alone
         trainer.save(Path("checkpoints") / f"checkpoint_{number}.pth")
+    samples = "snapshot" in due and training.snapshot_sampling
+    if samples:
+        files.mark(_samples_of(trainer, step).parent)
+        _samples_of(trainer, step).mkdir(exist_ok=True)  # before the next file: see `_lacks_samples`
     if "preemption" in due:  # after the file above, which a run that is killed before makes again
         trainer.save(META_CHECKPOINT)
-    if "snapshot" in due and training.snapshot_sampling:  # last, as it takes long: see `_lacks_samples`
+    if samples:  # last, as it takes long
         _sample(trainer, log, step)
 
 
 def _sample(trainer, log, step):
     """Draws and writes the samples of a step that has just been made."""
     folder = _samples_of(trainer, step)
-    files.mark(folder.parent)
     with trainer.with_ema():
         write_samples(folder, draw_samples(trainer, trainer.config.training.batch_size, step))
     log.line(f"samples of step {step} are in {folder}")
@@ -542,10 +545,14 @@ def _samples_of(trainer, step):
 
 
 def _lacks_samples(trainer):
-    """Whether the run that is continued was killed while it drew the samples of its last step."""
+    """Whether the run that is continued was killed while it drew the samples of its last step.
+
+    It has left their folder, then: a user who has deleted that does not want them again.
+    """
     training, step = trainer.config.training, trainer.state.step - 1
     due = step >= 0 and training.snapshot_sampling and "snapshot" in _due(training, step)
-    return due and not (_samples_of(trainer, step) / SAMPLES[-1]).is_file()
+    folder = _samples_of(trainer, step)
+    return due and folder.is_dir() and not (folder / SAMPLES[-1]).is_file()
 
 
 class Log:

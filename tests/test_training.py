@@ -203,11 +203,16 @@ def test_a_second_ctrl_c_acts_at_once(tree, tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_finished_run_says_so_and_changes_nothing(tree, whole, capsys):
-    before = tiny.snapshot(whole)
-    tiny.train(tree, whole)
+@pytest.mark.parametrize("deleted", [[], ["samples/iter_12"], ["samples"]])
+def test_a_finished_run_says_so_and_changes_nothing(deleted, tree, whole, tmp_path, capsys):
+    """Nor does it draw samples again that were deleted."""
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    for name in deleted:
+        shutil.rmtree(workdir / name)
+    before = tiny.snapshot(workdir)
+    tiny.train(tree, workdir)
     assert re.fullmatch(r"already trained: .*checkpoint\.pth is at step 12 of 12\n", capsys.readouterr().out)
-    assert tiny.snapshot(whole) == before
+    assert tiny.snapshot(workdir) == before
 
 
 def test_more_steps_continue_a_finished_run(tree, whole, tmp_path):
