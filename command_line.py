@@ -15,7 +15,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from ml_collections.config_flags import config_flags
 
 from basics import distributed
-from basics.console import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError, fail, guard, on_interrupt
+from basics.console import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError, are, fail, guard, on_interrupt
 from basics.files import expand_home
 
 flags.disclaim_key_flags()  # those defined through the functions below are the caller's, so its --help lists them
@@ -217,14 +217,22 @@ def _reason(error):
         name, *rest = text.splitlines() or [""]
         hint = f" ({rest[0][0].lower()}{rest[0][1:]})" if rest and rest[0] else ""
         return _NO_FIELD.format(name.strip("'") + hint)
-    if missing := re.search(r"Flag (--\w+) must have a value other than None", text):
-        return f"{missing[1]} is needed; --help says what it is"
+    if missing := re.findall(r"Flag (--\w+) must have a value other than None", text):
+        they_are = "it is" if len(missing) == 1 else "they are"
+        return f"{', '.join(missing)} {are(len(missing))} needed; --help says what {they_are}"
     if field := re.match(r"Could not parse '(.*?)': \w+Error", text):
         return _NO_FIELD.format(field[1])
-    text = re.sub(r"(?s) as tuple\. If you intended.*", " as a tuple; write one as (1,2,2)", text)
-    return re.sub(r"(?s)\('Non-boolean argument to boolean flag'.*", "write true or false", text)
+    for complaint, kind in _KINDS.items():
+        if wrong := re.fullmatch(rf"flag (--[\w.]+)=(.*): {complaint}.*", text, re.DOTALL):
+            return f"{wrong[1]} must be {kind}, not '{wrong[2]}'"
+    return re.sub(r"(?s) as tuple\. If you intended.*", " as a tuple; write one as (1,2,2)", text)
 
 
+_KINDS = {  # what Python and absl say of a value that they cannot read, as patterns, and what it must be
+    r"invalid literal for int\(\) with base": "a whole number",
+    r"could not convert string to float:": "a number",
+    r"\('Non-boolean argument to boolean flag'": "true or false",
+}
 _NO_FIELD = "the config has no such field: {}; configs/base.py lists them"
 
 

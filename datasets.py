@@ -138,7 +138,7 @@ def load_any(source, split="test", **options):
     source = _list(source)
     if source and all(isinstance(item, (str, Path)) for item in source):
         paths = [Path(expand_home(str(item))) for item in source]
-        images = load_files("list", [str(item) for item in source], paths, preparation)
+        images = load_files("list", preparation, [str(item) for item in source], paths)
         _warn_of(images)
         return images
     return load_pictures("pictures", source, preparation)
@@ -194,11 +194,11 @@ def _load_source(source, split, data_root, category, preparation):
     if (is_file or is_folder) and source.replace("_", "").lower() in (key.lower() for key in DATASETS):
         say_once(f"'{source}' is taken for {Path(source).resolve()}; rename that to have the data set of this name")
     if is_folder:
-        return load_files(_stem(source), *folder_files(Path(source)), preparation)
+        return load_files(_stem(source), preparation, *folder_files(Path(source)))
     if is_file and source.lower().endswith(".txt"):
-        return load_files(_stem(source), *listed_files(Path(source)), preparation)
+        return load_files(_stem(source), preparation, *listed_files(Path(source)))
     if is_file and Path(source).suffix.lower() not in NOT_IMAGES:
-        return load_files(_stem(source), [source], [Path(source)], preparation)
+        return load_files(_stem(source), preparation, [source], [Path(source)])
     kinds = "folder of images, image file, .txt list of image paths, or .npz or .npy file of images"
     names = f"choose one of: {', '.join(DATASETS)}"
     if "/" in source and not (is_file or is_folder):
@@ -249,7 +249,7 @@ def _load_named(key, name, split, data_root, preparation):
     preparation = dataclasses.replace(preparation, own=False, cut=getattr(entry, "cut", None))
     if isinstance(entry, _Torchvision):
         return load_small_images(name, _torchvision_pixels(name, split, data_root), preparation)
-    return load_files(name, *_find(name, split, data_root), preparation)
+    return load_files(name, preparation, *_find(name, split, data_root))
 
 
 def _torchvision_pixels(name, split, data_root):
@@ -276,7 +276,7 @@ def _torchvision_pixels(name, split, data_root):
 
 
 def _find(name, split, data_root):
-    """Labels and paths of the images of a set of files, from the first of these places below the data root.
+    """What `load_files` takes of the images of a set of files, from the first of these places below the data root.
 
     `{name}_{split}.txt`, a list; `{name}/{split}/`, for the test split also `{name}/val/`; of CelebA the files as they
     are published, in `celeba/`; and `{name}/` for both splits alike, if there is nothing for a single split.

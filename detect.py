@@ -29,7 +29,7 @@ def define_flags():
     define_path("simclr_path", None, "SIMCLR: weights of a SimCLRv2 ResNet; by default pretrained/r50_1x_sk1.pth.")
     flags.DEFINE_integer("reps", 1, "Repetitions per image to use: the first ones, at most as many as were made.")
     flags.DEFINE_string("device", "auto", "Where distances are computed: auto, cpu, cuda or cuda:i.")
-    flags.DEFINE_integer("bootstrap", 1000, "Resamples for the 95% interval of the ROC-AUC; 0 leaves it out.")
+    flags.DEFINE_integer("bootstrap", 1000, "Resamples for the 95 % interval of the ROC-AUC; 0 leaves it out.")
     flags.DEFINE_boolean("plots", True, "Write ROC curve, histograms and picture grid as PNG.")
     flags.DEFINE_integer("grid_images", 8, "Images per group in the picture grid; 0 leaves the grid out.")
 
@@ -49,7 +49,7 @@ def main(argv):
         say(f"{result.metric} ROC AUC: {result.roc_auc:.4f}")
         if result.interval:
             low, high = result.interval
-            say(f"{result.metric} 95% interval: {low:.4f} to {high:.4f} ({values.bootstrap} resamples)")
+            say(f"{result.metric} 95 % interval: {low:.4f} to {high:.4f} ({values.bootstrap} resamples)")
     say(f"written to {values.result_path}:")
     for result in results:
         say(f"  {', '.join(result.files)}")

@@ -7,6 +7,7 @@ user goes through `say`, `warn`, `log`, `fail` and `progress`, which can print a
 """
 
 import contextlib
+import decimal
 import errno
 import os
 import select
@@ -54,6 +55,15 @@ def speaks():
 def counted(count, noun):
     """A number of things in words, such as '1 image' or '1,000 images'."""
     return f"{count:,} {noun}{'' if count == 1 else 'es' if noun.endswith('ch') else 's'}"
+
+
+def percent(share, digits=3, rounding=decimal.ROUND_HALF_EVEN):
+    """A finite share as text of so many significant digits: 0.001 is '0.1 %'.  All shares that users see come from it.
+
+    Twelve digits of the share are looked at, so that rounding up sees 0.1 in what a float makes of it.
+    """
+    rounded = decimal.Context(digits, rounding).create_decimal(f"{100 * share:.12g}")
+    return f"{rounded.normalize():f} %"
 
 
 def are(count):

@@ -16,13 +16,14 @@ NAMED_FAILURES = 20  # unusable files named in warnings; ImageSet.skipped has th
 _FAILURES_IN_A_ROW = 100  # files after which training takes the disk to be the trouble, not the files
 
 
-def load_files(name, labels, paths, preparation):
+def load_files(name, preparation, labels, paths, left_out=()):
     """The set of image files; see `datasets.load`.
 
     Args:
         name: what the set is called.
-        labels, paths: of its files, lists of text and of Path, as `image_lists.folder_files` gives them.
         preparation: a `Preparation`.
+        labels, paths, left_out: as `image_lists.folder_files` gives them: labels and paths of its files, and labels of
+            what is there but not taken for an image.
 
     Raises:
         UserError: none of the files is usable.
@@ -41,7 +42,7 @@ def load_files(name, labels, paths, preparation):
     else:
         store = _checked_on_demand([paths[row] for row in found], [seen.digest for seen in found.values()], preparation)
     known = {"source_size": min(seen.edge for seen in found.values()), "labels": [labels[row] for row in found]}
-    return preparation.image_set(name, len(found), store, skipped=skipped, **known)
+    return preparation.image_set(name, len(found), store, skipped=skipped, left_out=left_out, **known)
 
 
 def _warn_of_dark(name, deepest):

@@ -21,7 +21,9 @@ def say_once(line):
 
 
 def folder_files(folder):
-    """Labels (paths below the folder) and full paths of its images, sorted; links to folders are followed once.
+    """Labels (paths below the folder) and full paths of its images, sorted, and the labels of files that are none.
+
+    Links to folders are followed once.
 
     All files are taken for images but those whose ending says otherwise (they are counted in a line), system files,
     and folders that this program wrote (they are named in a line).
@@ -29,7 +31,7 @@ def folder_files(folder):
     Raises:
         UserError: it cannot be listed, holds no images, or was itself written by this program.
     """
-    paths, written, others = [], [], collections.Counter()
+    paths, written, left_out, endings = [], [], [], collections.Counter()
     for parent, below, names in _walk(folder):
         if _is_written(parent, below, names, whole=parent != folder):
             if parent == folder:
@@ -42,14 +44,15 @@ def folder_files(folder):
         for path in (Path(parent, name) for name in names if name != files.MARK):
             ending = ".tfevents" if _EVENTS.fullmatch(path.name) else path.suffix.lower()
             if ending in NOT_IMAGES:
-                others[ending] += 1
+                endings[ending] += 1
+                left_out.append(path.relative_to(folder).as_posix())
             else:
                 paths.append(path)
-    left_out = _tell_left_out(folder, written, others)
+    told = _tell_left_out(folder, written, endings)
     if not paths:
-        raise UserError(f"folder {folder} holds no images{left_out}; check the path")
+        raise UserError(f"folder {folder} holds no images{told}; check the path")
     labels = sorted(path.relative_to(folder).as_posix() for path in paths)
-    return labels, [Path(folder, label) for label in labels]
+    return labels, [Path(folder, label) for label in labels], sorted(left_out)
 
 
 def _walk(folder):
@@ -116,16 +119,16 @@ def _visible(folder):
         return []
 
 
-def _tell_left_out(folder, written, others):
+def _tell_left_out(folder, written, endings):
     """Says what of a folder is not taken for images; returns it as a half sentence."""
     left_out = ""
     if written:
         named = ", ".join(sorted(written)[:10]) + (f" and {len(written) - 10} more" if len(written) > 10 else "")
         say_once(f"'{folder}': left out, as this program wrote it: {named}")
         left_out += f" (this program wrote {named})"
-    if others:
-        named = ", ".join(f"{count} {ending}" for ending, count in sorted(others.items()))
-        count = others.total()
+    if endings:
+        named = ", ".join(f"{count} {ending}" for ending, count in sorted(endings.items()))
+        count = endings.total()
         say_once(f"'{folder}': {counted(count, 'file')} {are(count)} left out by their endings: {named}")
         left_out += f" ({named})"
     return left_out
@@ -167,11 +170,19 @@ def listed_files(path):
     """Labels (the lines, or what of them is the path) and full paths of a txt list.
 
     A line that begins with # is a comment, unless there is a file of that name.
+
+    Raises:
+        UserError: it cannot be read, names no images, or nothing that it names is there: it may be no list.
     """
     lines = [line for line in lines_of(path) if not line.startswith("#") or _listed_file(line, path.parent)[1].exists()]
     if not lines:
         raise UserError(f"list {path} names no images; write one image path a line")
     found = [_listed_file(line, path.parent) for line in lines]
+    if not any(os.path.exists(full) for _, full in found):  # noqa: PTH110 (never raises)
+        raise UserError(
+            f"{path} was read as a list of image paths, one a line, and none of these files is there; the first is "
+            f"'{lines[0][:100]}'; correct the paths, or give images"
+        )
     return [label for label, _ in found], [full for _, full in found]
 
 

@@ -33,6 +33,7 @@ class ImageSet:
         shape: (C, H, W).
         store: holds the pixels: `InMemory`, `OnDemand` or a part of that.
         skipped: (path, reason) of the files that cannot be used; grows while a set that was not checked is read.
+        left_out: paths of the files in the folder that are not taken for images, by their endings; only if checked.
         source_size: the smallest height or width of any of the images before they got their size (but after a named
             set's own cut); None where the files were not checked.
         reduced_to: pixels an edge that all images were reduced to before they got their size, or None.
@@ -46,6 +47,7 @@ class ImageSet:
     shape: tuple
     store: object
     skipped: list = dataclasses.field(default_factory=list)
+    left_out: list = ()
     source_size: int | None = None
     reduced_to: int | None = None
     labels: list | None = None
@@ -75,6 +77,11 @@ class ImageSet:
         store = InMemory(self.store.take(indices)) if in_memory else _Part(self.store, indices)
         labels = self.labels and [self.labels[index] for index in indices.tolist()]
         return dataclasses.replace(self, count=len(indices), labels=labels, store=store)
+
+    @property
+    def without_row(self):
+        """(path, reason) of all files that were given and are not among the images, but for `max_images`."""
+        return [*self.skipped, *((path, "not taken for an image, by its ending") for path in self.left_out)]
 
     @functools.cached_property
     def fingerprint(self):

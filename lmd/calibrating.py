@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 
 from basics import distributed
-from basics.console import UserError, choose, counted, say, warn
+from basics.console import UserError, choose, counted, percent, say, warn
 from lmd import calibration, shifts
-from lmd.calibration import percent
 from lmd.card import bands, familiarity, histogram, rarest_first
 from lmd.detector import AUTO, Detector
 from lmd.held_out import content_keys_of, held_out
@@ -94,7 +93,14 @@ def calibrate(job, device, ranks=distributed.ALONE):
 def _method(text):
     """The one method that --method names; 'auto' as it is."""
     choose(text.split(":")[0], {AUTO: None, **METHODS}, "method (--method)")
-    return AUTO if text == AUTO else next(iter(select(text).values()))
+    if text == AUTO:
+        return AUTO
+    if text.startswith(f"{AUTO}:"):
+        raise UserError(f"--method {AUTO} has no settings; leave them out, or name the method that is to have them")
+    method, *others = select(text, "--method").values()
+    if others:
+        raise UserError(f"--method names {1 + len(others)} methods; a detector has one; leave the others out")
+    return method
 
 
 # ------------------------------------------------------------------------------------------------------- images
@@ -127,8 +133,7 @@ def _tell(detector):
     known = detector.calibration
     n, m = len(known.parts), len(known.reference)
     taught = f" ({m:,} others are what the method compares with)" if m else ""
-    least = percent(calibration.smallest_rate(n))
-    say(f"calibrated with n = {n:,} images{taught}; smallest false-alarm rate: {least}")
+    say(f"calibrated with n = {n:,} images{taught}; smallest false-alarm rate: {calibration.smallest_percent(n)}")
     for line in bands(n):
         say(line)
     for line in histogram(known.scores):
@@ -163,7 +168,7 @@ def blind_spots(detector, images, job, folder, origin, ranks=distributed.ALONE):
         spots[kind] = {"kind": shifts.SHIFTS[kind][1], "caught": caught, "images": count, "rate": detector.rate}
     say(f"made-up foreign images caught at {percent(detector.rate)}, {count} of each kind:")
     for spot in rarest_first(spots):
-        say(f"  {spot['kind']:45} {spot['caught']:6.1%}")
+        say(f"  {spot['kind']:45} {percent(spot['caught']):>7}")
     return spots
 
 

@@ -7,12 +7,13 @@ must be neither trained on nor used to fit the score.  Larger scores are further
 scikit-learn's tests and unlike its outlier detectors.  NumPy and SciPy alone: deciding anew needs no network.
 """
 
+import decimal
 from fractions import Fraction
 
 import numpy as np
 from scipy import special
 
-from basics.console import UserError
+from basics.console import UserError, percent
 
 LOWER = 0.05  # weight of scores that are too small; .02 to .1 detect equally well, see docs/results.md
 _ROUNDING = 1e-12  # relative; what products of a few doubles may be off
@@ -42,6 +43,11 @@ def p_values(calibration, scores):
 def smallest_rate(n):
     """The smallest false-alarm rate that n calibration scores allow, which is their smallest p-value: 1 / (n + 1)."""
     return 1 / (n + 1)
+
+
+def smallest_percent(n):
+    """`smallest_rate` as text, rounded up: what is read there can be asked for."""
+    return percent(smallest_rate(n), rounding=decimal.ROUND_CEILING)
 
 
 def threshold(calibration, rate):
@@ -88,11 +94,6 @@ def _least(rate):
     """The smallest n with 1 / (n + 1) <= rate."""
     n = round(1 / Fraction(rate)) - 1
     return n if smallest_rate(n) <= rate else n + 1
-
-
-def percent(rate):
-    """A rate as people read it, in at most six digits: 0.001 is '0.1 %'."""
-    return f"{100 * rate:.6g} %"
 
 
 def band(n, rate, level=0.95):

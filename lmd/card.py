@@ -2,12 +2,12 @@
 
 import numpy as np
 
-from basics.console import counted
+from basics.console import counted, percent
 from lmd import calibration
-from lmd.calibration import percent
 
 BAND_RATES = 0.01, 0.05  # at which the band of the realised false-alarm rate is told
 _BINS = 12  # of the histogram
+_RESTORED = 0.1  # share of the variance; .87 of the shipped model on its own domain, below 0 of an untrained one
 _KNOWN = 1.3  # misfit; 1.1 of the shipped model on its own domain, 1.5 of one trained on 5,000 photographs, 1.7 to 2 of
 # images of another domain
 
@@ -17,30 +17,38 @@ def bands(n):
     lines = []
     for rate in BAND_RATES:
         if rate >= calibration.smallest_rate(n):
-            low, high = calibration.band(n, rate)
-            lines.append(f"at {percent(rate)} the realised rate lies between {low:.2%} and {high:.2%} (95 %)")
+            low, high = (percent(end, 2) for end in calibration.band(n, rate))
+            lines.append(f"at {percent(rate)} the realised rate lies between {low} and {high} (95 %)")
     return lines
 
 
 def familiarity(images):
-    """How well the model knows the domain, from `misfit` in what a description says of the held-back images.
+    """How well the model knows the domain: `misfit` and `restored` of what a description says of held-back images.
 
     Returns:
         tuple: whether it does, and lines that say so; none where the method does not tell.
     """
-    if "misfit" not in images:
-        return True, []
-    known = images["misfit"] <= _KNOWN
-    far = (
-        f"held-back images are {images['misfit']:.2f} times as far from their reconstructions as two of these are from"
-    )
-    verdict = (
-        "as it should be where the model knows such images (1 is ideal; a hardly trained model has 1, too)"
-        if known
-        else f"above {_KNOWN} the model knows such images badly and sees little of their structure; decisions stay "
-        "valid, and a model trained on such images, or for longer, catches more"
-    )
-    return known, [f"{far} each other: {verdict}"]
+    known, lines = True, []
+    if "misfit" in images:
+        known = images["misfit"] <= _KNOWN
+        verdict = (
+            "as it should be where the model knows such images (1 is ideal)"
+            if known
+            else f"above {_KNOWN} the model knows such images badly and sees little of their structure; decisions stay "
+            "valid, and a model trained on such images, or for longer, catches more"
+        )
+        lines.append(
+            f"held-back images are {images['misfit']:.2f} times as far from their reconstructions as two of these are "
+            f"from each other: {verdict}"
+        )
+    if "restored" in images:
+        share = images["restored"]
+        line = f"the model restores {percent(max(share, 0), 2)} of what varies between these images where it is masked"
+        if share < _RESTORED:
+            known = False
+            line += ": it has hardly learned them, or they are all texture; train it for longer if it was not for long"
+        lines.append(line)
+    return known, lines
 
 
 def histogram(scores):
@@ -75,7 +83,7 @@ def card(detector, description):
         f"- Method: {detector.method.name}, {cost} an image of {data.image_size}x{data.image_size} pixels, "
         f"{counted(data.num_channels, 'channel')}.",
         f"- Calibrated with {n:,} images; {len(known.reference):,} others are what the method compares with.",
-        f"- Decides at {percent(detector.rate)}; smallest rate: {percent(calibration.smallest_rate(n))}.",
+        f"- Decides at {percent(detector.rate)}; smallest rate: {calibration.smallest_percent(n)}.",
         *(f"- {line[0].upper()}{line[1:]}." for line in [*bands(n), *familiarity(description["images"])[1]]),
         *([f"- Made by: `{description['command']}`"] if description["command"] else []),
         "",
@@ -101,6 +109,6 @@ def _blind_spots(spots):
         "",
         "| kind | caught | images |",
         "|---|---|---|",
-        *(f"| {spot['kind']} | {spot['caught']:.0%} | {spot['images']} |" for spot in rarest_first(spots)),
+        *(f"| {spot['kind']} | {percent(spot['caught'])} | {spot['images']} |" for spot in rarest_first(spots)),
         "",
     ]

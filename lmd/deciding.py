@@ -8,10 +8,9 @@ import numpy as np
 from PIL import Image
 
 from basics import files
-from basics.console import UserError, are, counted, printable, say, shell, warn
+from basics.console import UserError, are, counted, percent, printable, say, shell, warn
 from lmd import calibration
 from lmd import report as reports
-from lmd.calibration import percent
 from lmd.report import BlindSpot, Picture, Report
 from storage.predictions import (
     PREDICTIONS,
@@ -117,7 +116,7 @@ def _tell(output, description, p_value, named, sentences):
     for row in named:
         say(f"  {printable(description['files'][row])}: p = {p_value[row]:.4g}")
     if count := len(description["skipped"]):
-        warn(f"{counted(count, 'file')} could not be read; see {output / SKIPPED}")
+        warn(f"{counted(count, 'file')} got no decision; see {output / SKIPPED}")
     say(f"results: {output / PREDICTIONS}; {output / REPORT} opens in a browser")
 
 

@@ -14,12 +14,11 @@ import torch
 
 import datasets
 from basics import distributed, noise
-from basics.console import UserError, are, counted, printable, warn
+from basics.console import UserError, are, counted, percent, printable, warn
 from basics.image_sets import ImageSet
 from basics.machine import choose_device
 from configs.base import to_dict
 from lmd import calibration, heat, methods
-from lmd.calibration import percent
 from lmd.card import card
 from lmd.combination import combined
 from lmd.held_out import content_keys_of, held_out
@@ -44,8 +43,10 @@ class Prediction:
         is_outlier: (N,) bool: whether the p-value is at most the detector's false-alarm rate.
         parts: name -> (N,) p-values of the method's parts.
         map: (N, H, W) float32, how unusual each pixel is in standard deviations, where it was asked for.
-        files: the images' names, N of them, where they have some.
-        skipped: (file, reason) of what could not be read and has no row.
+        files: N names, of the image that each row is of: the paths of a list as they were given, of a folder those
+            below it; None for arrays and pictures, whose rows are all there, in order.
+        skipped: (file, reason) of what could not be read, or is no image by its ending: it has no row, so that a list
+            of paths may have fewer rows than entries.
     """
 
     score: np.ndarray
@@ -136,6 +137,9 @@ class Detector:
         misfit = np.concatenate([chunk["misfit"] for chunk in chunks])
         if misfit.size:
             described["misfit"] = round(float(np.median(misfit)), 4)
+        error, spread = np.sum([chunk["restoration"] for chunk in chunks], axis=0)
+        if spread:
+            described["restored"] = round(float(1 - error / spread), 4)
         self.description = {"images": described, "treatment": images.treatment}
         return self
 
@@ -222,7 +226,7 @@ class Detector:
         chunks = self.measurement(images, keep=keep).run("predicting")
         shown = np.concatenate([chunk["map"] for chunk in chunks]) if maps else None
         decided = self.decide(self.method.score_statistics(statistics_of(chunks)), shown)
-        return dataclasses.replace(decided, files=images.labels, skipped=images.skipped)
+        return dataclasses.replace(decided, files=images.labels, skipped=images.without_row)
 
     def decide(self, parts, shown=None):
         """The `Prediction` from the parts' scores (N, K) and maps (N, H, W) or None."""
@@ -386,4 +390,25 @@ def _versions():
 def _of_the_domain(pixels, examined, start):
     """For `Measurement.keep`: what a chunk of held-back images says of single pixels, and of the model."""
     misfit = np.zeros(0) if examined.misfit is None else examined.misfit
-    return {"pixel_sums": heat.sums(examined.distances), "misfit": misfit}
+    restoration = _restoration(pixels, examined.reconstructions)
+    return {"pixel_sums": heat.sums(examined.distances), "misfit": misfit, "restoration": restoration}
+
+
+def _restoration(pixels, recons):
+    """How far masked pixels are from their reconstructions, and from their mean over the chunk: sums of squares (2,).
+
+    Less 1, their ratio is the share of the domain's variance that the model explains.  The mean of B images is as if
+    it were known without them: the second sum is multiplied by B / (B - 1).
+
+    Args:
+        pixels: (B, C, H, W) uint8.
+        recons: (B, C, H, W) in [0, 1], or None.  What equals its pixel in all images was never masked.
+    """
+    count = len(pixels)
+    if recons is None or count < 2:
+        return np.zeros(2)
+    orig = pixels.double() / 255
+    error = (orig - recons).square().sum(dim=0)
+    spread = orig.var(dim=0) * count
+    masked = error > 1e-12  # more than the rounding of 32-bit floats
+    return np.array([error[masked].sum().item(), spread[masked].sum().item()])

@@ -25,7 +25,7 @@ def compare(metrics, orig, recons, device):
     Raises:
         UserError: the device has too little memory.
     """
-    remedy = "to compare these images; use --device cpu, or one --metric at a time"
+    remedy = "to compare these images; use --device cpu, or one metric at a time"
     with memory.explained(device, remedy), inference.arithmetic("fp32"):
         return _compare(metrics, orig, recons, device)
 

@@ -113,7 +113,7 @@ def _roc(result):
 def _auc_text(result):
     if not result.interval:
         return f"ROC-AUC {result.roc_auc:.4f}"
-    return f"ROC-AUC {result.roc_auc:.4f} (95%: {result.interval[0]:.4f} to {result.interval[1]:.4f})"
+    return f"ROC-AUC {result.roc_auc:.4f} (95 %: {result.interval[0]:.4f} to {result.interval[1]:.4f})"
 
 
 def _histogram(result):

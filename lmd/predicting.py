@@ -132,7 +132,7 @@ def _conclude(job, detector, measurement, statistics):
     arrays |= _most_unusual(measurement, decided)
     description = {
         "files": images.labels,
-        "skipped": [[str(path), reason] for path, reason in images.skipped],
+        "skipped": [[str(path), reason] for path, reason in images.without_row],
         "facts": _facts(job, detector, images),
         "parts": list(decided.parts),
         "meanings": [detector.method.meaning(part) for part in decided.parts],

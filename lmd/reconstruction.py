@@ -99,7 +99,7 @@ def run(job, device, ranks=distributed.ALONE):
         missing = ranks.on_main(lambda: claim_missing(folder, settings, entries, versions))
         if job.mask_directory is not None:
             ranks.on_main(lambda: save_masks(job, entries))
-        reconstruct = Reconstructor(job.config, model, device, rows)
+        reconstruct = Reconstructor(job.config, model, device, rows, "lower --batch_size")
         get_ready(job, reconstruct, sides, missing[ranks.rank :: ranks.world_size])
         reconstruct_missing(job, folder, sides, reconstruct, missing, ranks)
     _tell_what_next(job, sides)
@@ -114,10 +114,13 @@ def _check(job, device):
     return inference.resolve(job.precision, device)
 
 
+_METRICS = "MSE,SSIM"  # they need no weights; which of them detects better depends on the images and the sampler
+
+
 def _tell_what_next(job, sides):
     say(f"reconstructions: {job.path}")
     if "neg" in sides:
-        command = shell("python", "detect.py", "--result_path", job.path, "--reps", job.reps, "--metric", "MSE")
+        command = shell("python", "detect.py", "--result_path", job.path, "--reps", job.reps, "--metric", _METRICS)
         say(f"next: {command}")
 
 

@@ -55,10 +55,11 @@ class Reconstructor:
         model: a `models.score.ScoreModel`.
         device: torch.device.
         rows: trajectories in the network at once; the results do not depend on it.
+        remedy: what the user can do where memory is too little even for the fewest.
     """
 
-    def __init__(self, config, model, device, rows):
-        self.config, self.model, self.device, self.rows = config, model, device, rows
+    def __init__(self, config, model, device, rows, remedy="choose another --device"):
+        self.config, self.model, self.device, self.rows, self.remedy = config, model, device, rows, remedy
 
     def __call__(self, images, keys, masks, on_step=None):
         """Reconstructs one batch, once for each mask.
@@ -120,7 +121,7 @@ class Reconstructor:
         """After memory ran out: go on with half as many trajectories at once as were tried."""
         self.rows = max(1, tried // 2)
         if self._rows_at_once(batch) >= tried:
-            raise UserError(f"{self.device} has too little memory for this batch; lower --batch_size")
+            raise UserError(f"{self.device} has too little memory for this batch; {self.remedy}")
 
     def _rows_at_once(self, batch):
         """Trajectories per call; whole repetitions where Langevin's step size ties the images of a batch together."""

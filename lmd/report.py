@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from basics import files
-from basics.console import counted, printable
+from basics.console import counted, percent, printable
 from lmd.calibration import band_of_rank
 
 MOST_PICTURES = 300  # images in the gallery
@@ -83,7 +83,7 @@ class Report:
         false_discovery_rate: in (0, 1) where that has decided, else None.
         parts: p-values in [0, 1] of the method's parts, name -> (N,).
         meanings: what an image may be where a part's p-value is small, name -> text, which may be empty.
-        skipped: (file, reason) of what could not be read.
+        skipped: (file, reason) of what got no decision.
         pictures: of the rows that `pictured` names, in any order.
         blind_spots: the made-up kinds of foreign images; the page sorts them.
         blind_spot_rate: the false-alarm rate at which their shares were measured.
@@ -224,7 +224,7 @@ def _stops(start, images, calibration, histogram):
                 "rate": rate,
                 "exact": repr(float(rate)),
                 "rank": rank,
-                "label": percent(rate),
+                "label": _percent(rate),
                 "chance": _expected(images * rate),
                 "band": _band(rank, n),
                 "threshold": f"{line:.4g}" if rank else "",
@@ -240,14 +240,14 @@ def _band(rank, n):
     Source: Vovk, Conditional validity of inductive conformal predictors, 2012.
     """
     if not rank:
-        return percent(0)
+        return _percent(0)
     low, high = band_of_rank(n, rank)
-    return f"{percent(low, 2)} to {percent(high, 2)}"
+    return f"{_percent(low, 2)} to {_percent(high, 2)}"
 
 
-def percent(share, digits=3):
-    """A share in [0, 1] as text of so many significant digits, '0.5 %', which no line break parts."""
-    return f"{np.format_float_positional(float(f'{100 * share:.{digits}g}'), trim='-')}\N{NO-BREAK SPACE}%"
+def _percent(share, digits=3):
+    """`percent` which no line break parts."""
+    return percent(share, digits).replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def _expected(count):
@@ -279,7 +279,7 @@ def _histogram(score, calibration):
         "new": _bars(shares[0], top, -1),
         "calibration": _bars(shares[1], top, 1),
         "beyond": int((score > high).sum()),
-        "shares": [(percent(share), round(50 * (share / top) ** 0.5, 2)) for share in ticks],
+        "shares": [(_percent(share), round(50 * (share / top) ** 0.5, 2)) for share in ticks],
         "scores": [
             (f"{value:.4g}", round(100 * (value - low) / (high - low), 2)) for value in _round_numbers(low, high)
         ],
@@ -391,7 +391,7 @@ def _template():
     )
     environment.filters |= {
         "digest": _digest,
-        "percent": percent,
+        "percent": _percent,
         "printable": printable,
         "count": "{:,}".format,
         "counted": counted,

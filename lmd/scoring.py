@@ -28,7 +28,7 @@ class Result:
         tables: per side, 'pos' (in-domain) and 'neg', what `scores.write_scores` takes: position, batch and score
             (N,) and distances (R, N); larger = further.
         roc_auc: in [0, 1]; 1 when every in-domain image is closer than every other.
-        interval: 95% bootstrap interval of the ROC-AUC, or None where no resamples were asked for.
+        interval: 95 % bootstrap interval of the ROC-AUC, or None where no resamples were asked for.
         aupr_out, aupr_in, fpr95: see `separation`.
         options: what the distances depend on besides the images, JSON types, as in `metrics.Metric`.
         files: names of the files written beside the batches.

@@ -28,7 +28,7 @@ import models
 import sampling
 import sde_lib
 from basics import files, noise
-from basics.console import UserError, are, choose, counted, log, printable, progress, remedy, say, warn
+from basics.console import UserError, are, choose, counted, log, percent, printable, progress, remedy, say, warn
 from basics.distributed import ALONE
 from basics.pixels import to_data_range
 from basics.tensor_files import WrongFile
@@ -178,8 +178,7 @@ class Trainer:
         evaluations = inference.PASSES * images / self.ranks.world_size  # the same on all ranks
         least, shape = inference.COMPILE_TRAINING_FROM, batches.images.shape
         compiled = steps > 0 and inference.worth_compiling(choice, network, evaluations, shape, least)
-        net.to(memory_format=inference.layout(self.device, compiled))
-        losses.match_layout(self.state)
+        self._lay_out(compiled)
         shared = self.ranks.wrap(net)
         # the solver of the method ode would answer bfloat16's rounding with ever smaller steps
         exact = self.config.sampling.method.lower() == "ode"
@@ -187,6 +186,11 @@ class Trainer:
         if compiled:
             log(f"compiling the network for {steps:,} steps; the first one waits for it")
             self._compile(shared, batches.batch(self.state.step), required=choice == "on")
+
+    def _lay_out(self, compiled):
+        """The memory layout in which the network is fastest, compiled or not; averages and moments get the same."""
+        self.state.net.to(memory_format=inference.layout(self.device, compiled))
+        losses.match_layout(self.state)
 
     def _score(self, net, precision):
         network = inference.InPrecision(net, self.device, precision)
@@ -203,7 +207,9 @@ class Trainer:
         with self.ranks.together(), self.ranks.unshared(shared):
             done = inference.attempt_compiled(work, required, "set --config.training.compile=off")
         self.state.optimizer.zero_grad(set_to_none=True)
-        if not self.ranks.any(not done):
+        if self.ranks.any(not done):
+            self._lay_out(compiled=False)
+        else:
             self.shared_model = compiled
 
     def train_step(self, x):
@@ -482,8 +488,8 @@ class Pace:
 
     def __str__(self):
         seconds = time.perf_counter() - self.begun
-        share = (self.batches.waited - self.waited) / seconds
-        return f"{self.steps * self.batch_size / seconds:,.1f} images/s, {share:.0%} of the time waiting for data"
+        share = percent(round((self.batches.waited - self.waited) / seconds, 2))
+        return f"{self.steps * self.batch_size / seconds:,.1f} images/s, {share} of the time waiting for data"
 
 
 def _after_step(trainer, log, test_batches, step, part, pace):
@@ -516,16 +522,19 @@ def _write_due(trainer, log, test_batches, step, due):
     if "snapshot" in due:
         number = step // training.snapshot_freq if training.snapshot_freq else 1  # the last step's alone
         trainer.save(Path("checkpoints") / f"checkpoint_{number}.pth")
+    samples = "snapshot" in due and training.snapshot_sampling
+    if samples:
+        files.mark(_samples_of(trainer, step).parent)
+        _samples_of(trainer, step).mkdir(exist_ok=True)  # before the next file: see `_lacks_samples`
     if "preemption" in due:  # after the file above, which a run that is killed before makes again
         trainer.save(META_CHECKPOINT)
-    if "snapshot" in due and training.snapshot_sampling:  # last, as it takes long: see `_lacks_samples`
+    if samples:  # last, as it takes long
         _sample(trainer, log, step)
 
 
 def _sample(trainer, log, step):
     """Draws and writes the samples of a step that has just been made."""
     folder = _samples_of(trainer, step)
-    files.mark(folder.parent)
     with trainer.with_ema():
         write_samples(folder, draw_samples(trainer, trainer.config.training.batch_size, step))
     log.line(f"samples of step {step} are in {folder}")
@@ -536,10 +545,14 @@ def _samples_of(trainer, step):
 
 
 def _lacks_samples(trainer):
-    """Whether the run that is continued was killed while it drew the samples of its last step."""
+    """Whether the run that is continued was killed while it drew the samples of its last step.
+
+    It has left their folder, then: a user who has deleted that does not want them again.
+    """
     training, step = trainer.config.training, trainer.state.step - 1
     due = step >= 0 and training.snapshot_sampling and "snapshot" in _due(training, step)
-    return due and not (_samples_of(trainer, step) / SAMPLES[-1]).is_file()
+    folder = _samples_of(trainer, step)
+    return due and folder.is_dir() and not (folder / SAMPLES[-1]).is_file()
 
 
 class Log:

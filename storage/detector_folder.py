@@ -39,6 +39,7 @@ _FIELDS = {
     "digest": TEXT,
 }
 _SPOT = {"kind": TEXT, "caught": SHARE, "images": POSITIVE, "rate": SHARE}  # of `blind_spots`
+_IN_PART = "the detector was copied in part; copy the whole folder again"
 _SETTING_MOST = 10_000  # of a number among the settings: none is larger, and far larger ones would take all memory
 
 
@@ -126,7 +127,7 @@ def read(path):
     for name, digest in description["files"].items():
         file = path / name
         if not file.is_file():
-            raise UserError(f"{file} is missing: the detector was copied in part; copy the whole folder again")
+            raise UserError(f"{file} is missing: {_IN_PART}")
         try:
             found = files.file_hash(file)
         except OSError as error:
@@ -147,6 +148,8 @@ def _read_description(path):
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError as error:
+        if any((path / name).is_file() for name in (CALIBRATION, CARD)):
+            raise UserError(f"{file} is missing: {_IN_PART}") from error
         raise UserError(f"there is no detector in {path} (no {DESCRIPTION}); make one by calibrate.py") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read ({error}); copy the whole folder again") from error

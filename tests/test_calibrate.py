@@ -13,10 +13,11 @@ import torch
 from scipy import stats
 
 from basics import noise
-from basics.console import UserError
+from basics.console import UserError, percent
 from lmd import Detector, calibrating, shifts
 from lmd.calibrating import CalibrationJob
 from lmd.card import bands, familiarity, histogram
+from lmd.detector import _restoration
 from lmd.held_out import content_keys_of
 from lmd.methods.lmd import LMD
 from lmd.training import held_back
@@ -60,11 +61,11 @@ def made(data, tmp_path_factory):
 def test_what_it_prints_and_stores(made):
     path, out, err = made
     low, high = stats.beta.ppf([0.025, 0.975], 2, 49)  # k = floor(0.05 * 51)
-    band = f"at 5 % the realised rate lies between {low:.2%} and {high:.2%} (95 %)"
+    band = f"at 5 % the realised rate lies between {percent(low, 2)} and {percent(high, 2)} (95 %)"
     lines = out.splitlines()
     assert "method lmd: 5 network evaluations an image, fp32" in lines
     assert "calibrated with n = 50 images (50 others are what the method compares with); smallest " in out
-    assert "smallest false-alarm rate: 1.96078 %" in out
+    assert "smallest false-alarm rate: 1.97 %" in out
     assert band in lines
     assert "at 1 %" not in out
     assert "warning: 50 calibration images cannot give a false-alarm rate of 1 %; hold back at least 99" in err
@@ -74,7 +75,7 @@ def test_what_it_prints_and_stores(made):
     for text in (
         band[1:],
         *histogram(detector.calibration.scores),
-        "smallest rate: 1.96078 %",
+        "smallest rate: 1.97 %",
         "n image of 8x8 pixels",
     ):
         assert text in card
@@ -92,7 +93,7 @@ def test_blind_spots(made, data):
     spots = detector.description["blind_spots"]
     assert spots.keys() == shifts.SHIFTS.keys()
     assert len(spots) == 12
-    printed = [float(share) for share in re.findall(r"^  .{45} +([0-9.]+)%$", out, re.M)]
+    printed = [float(share) for share in re.findall(r"^  .{45} +([0-9.]+) %$", out, re.M)]
     assert printed == sorted(round(100 * spot["caught"], 1) for spot in spots.values())
     images = detector.images_of(str(data / "held.npz"))
     chosen = images.take(torch.linspace(0, 99, 8).round().long())
@@ -101,13 +102,13 @@ def test_blind_spots(made, data):
         shifted = shifts.make(kind, chosen, keys, chosen[shifts.partner_positions(keys)])
         assert spots[kind]["caught"] == detector.predict(shifted).is_outlier.mean()
         assert spots[kind]["images"] == 8
-        assert f"| {spots[kind]['kind']} | {spots[kind]['caught']:.0%} | 8 |" in (path / "card.md").read_text()
+        assert f"| {spots[kind]['kind']} | {percent(spots[kind]['caught'])} | 8 |" in (path / "card.md").read_text()
 
 
 def test_bands_and_histogram():
     assert [line.split(" the ")[0] for line in bands(99)] == ["at 1 %", "at 5 %"]
     low, high = stats.beta.ppf([0.025, 0.975], 10, 991)
-    assert bands(1000)[0] == f"at 1 % the realised rate lies between {low:.2%} and {high:.2%} (95 %)"
+    assert bands(1000)[0] == f"at 1 % the realised rate lies between {percent(low, 2)} and {percent(high, 2)} (95 %)"
     assert bands(18) == []
     lines = histogram(np.arange(24.0))
     assert [line.split()[3:] for line in lines] == 12 * [["2", 40 * "#"]]
@@ -122,9 +123,13 @@ def test_how_well_the_model_knows_the_domain_is_told(data, tmp_path, capsys):
     keys = noise.seed_keys(detector.seed, noise.content_keys(pixels))
     expected = np.median(detector.method.examine(detector.model, pixels, keys).misfit)
     assert detector.description["images"]["misfit"] == pytest.approx(expected, rel=1e-3)
-    _, (line,) = familiarity(detector.description["images"])
-    assert line in "".join(capsys.readouterr())
-    assert line[1:] in (tmp_path / "mine" / "card.md").read_text()
+    known, lines = familiarity(detector.description["images"])
+    assert not known, "the model is untrained, and restores nothing"
+    assert "the model restores 0 % of what varies" in lines[1]
+    told = "".join(capsys.readouterr())
+    for line in lines:
+        assert line in told
+        assert line[1:] in (tmp_path / "mine" / "card.md").read_text()
 
 
 @pytest.mark.parametrize(("misfit", "known"), [(1.0, True), (1.3, True), (1.31, False), (2.0, False)])
@@ -133,6 +138,33 @@ def test_what_is_known_well(misfit, known):
     assert found == known
     assert f"{misfit:.2f} times" in line
     assert familiarity({}) == (True, [])
+
+
+@pytest.mark.parametrize(
+    ("restored", "known", "told"),
+    [(0.87, True, "87 %"), (0.05, False, "5 %"), (-2, False, "0 %")],
+)
+def test_a_hardly_trained_model_is_told(restored, known, told):
+    """It is as far from its reconstructions as they are from each other, too."""
+    found, (_, line) = familiarity({"misfit": 1.0, "restored": restored})
+    assert (found, "hardly" in line) == (known, not known)
+    assert f"restores {told} of what varies" in line
+
+
+def test_the_share_of_the_variance_that_is_restored():
+    """Of 128 + 15 a + 20 b, a and b standard normal, who knows a restores 15^2 / 25^2; known pixels are left out.
+
+    The mean of a chunk is that of 4 images, which would make the variance 3 / 4 of what it is.
+    """
+    a, b = torch.randn((2, 4, 3, 200, 200), generator=torch.Generator().manual_seed(0))
+    pixels = (128 + 15 * a + 20 * b).round().clamp(0, 255).byte()
+    recons = (128 + 15 * a) / 255
+    recons[..., 100:] = pixels[..., 100:] / 255
+    error, spread = _restoration(pixels, recons)
+    assert 1 - error / spread == pytest.approx(0.36, abs=0.01)
+    assert spread == pytest.approx(pixels[..., :100].numel() * (25 / 255) ** 2, rel=0.02)
+    assert not _restoration(pixels, None).any()
+    assert not _restoration(pixels[:1], recons[:1]).any()
 
 
 def test_no_card_and_another_share(data, tmp_path, capsys):

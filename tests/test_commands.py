@@ -68,7 +68,7 @@ def test_reconstruction(commands):
     assert code == 0, err
     assert out.splitlines() == [
         f"reconstructions: {commands['results']}",
-        f"next: python detect.py --result_path {commands['results']} --reps 2 --metric MSE",
+        f"next: python detect.py --result_path {commands['results']} --reps 2 --metric MSE,SSIM",
     ]
     batch = torch.load(commands["results"] / "neg" / "batch_1.pth", weights_only=True)
     assert batch["orig"].shape == (1, 1, 8, 8)
@@ -309,7 +309,7 @@ MISTAKES = {  # noticed before anything is loaded
     "missing config overridden": ([*TRAIN, "--config=nowhere.py", "--config.seed=1"], "no config can be read"),
     "no config field": ([*TRAIN, CONFIG, "--config.model.width=3"], "the config has no such field: .*width"),
     "no config section": ([*TRAIN, CONFIG, "--config.net.nf=3"], "the config has no such field: .*net"),
-    "a config value of another type": ([*TRAIN, CONFIG, "--config.training.batch_size=few"], "batch_size=few: inval"),
+    "a config value of another type": ([*TRAIN, CONFIG, "--config.training.batch_size=few"], "must be a whole number"),
     "no checkpoint": ([*RECON[:2], RECON[3], CONFIG], "--ckpt_path is needed; --help says what it is"),
     "no in-domain": ([*RECON[:3], CONFIG], "--in_domain is needed; --help says what it is"),
     "no repetitions": ([*RECON, CONFIG, "--reps_per_image=0"], "--reps_per_image=0: 0 is not an integer in the range"),

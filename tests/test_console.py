@@ -1,5 +1,6 @@
 """A user's error is one line and exit code 2; anything else keeps its traceback."""
 
+import decimal
 import errno
 import io
 import os
@@ -25,6 +26,7 @@ from basics.console import (
     fail,
     guard,
     log,
+    percent,
     printable,
     progress,
     say,
@@ -98,6 +100,26 @@ def test_choose():
 def test_numbers_of_things(count, words):
     assert f"{counted(count, 'image')} {are(count)}" == words
     assert counted(2, "batch") == "2 batches"
+
+
+@pytest.mark.parametrize(
+    ("share", "digits", "up", "text"),
+    [
+        (0.01, 3, False, "1 %"),
+        (1 / 1001, 3, False, "0.0999 %"),
+        (1 / 1001, 3, True, "0.1 %"),
+        (0.001, 3, True, "0.1 %"),  # though 100 times the float are more
+        (1 / 51, 3, True, "1.97 %"),
+        (0.9996, 3, False, "100 %"),
+        (0.017049, 2, False, "1.7 %"),
+        (1e-8, 3, False, "0.000001 %"),
+        (0.1, 3, False, "10 %"),
+        (1, 3, False, "100 %"),
+        (0, 3, False, "0 %"),
+    ],
+)
+def test_percent(share, digits, up, text):
+    assert percent(share, digits, *([decimal.ROUND_CEILING] if up else [])) == text
 
 
 def test_say_and_warn(capsys):

@@ -489,7 +489,7 @@ def test_command_prints_the_published_line(published):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == "MSE ROC AUC: 0.7475"
-    assert re.fullmatch(r"MSE 95% interval: 0\.\d{4} to [01]\.\d{4} \(20 resamples\)", lines[1])
+    assert re.fullmatch(r"MSE 95 % interval: 0\.\d{4} to [01]\.\d{4} \(20 resamples\)", lines[1])
     assert lines[2] == "SSIM ROC AUC: 0.7475"
     assert lines[4:] == [
         f"written to {published}/:",

@@ -170,6 +170,19 @@ def test_the_same_images_whatever_they_come_in(fitted, predicted, tmp_path):
         assert found.map is None
 
 
+def test_what_cannot_be_read_has_no_row(fitted, predicted, tmp_path):
+    """The names say which rows are left, as they were given."""
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    for row in (3, 5):
+        Image.fromarray(NEW[row]).save(tmp_path / f"{row}.png")
+    given = [tmp_path / "5.png", str(tmp_path / "bad.png"), f"{tmp_path}/../{tmp_path.name}/3.png", tmp_path / "5.png"]
+    found = fitted.predict(given)
+    assert found.files == [str(given[0]), given[2], str(given[3])]
+    assert found.skipped == [(given[1], "not an image, or damaged")]
+    np.testing.assert_array_equal(found.p_value, predicted.p_value[[5, 3, 5]])
+    assert fitted.predict(NEW[:2]).files is None
+
+
 @pytest.mark.parametrize(
     ("images", "message"),
     [
@@ -244,9 +257,9 @@ def test_saved_and_loaded_without_the_checkpoint(detector_folder, predicted, tmp
         assert again.description[name] == loaded.description[name], name
     assert again.description["images"]["count"] == 100
     card = (tmp_path / "again" / "deeper" / "card.md").read_text()
-    assert "- Decides at 10 %; smallest rate: 1.96078 %." in card
+    assert "- Decides at 10 %; smallest rate: 1.97 %." in card
     assert "that is caught at 5 %." in card  # as it was measured
-    assert "| noisy | 25% | 8 |" in card
+    assert "| noisy | 25 % | 8 |" in card
 
 
 def test_precision_that_another_machine_lacks(detector_folder, monkeypatch, capsys, predicted):

@@ -197,11 +197,14 @@ def test_what_systems_put_among_images_is_no_image(folder, capsys):
 def test_other_files_are_counted_by_their_endings(folder, capsys):
     put(folder, "b.CSV", "clip.mp4", "more.txt", "figure.eps", "README", "damaged.xyz")
     os.mkfifo(folder / "pipe.png")
-    assert load(folder).skipped == [
+    images = load(folder)
+    assert images.skipped == [
         ("README", "not an image, or damaged"),
         ("damaged.xyz", "not an image, or damaged"),
         ("pipe.png", "not a regular file"),
     ]
+    assert images.left_out == ["b.CSV", "clip.mp4", "figure.eps", "more.txt", "notes.txt"]
+    assert [name for name, _ in images.without_row] == [name for name, _ in images.skipped] + images.left_out
     line = f"'{folder}': 5 files are left out by their endings: 1 .csv, 1 .eps, 1 .mp4, 2 .txt\n"
     assert line in capsys.readouterr().out
     put(folder, "only/x.csv")

@@ -160,11 +160,13 @@ def test_hostile_names_and_broken_files(data, tmp_path, capsys):
     Image.fromarray(NEW[0]).resize((21, 17)).convert("RGB").save(folder / "large.jpg")
     (folder / "=broken\x1b.png").write_bytes(b"\x89PNG broken")
     (folder / "empty.png").write_bytes(b"")
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "sub").mkdir()
+    (folder / "sub" / "notes.txt").write_text("no picture")
+    (folder / ".DS_Store").write_bytes(b"")
     flagged = predict(data, tmp_path / "out", folder, maps=True, false_alarm_rate=0.9)
     out, err = capsys.readouterr()
     assert "\x1b" not in out + err
-    assert f"warning: 2 files could not be read; see {tmp_path}/out/skipped.csv" in err
+    assert f"warning: 3 files got no decision; see {tmp_path}/out/skipped.csv" in err
     rows = rows_of(tmp_path / "out")
     assert len(rows) == 9
     assert flagged > 3
@@ -174,8 +176,9 @@ def test_hostile_names_and_broken_files(data, tmp_path, capsys):
         "new\\nline.png", "é\\xe9.png",
     ]  # fmt: skip
     skipped = rows_of(tmp_path / "out", "skipped.csv")
-    assert [row["file"] for row in skipped] == ["'=broken\\x1b.png", "empty.png"]
+    assert [row["file"] for row in skipped] == ["'=broken\\x1b.png", "empty.png", "sub/notes.txt"]
     assert all(row["reason"] for row in skipped)
+    assert skipped[2]["reason"] == "not taken for an image, by its ending"
     assert "<script>x.png" not in (tmp_path / "out" / "report.html").read_text()
     pictures = [path for path in (tmp_path / "out" / "maps").iterdir() if path.suffix == ".png"]
     assert len(pictures) == flagged

@@ -480,7 +480,7 @@ def test_the_next_command_is_quoted_for_the_shell(checkpoint, sources, tmp_path,
     line = capsys.readouterr().out.splitlines()[-1]
     assert line.startswith("next: python detect.py --result_path ")
     assert shlex.split(line)[1:] == [
-        "python", "detect.py", "--result_path", str(folder), "--reps", "2", "--metric", "MSE",
+        "python", "detect.py", "--result_path", str(folder), "--reps", "2", "--metric", "MSE,SSIM",
     ]  # fmt: skip
 
 

@@ -203,11 +203,16 @@ def test_a_second_ctrl_c_acts_at_once(tree, tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_finished_run_says_so_and_changes_nothing(tree, whole, capsys):
-    before = tiny.snapshot(whole)
-    tiny.train(tree, whole)
+@pytest.mark.parametrize("deleted", [[], ["samples/iter_12"], ["samples"]])
+def test_a_finished_run_says_so_and_changes_nothing(deleted, tree, whole, tmp_path, capsys):
+    """Nor does it draw samples again that were deleted."""
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    for name in deleted:
+        shutil.rmtree(workdir / name)
+    before = tiny.snapshot(workdir)
+    tiny.train(tree, workdir)
     assert re.fullmatch(r"already trained: .*checkpoint\.pth is at step 12 of 12\n", capsys.readouterr().out)
-    assert tiny.snapshot(whole) == before
+    assert tiny.snapshot(workdir) == before
 
 
 def test_more_steps_continue_a_finished_run(tree, whole, tmp_path):
@@ -297,8 +302,8 @@ def test_the_pace_is_that_since_the_last_pause(monkeypatch):
     monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
     pace = training.Pace(batches, 128)
     for steps, seconds, waited, expected in (
-        (50, 2.0, 0.5, "3,200.0 images/s, 25%"),
-        (1, 64.0, 0.0, "2.0 images/s, 0%"),
+        (50, 2.0, 0.5, "3,200.0 images/s, 25 %"),
+        (1, 64.0, 0.0, "2.0 images/s, 0 %"),
     ):
         pace.steps += steps
         clock[0] += seconds
@@ -415,7 +420,11 @@ def test_what_cannot_be_compiled_is_told_before_the_first_step(tree, whole, tmp_
     assert results(tmp_path / "on") == {}
     tree.training.compile, asked = "auto", []
     monkeypatch.setattr(inference, "worth_compiling", lambda *given: asked.append(given) or True)
+    laid_out, layout, match = [], inference.layout, losses.match_layout
+    monkeypatch.setattr(inference, "layout", lambda device, *compiled: laid_out.append(compiled) or layout(device))
+    monkeypatch.setattr(losses, "match_layout", lambda state: laid_out.append("matched") or match(state))
     tiny.train(tree, tmp_path / "auto")
+    assert laid_out == [(), (True,), "matched", (False,), "matched"], "of what is not compiled in the end"
     assert "cannot be compiled here (no C++ compiler found); going on without" in capsys.readouterr().err
     [(choice, network, evaluations, shape, least)] = asked
     assert (choice, network.device, shape) == ("auto", tiny.CPU, (1, 8, 8))

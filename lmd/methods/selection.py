@@ -21,11 +21,12 @@ ALL, ABLATIONS = "all", "ablations"
 _REST_OF_LIST = r"(?![^\[\]]*\])"  # what follows is not the rest of a list in brackets
 
 
-def select(text):
+def select(text, flag="--methods"):
     """The methods that a text names, each once.
 
     Args:
         text: see above.
+        flag: that the text was given as, for messages.
 
     Returns:
         dict: label -> `base.Method`; a label is a name and the settings that were given.
@@ -34,12 +35,12 @@ def select(text):
         UserError: an unknown method or setting, or a value that it cannot have; the message lists the choices.
     """
     chosen = {}
-    for label, name, settings in _named(text):
-        method = _created(label, name, settings)
+    for label, name, settings in _named(text, flag):
+        method = _created(label, name, settings, flag)
         if all((method.name, method.settings) != (other.name, other.settings) for other in chosen.values()):
             chosen[label] = method
     if not chosen:
-        raise UserError(f"--methods names no method; choose some of: {ALL}, {ABLATIONS}, {', '.join(METHODS)}")
+        raise UserError(f"{flag} names no method; choose some of: {ALL}, {ABLATIONS}, {', '.join(METHODS)}")
     return chosen
 
 
@@ -74,7 +75,7 @@ def _learned():
 # ------------------------------------------------------------------------------------------------------- reading
 
 
-def _named(text):
+def _named(text, flag):
     """(label, name, settings) of each method."""
     for word in filter(None, map(str.strip, re.split("," + _REST_OF_LIST, text))):
         if word == ALL:
@@ -83,7 +84,7 @@ def _named(text):
             yield from ((_label("lmd", settings), "lmd", settings) for settings in ablations())
         else:
             name, *given = re.split(":" + _REST_OF_LIST, word)
-            settings = dict(_setting(word, part) for part in given)
+            settings = dict(_setting(word, part, flag) for part in given)
             yield _label(name, settings), name, settings
 
 
@@ -98,10 +99,10 @@ def _text(value):
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _setting(word, part):
+def _setting(word, part, flag):
     name, equals, value = part.partition("=")
     if not equals or not name.strip() or not value.strip():
-        raise UserError(f"--methods: '{word}': settings are written name=value, not '{part}'")
+        raise UserError(f"{flag}: '{word}': settings are written name=value, not '{part}'")
     return name.strip(), _value(value.strip())
 
 
@@ -115,7 +116,7 @@ def _value(text):
     return value if value is None or isinstance(value, (bool, int, float, str)) else text
 
 
-def _created(label, name, settings):
+def _created(label, name, settings, flag):
     """The method, its settings checked against what its class takes."""
     choose(name, {ALL: None, ABLATIONS: None, **METHODS}, "method")
     known = {key: field.default for key, field in inspect.signature(method_class(name)).parameters.items()}
@@ -123,8 +124,8 @@ def _created(label, name, settings):
     for key, value in settings.items():
         if key not in known:
             have = f"its settings are: {', '.join(known)}" if known else "it has no settings"
-            raise UserError(f"--methods: {label}: the method {name} has no setting '{key}'; {have}")
-        values[key] = _like(known[key], value, f"--methods: {label}: {key}")
+            raise UserError(f"{flag}: {label}: the method {name} has no setting '{key}'; {have}")
+        values[key] = _like(known[key], value, f"{flag}: {label}: {key}")
     return create(name, **values)
 
 
