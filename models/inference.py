@@ -175,7 +175,7 @@ class Network(InPrecision):
         super().__init__(net, device, resolve(precision, device))
         self.net = net.eval().requires_grad_(False)
         if self.precision == "bf16":
-            _round_weights(net)
+            _convert_weights(net, torch.bfloat16)
         self._eager()
 
     def _conversion(self):
@@ -193,11 +193,17 @@ class Network(InPrecision):
         self._call = lambda x, labels: self._compiled(compiled, x, labels, required)
 
     def in_float32(self):
-        """The same network, its weights shared, that computes in float32 and is not compiled; itself if it does."""
+        """The same network that computes in float32 and is not compiled; itself if it does.
+
+        Of one in bfloat16 the weights are those that were rounded, so both are approximations of the same function.
+        """
         if self.precision == "fp32":
             return self
         other = copy.copy(self)
-        other._call, other.precision = self.net, "fp32"
+        if self.precision == "bf16":
+            other.net = copy.deepcopy(self.net)
+            _convert_weights(other.net, torch.float32)
+        other._call, other.precision = other.net, "fp32"
         return other
 
     def _eager(self):
@@ -212,17 +218,17 @@ class Network(InPrecision):
         return result
 
 
-def _round_weights(net):
-    """Turns a network's weights into bfloat16, once, but for those by which it knows the noise level.
+def _convert_weights(net, dtype):
+    """Converts a network's weights once, but for those by which it knows the noise level, which stay float32.
 
-    The latter cost nothing, and rounding their sinusoids would blur the level.  The network then computes in bfloat16
-    from its first convolution on; torch's normalisations hold their statistics in float32.
+    The latter cost nothing, and rounding their sinusoids would blur the level.  The network then computes in `dtype`
+    from its first convolution on; torch's normalisations hold their statistics in float32 all the same.
     """
     exact = (layers.TimeEmbedding, layers.FourierFeatures)
     kept = {p for module in net.modules() if isinstance(module, exact) for p in module.parameters()}
     for weight in net.parameters():
         if weight not in kept:
-            weight.data = weight.data.to(torch.bfloat16)
+            weight.data = weight.data.to(dtype)
 
 
 def prepare(net, device, precision="auto", compiled=False):

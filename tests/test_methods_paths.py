@@ -136,13 +136,16 @@ def test_eigenscore(name):
 
 
 def test_eigenscore_is_in_float32(tmp_path):
-    """Whatever the model's precision, which stays what it is: differences of rounded predictions say little."""
+    """Whatever the model's precision, which stays what it is: differences of rounded predictions say little.
+
+    Left is what the rounded weights do, which is as large as their rounding; rounded predictions were 75 % off.
+    """
     path, tree = tiny.write_checkpoint(tmp_path / "checkpoint.pth"), tiny.config()
     pixels = torch.from_numpy(tiny.pictures(3))[:, None]
     measure = lambda model, name: methods.create(name).statistics(model, pixels, noise.content_keys(pixels))
     models = [open_model(path, tree, tiny.CPU, precision) for precision in ("fp32", "bf16")]
     exact, rounded = (measure(model, "eigenscore") for model in models)
-    np.testing.assert_allclose(rounded, exact, rtol=1e-6)
+    np.testing.assert_allclose(rounded, exact, rtol=4e-3)
     assert [model.score.net.precision for model in models] == ["fp32", "bf16"]
     assert not np.allclose(*(measure(model, "msma") for model in models), rtol=1e-6)
 
