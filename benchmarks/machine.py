@@ -165,6 +165,7 @@ FORMATS = {
     **{"ms": ".2f", "plain ms": ".2f", "ours ms": ".2f", "first s": ".1f", "seconds": ".2f"},
     **{"evaluations/s": ".0f", "images/s": ".2f", "GFLOP/s": ".0f", "share": ".0%", "GB": ".1f"},
     **{"rate": ".2f", "evaluations": ".0f", "bits/dim": ".3f", "of the network": ".2%", "of proportion": ".2f"},
+    **{"mean": ".3f", "low": ".3f", "high": ".3f", "minimum": ".3f"},
     **{"apart images/s": ".2f", "of apart": ".0%", "of ideal": ".0%"},
 }  # of a table's columns; others are text or whole numbers
 
@@ -181,7 +182,7 @@ def show(rows):
 
 
 def _width(column):
-    return max(len(column), {"part": 14, "version": 18, "spread": 13}.get(column, 7))
+    return max(len(column), {"part": 14, "version": 18, "spread": 13, "method": 12}.get(column, 7))
 
 
 def load_config(path):
