@@ -819,7 +819,10 @@ BAD = {
     "out-of-domain set": ({"neg": "nowhere.txt"}, "unknown data set 'nowhere.txt'"),
     "empty folder": ({"neg": "empty"}, "holds no images"),
     "empty list": ({"neg": "empty.txt"}, "names no images"),
-    "nothing usable": ({"neg": "useless.txt"}, "useless.txt was read as a list of image paths, .* the first is 'a.png'"),
+    "nothing usable": (
+        {"neg": "useless.txt"},
+        "useless.txt was read as a list of image paths, .* the first is 'a.png'",
+    ),
     "mask type": ({"mask": MaskOptions("checkers")}, "unknown mask type 'checkers'; choose one of: center, "),
     "blocks": ({"mask": MaskOptions("checkerboard", num_blocks=3)}, "--mask_num_blocks is 3, .*use 2, 4, 8"),
     "patches": ({"mask": MaskOptions("random", patch_size=3)}, "--mask_patch_size is 3"),
