@@ -49,6 +49,29 @@ def define_path(name, default, help_text, **options):
     flags.DEFINE(_Path(), name, default, help_text, serializer=flags.ArgumentSerializer(), **options)
 
 
+class _CompileChoice(flags.ArgumentParser):
+    """The values of --compile; the flag by itself stands for on, --nocompile for off."""
+
+    syntactic_help = "auto, on or off"
+
+    def parse(self, argument):
+        """One of 'auto', 'on' and 'off'."""
+        value = {"true": "on", "false": "off"}.get(argument.lower(), argument.lower())
+        if value not in ("auto", "on", "off"):
+            raise ValueError(f"choose one of: {self.syntactic_help}")
+        return value
+
+    def flag_type(self):
+        """What --help calls it."""
+        return "auto, on or off"
+
+
+def define_compile(name, default, text, flag_values=flags.FLAGS):
+    """Defines --compile, which takes a value and, as a switch would, none."""
+    flag = flags.Flag(_CompileChoice(), flags.ArgumentSerializer(), name, default, text, boolean=True)
+    flags.DEFINE_flag(flag, flag_values)
+
+
 def define_measuring(*names):
     """Defines flags that the commands which measure images share, by name; see `_MEASURING`."""
     for name in names:
@@ -66,6 +89,12 @@ _MEASURING = {  # flag: how it is defined, its default, its help, options
     "workers": (flags.DEFINE_integer, None, "Threads that decode images.", {"lower_bound": 1}),
     "memory_gb": (flags.DEFINE_float, None, "Memory for the network's activations.", {"lower_bound": 0.0}),
     "precision": (flags.DEFINE_string, "auto", "fp32, tf32, bf16, or auto: bf16 on a GPU that has it, else fp32.", {}),
+    "compile": (
+        define_compile,
+        "auto",
+        "auto, on or off: compile the network first, faster for long runs; auto does so for long runs on a GPU.",
+        {},
+    ),
     "device": (flags.DEFINE_string, "auto", "auto, cpu, cuda or cuda:i.", {}),
 }  # fmt: skip
 

@@ -17,7 +17,7 @@ from command_line import define_measuring, define_path, run
 
 EXIT_OUTLIER = 3
 FLAGS = flags.FLAGS
-_MEASURING = "max_images", "data_root", "workers", "memory_gb"  # fields of a `predicting.PredictionJob` too
+_MEASURING = "max_images", "data_root", "workers", "memory_gb", "compile"  # fields of a `predicting.PredictionJob` too
 
 
 def define_flags():

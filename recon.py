@@ -14,7 +14,7 @@ from absl import flags
 
 from basics import distributed, machine
 from basics.console import UserError, choose
-from command_line import define_config, define_path, run, value_of
+from command_line import define_config, define_measuring, define_path, run, value_of
 from configs.base import check, typed
 from configs.fields import BATCH_SIZE, FIELDS, MOST_WORKERS, SEED, check_value
 
@@ -137,30 +137,7 @@ def _define_sampler_flags():
         "auto",
         "fp32, tf32 (GPUs), bf16 (faster, about the same scores), or auto: bf16 on a GPU that has it, else fp32.",
     )
-    flags.DEFINE_flag(compile_flag())
-
-
-def compile_flag():
-    """--compile, which takes a value and, as a switch would, none."""
-    text = "auto, on or off: compile the network first, faster for long runs; auto does so for long runs on a GPU."
-    return flags.Flag(CompileChoice(), flags.ArgumentSerializer(), "compile", "auto", text, boolean=True)
-
-
-class CompileChoice(flags.ArgumentParser):
-    """The values of --compile; the flag by itself stands for on, --nocompile for off."""
-
-    syntactic_help = "auto, on or off"
-
-    def parse(self, argument):
-        """One of 'auto', 'on' and 'off'."""
-        value = {"true": "on", "false": "off"}.get(argument.lower(), argument.lower())
-        if value not in ("auto", "on", "off"):
-            raise ValueError(f"choose one of: {self.syntactic_help}")
-        return value
-
-    def flag_type(self):
-        """What --help calls it."""
-        return "auto, on or off"
+    define_measuring("compile")
 
 
 def choose_sampler(options):

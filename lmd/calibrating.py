@@ -27,6 +27,7 @@ class CalibrationJob:
     Attributes:
         config: the config tree.
         ckpt_path, data_root, max_images, workers, seed, memory_gb, precision: as in `reconstruction.Job`.
+        compile: whether to compile the network first, see `models.inference.worth_compiling`.
         in_domain: the source of the held-back images.
         detector: the folder to write.
         method: a name in `methods.METHODS`, with settings where they are not to be the default ones: `lmd:reps=10`; or
@@ -53,6 +54,7 @@ class CalibrationJob:
     workers: int | None = None
     memory_gb: float | None = None
     precision: str = "auto"
+    compile: str = "auto"
     command: str = ""
 
 
@@ -76,7 +78,10 @@ def calibrate(job, device, ranks=distributed.ALONE):
     detector.choose_method(len(images), job.fit_share)
     method = detector.method
     _check_rate(detector, len(images), job)
-    say(f"method {method.name}: {counted(method.evaluations(model), 'network evaluation')} an image, {precision}")
+    evaluations, made_up = method.evaluations(model), len(shifts.SHIFTS) * min(job.card_images, len(images))
+    say(f"method {method.name}: {counted(evaluations, 'network evaluation')} an image, {precision}")
+    to_come = evaluations * (len(images) + made_up) // ranks.world_size
+    model.score.net.compile_if_worth(job.compile, to_come, images.shape)
     origin = {"method": method.name, "settings": method.settings, **identity(job.config, source, job.seed, precision)}
     unfinished = Path(f"{job.detector.rstrip('/')}.unfinished")
     with ranks.owned(unfinished):

@@ -68,7 +68,7 @@ class Bench:
         origin: what all measurements depend on besides method and images, JSON types.
         folder: where they are kept.
         ranks: the processes that share the work.
-        parts: as in `ComparisonJob`.
+        parts, compile: as in `ComparisonJob`.
     """
 
     model: TrainedModel
@@ -77,6 +77,7 @@ class Bench:
     folder: Path
     ranks: distributed.Ranks
     parts: bool
+    compile: str = "auto"
 
     def candidates(self, chosen):
         """A `ranking.Candidate` of each of the methods, label -> `Method`; the cheapest are measured first.
@@ -88,6 +89,10 @@ class Bench:
         costs = {label: self._cost(method) for label, method in chosen.items()}
         order = sorted(chosen, key=lambda label: (costs[label] is None, costs[label]))
         work = {label: self._work(chosen[label], costs[label]) for label in order if label not in lacking}
+        missing = sum(missing for _, missing in work.values())
+        self.model.score.net.compile_if_worth(
+            self.compile, missing // self.ranks.world_size, self.sets.fit.images.shape
+        )
         found = []
         with self._bar(work.values()) as bar:
             for label in order:

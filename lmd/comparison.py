@@ -40,6 +40,7 @@ class ComparisonJob:
         parts: whether the parts of methods that combine several get rows of their own.
         center_crop: as --id_center_crop of recon.py.
         max_images: of each source, evenly spread.
+        compile: whether to compile the network first, see `models.inference.worth_compiling`.
         command: the command line, which is kept.
     """
 
@@ -58,6 +59,7 @@ class ComparisonJob:
     workers: int | None = None
     memory_gb: float | None = None
     precision: str = "auto"
+    compile: str = "auto"
     command: str = ""
 
 
@@ -81,7 +83,7 @@ def compare(job, device, ranks=distributed.ALONE):
     origin = identity(job.config, source, job.seed, precision)
     with ranks.owned(job.output):
         sets = ranks.in_turn(lambda: _load(job, sources, source.path))
-        bench = Bench(model, sets, origin, Path(job.output) / _KEPT, ranks, job.parts)
+        bench = Bench(model, sets, origin, Path(job.output) / _KEPT, ranks, job.parts, job.compile)
         table = tabulate(bench.candidates(chosen), list(sets.foreign))
         facts = _facts(job, sets, dataclasses.asdict(source), precision)
         ranks.on_main(lambda: report(job.output, table, facts))

@@ -153,15 +153,15 @@ class Detector:
         return held_out(load, name, "", self.model.config, model.path)
 
     def choose_method(self, count, fit_share=0.5):
-        """Where the method is 'auto': `combined` if `count` images are enough for it, else `lmd`, which learns nothing.
+        """Where the method is 'auto': `combined` if `count` images are enough and it suits the model, else `lmd`.
 
-        What `combined` gains was measured on models of continuous times, so models of discrete ones get `lmd`, too.
+        LMD learns nothing, and suits every model.
         """
         if self.method != AUTO:
             return
         combination = methods.create("combined")
-        enough = round(fit_share * count) >= combination.fewest_images and self.model.config.training.continuous
-        self.method = combination if enough else methods.create("lmd")
+        enough = round(fit_share * count) >= combination.fewest_images
+        self.method = combination if enough and combination.suits(self.model) else methods.create("lmd")
 
     def calibration_images(self, count, fit_share=0.5):
         """How many of `count` images give p-values; the method learns from the others.

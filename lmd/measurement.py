@@ -67,6 +67,11 @@ class Measurement:
             if self.folder is None or not self._path(number).is_file()
         )
 
+    def compile_if_worth(self, choice, ranks=distributed.ALONE):
+        """Compiles the network where that is worth it for what this process has to measure; see `Network`."""
+        evaluations = self.missing * self.method.evaluations(self.model) // ranks.world_size
+        self.model.score.net.compile_if_worth(choice, evaluations, self.images.shape)
+
     def run(self, label, ranks=distributed.ALONE, on_images=None):
         """Measures what is not in the folder yet; the ranks share the chunks, each makes every so manieth.
 

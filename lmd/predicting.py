@@ -30,6 +30,7 @@ class PredictionJob:
         images: the source of the images.
         rule: a `deciding.Rule`, which says where the results go, too.
         max_images, data_root, workers, memory_gb: as in `reconstruction.Job`.
+        compile: whether to compile the network first, see `models.inference.worth_compiling`.
         command: the command line, which the report shows.
     """
 
@@ -40,6 +41,7 @@ class PredictionJob:
     data_root: str = "./data"
     workers: int | None = None
     memory_gb: float | None = None
+    compile: str = "auto"
     command: str = ""
 
 
@@ -61,6 +63,7 @@ def predict(job, device, ranks=distributed.ALONE):
     keep, origin = _Pictures(detector, len(images)), {"detector": detector.description["files"]}
     with ranks.owned(output):
         measurement = detector.measurement(images, output / CHUNKS, origin, keep=keep)
+        measurement.compile_if_worth(job.compile, ranks)
         statistics = statistics_of(measurement.run("predicting", ranks))
         return ranks.on_main(lambda: _conclude(job, detector, measurement, statistics))
 

@@ -138,10 +138,7 @@ def get_ready(job, reconstruct, sides, batches):
     reconstruct.learn_rows(job.batch_size * job.reps, job.memory_gb)
     images = sum(min(job.batch_size, len(sides[side]) - index * job.batch_size) for side, index in batches)
     evaluations = images * job.reps * reconstruct.process().evaluations
-    network, shape = reconstruct.model.net, next(iter(sides.values())).shape
-    if inference.worth_compiling(job.compiled, network, evaluations, shape):
-        say(f"compiling the network for {evaluations:,} evaluations; the first batch takes longer for it")
-        network.compile(required=job.compiled == "on")
+    reconstruct.model.net.compile_if_worth(job.compiled, evaluations, next(iter(sides.values())).shape)
 
 
 # ------------------------------------------------------------------------------------------------- batch by batch

@@ -5,7 +5,7 @@ import copy
 
 import torch
 
-from basics.console import UserError, choose, warn
+from basics.console import UserError, choose, say, warn
 from models import layers, memory
 
 # What --precision and config.training.precision say -> what it comes to on a device.
@@ -135,11 +135,15 @@ class InPrecision:
 
     def __init__(self, net, device, precision):
         self._call, self.device, self.precision = net, device, precision
+        self._followers = []
 
     def __call__(self, x, labels):
         """(B, C, H, W) float32, (B,) or (1,) -> (B, C, H, W) float32."""
         with arithmetic(self.precision), self._conversion():
-            return self._call(x, labels).float()
+            result = self._call(x, labels).float()
+        for follow in self._followers:
+            follow(len(result))
+        return result
 
     def _conversion(self):
         if self.precision != "bf16":
@@ -149,11 +153,11 @@ class InPrecision:
     @contextlib.contextmanager
     def watched(self, follow):
         """A block in which follow(images) is called after each call of the network, with the number of its images."""
-        hook = self.net.register_forward_hook(lambda net, given, result: follow(len(result)))
+        self._followers.append(follow)
         try:
             yield
         finally:
-            hook.remove()
+            self._followers.remove(follow)
 
     def operations(self, shape):
         """Floating-point operations of its products and convolutions for one image (C, H, W), by torch's counter."""
@@ -181,8 +185,20 @@ class Network(InPrecision):
     def _conversion(self):
         return contextlib.nullcontext()  # the weights are converted already
 
+    def compile_if_worth(self, choice, evaluations, shape):
+        """Compiles it where that is worth it for the evaluations to come, and says so; arguments as `worth_compiling`.
+
+        Raises:
+            UserError: as `worth_compiling`, and later, in the first call: it is to be compiled, and cannot be.
+        """
+        if worth_compiling(choice, self, evaluations, shape):
+            say(f"compiling the network for {evaluations:,} evaluations; the first ones take longer for it")
+            self.compile(required=choice == "on")
+
     def compile(self, required=True):
         """Compiles it, on a GPU with CUDA graphs; the first call of each shape takes long.
+
+        Calls that are differentiated are not compiled, and labels are one an image, so that there are fewer shapes.
 
         Args:
             required: what cannot be compiled is an error; else it is told and goes on as it was.
@@ -210,8 +226,11 @@ class Network(InPrecision):
         self._call = self.net.to(self.device, memory_format=layout(self.device))
 
     def _compiled(self, compiled, x, labels, required):
+        if x.requires_grad:
+            return self.net(x, labels)
+        each = labels.expand(len(x)).contiguous()
         torch.compiler.cudagraph_mark_step_begin()  # no output of an earlier call is read again
-        result = attempt_compiled(lambda: compiled(x, labels), required, "leave --compile out")
+        result = attempt_compiled(lambda: compiled(x, each), required, "leave --compile out")
         if result is None:
             self._eager()
             return self._call(x, labels)

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 
+import command_line
 import recon
 from basics import distributed
 from basics.console import EXIT_USER_ERROR
@@ -256,7 +257,7 @@ def test_the_ways_to_write_compile(written, expected):
     from absl import flags
 
     values = flags.FlagValues()
-    flags.DEFINE_flag(recon.compile_flag(), values)
+    command_line.define_compile("compile", "auto", "", values)
     if " " in expected:
         with pytest.raises(flags.IllegalFlagValueError, match=expected):
             values(["recon.py", *written])

@@ -205,6 +205,27 @@ def test_a_compiled_network_gives_the_same(network):
     torch.testing.assert_close(compiled(images(), LABELS), network(images(), LABELS), rtol=1e-3, atol=1e-4)
 
 
+def test_a_compiled_network_is_compiled_for_images_not_for_calls(network, monkeypatch):
+    """Neither other batch sizes nor one label for all, nor who watches it compile it anew; derivatives are the same."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter, compile_ = CompileCounterWithBackend("eager"), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda net, mode: compile_(net, backend=counter))
+    prepared, seen, generator = inference.prepare(network, CPU, compiled=True), [], torch.Generator().manual_seed(0)
+    for count in (2, 3, 5):
+        x = torch.randn(count, *images().shape[1:], generator=generator)
+        for labels in (LABELS[:1], LABELS[:1].expand(count)):
+            with prepared.watched(lambda images: seen.append(images)), torch.no_grad():
+                torch.testing.assert_close(prepared(x, labels), network(x, labels))
+    assert seen == [2, 2, 3, 3, 5, 5]
+    compiled = counter.frame_count
+    assert compiled <= 2  # for two images, then for any number of them
+    x = images().requires_grad_()
+    gradients = [torch.autograd.grad(net(x, LABELS).square().sum(), x)[0] for net in (prepared, network)]
+    torch.testing.assert_close(*gradients)
+    assert counter.frame_count == compiled
+
+
 def test_what_cannot_be_prepared_is_told(network, monkeypatch, capsys):
     from torch._dynamo.exc import TorchDynamoException
 

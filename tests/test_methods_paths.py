@@ -1,19 +1,23 @@
 """Detectors that follow an image to noise and back, against Gaussian data, where every step is known exactly."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tiny
 import torch
 from helpers import GaussianScore
-from test_methods_onepass import COV, KINDS, SDES, SHAPE, exact_eps, measured, trained
+from test_methods_onepass import COV, KINDS, SDES, SHAPE, exact_eps, gaussian_model, measured, trained
 
 from basics import noise
 from basics.console import UserError
 from lmd import methods
+from lmd.detector import Detector
 from lmd.methods.combined import Excess
 from lmd.methods.complexity import lossless_bits
 from lmd.methods.projection import END
 from lmd.trained_model import TrainedModel, open_model
+from models.score import ScoreModel
 
 RATIOS = np.exp(np.linspace(-3, 3, 10))
 
@@ -172,6 +176,18 @@ def test_combined_is_its_parts():
     examined = [each.examine(model, pixels[:3], keys[:3]) for each in (method, parts[0])]
     assert examined[0].reconstructions.equal(examined[1].reconstructions)
     np.testing.assert_allclose(examined[0].statistics, statistics[:3], rtol=1e-5)
+
+
+def test_auto_is_what_suits_the_model():
+    """A network of few discrete times knows nothing near some times of the path."""
+    few = gaussian_model("vp discrete")
+    few = dataclasses.replace(few, score=ScoreModel(few.score.net, SDES["vp"].with_steps(30), continuous=False))
+    models = {**{name: gaussian_model(name) for name in KINDS}, "few": few}
+    for count, expected in ((1000, "combined"), (100, "lmd")):
+        for name, model in models.items():
+            detector = Detector(model)
+            detector.choose_method(count)
+            assert detector.method.name == ("lmd" if name == "few" else expected)
 
 
 def test_excess():

@@ -52,6 +52,10 @@ class Method(abc.ABC):
     def evaluations(self, model):
         """Evaluations of the network of a `trained_model.TrainedModel` for an image."""
 
+    def suits(self, model):
+        """Whether its numbers would be right on a `trained_model.TrainedModel`; else `statistics` refuses it."""
+        return True
+
     @abc.abstractmethod
     def statistics(self, model, images, keys):
         """What is measured of a batch.

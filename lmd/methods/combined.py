@@ -47,6 +47,10 @@ class Combined(DensityMethod):
     def evaluations(self, model):
         return self._lmd.evaluations(model) + self._path.evaluations(model)
 
+    def suits(self, model):
+        """Whether the path suits it; LMD does always."""
+        return self._path.suits(model)
+
     def statistics(self, model, images, keys):
         """The path's means, the bits of the file and LMD's distances (B, F)."""
         return self._beside(model, images, keys, self._lmd.statistics(model, images, keys))

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import sampling
-from basics.console import choose
+from basics.console import UserError, choose
 from basics.pixels import to_model_range
 from lmd.methods import network
 from lmd.methods.densities import GaussianMixture, KernelDensity, log
@@ -58,12 +58,25 @@ class DiffPath(DensityMethod):
     def evaluations(self, model):
         return self.settings["steps"]
 
+    def suits(self, model):
+        """Whether the network was trained near all times of the path."""
+        try:
+            path_levels(model, self.settings["reach"], self.settings["steps"])
+        except UserError:
+            return False
+        return True
+
     def statistics(self, model, images, keys):
         """`path_moments`."""
         return path_moments(model, images, self.settings["reach"], self.settings["steps"])
 
     def features(self, statistics):
         return {self.parts[0]: self._features(*split_moments(statistics, self.settings["steps"]))}
+
+
+def path_levels(model, reach, steps):
+    """The `network.Levels` (S,) of a path; arguments and errors as `path_moments`."""
+    return network.levels_at(model, network.even_ratios(math.exp(-reach), math.exp(reach), steps))
 
 
 def path_moments(model, images, reach, steps):
@@ -81,7 +94,7 @@ def path_moments(model, images, reach, steps):
     Raises:
         UserError: see `network.levels_at`.
     """
-    levels = network.levels_at(model, network.even_ratios(math.exp(-reach), math.exp(reach), steps))
+    levels = path_levels(model, reach, steps)
     x0 = to_model_range(images.to(model.device), model.config.data.centered)  # (B, C, H, W)
     score = network.stepping(model.score)
 
