@@ -88,7 +88,10 @@ class Bench:
         lacking = self._lacking(chosen)
         costs = {label: self._cost(method) for label, method in chosen.items()}
         order = sorted(chosen, key=lambda label: (costs[label] is None, costs[label]))
-        work = {label: self._work(chosen[label], costs[label]) for label in order if label not in lacking}
+        work, counted_already = {}, set()
+        for label in order:
+            if label not in lacking and costs[label] is not None:
+                work[label] = self._work(chosen[label], counted_already)
         missing = sum(missing for _, missing in work.values())
         self.model.score.net.compile_if_worth(
             self.compile, missing // self.ranks.world_size, self.sets.fit.images.shape
@@ -96,11 +99,9 @@ class Bench:
         found = []
         with self._bar(work.values()) as bar:
             for label in order:
-                before, each = bar.n, max(1, costs[label] or 1) * self.ranks.world_size
+                before = bar.n
                 bar.set_postfix_str(label)
-                made = self._made(
-                    label, chosen[label], costs[label], lambda images, each=each: bar.update(images * each)
-                )
+                made = self._made(label, chosen[label], costs[label], bar.update)
                 bar.total += bar.n - before - work.get(label, (0, 0))[1]  # what a fault left out is not waited for
                 if label not in lacking and any(one.faults for one in made):
                     bar.clear()  # so that the warning has its own line
@@ -129,16 +130,16 @@ class Bench:
 
     def _bar(self, work):
         """A bar of evaluations that begins at those that are kept, and says how many these are; `work` as `_work`."""
-        total, missing = (sum(each) for each in zip(*work, strict=True))
+        total, missing = sum(total for total, _ in work), sum(missing for _, missing in work)
         if 0 < missing < total:
             say(f"comparing: {total - missing:,} of {counted(total, 'evaluation')} of the network are there already")
         options = {"unit": " evaluations", "unit_scale": True, "desc": "comparing"}
         return progress(total=total, initial=total - missing, **options)
 
-    def _made(self, label, method, evaluations, on_images):
+    def _made(self, label, method, evaluations, on_evaluations):
         """The candidates of one method: itself, and its parts where these are asked for."""
         times = []  # (seconds, images)
-        measure = lambda one: self._measure(self._measurement(method, one, evaluations), times, on_images)
+        measure = lambda one: self._measure(method, one, times, on_evaluations)
         columns = {label: None}
         if self.parts and len(method.parts) > 1:
             columns |= {f"{label}[{part}]": k for k, part in enumerate(method.parts)}
@@ -190,32 +191,53 @@ class Bench:
         outcome = _outcome(self._agreed, lambda: self.ranks.in_turn(lambda: method.evaluations(self.model)))
         return None if isinstance(outcome, UserError) else outcome
 
-    def _work(self, method, evaluations):
+    def _work(self, method, counted_already):
         """Evaluations that a method costs in all, and those of them that are still to be made; an image is 1 at least.
 
-        It is not to lack images.
+        It is not to lack images, nor to fail.  What is in `counted_already`, the folders of measurements, is left out,
+        and what is counted here is added to it.
         """
         needed = [*([self.sets.fit] if _learns(method) else []), self.sets.in_domain, *self.sets.foreign.values()]
-        missing = sum(self._measurement(method, one, evaluations).missing for one in needed)
-        return tuple(images * max(1, evaluations or 1) for images in (sum(len(one.images) for one in needed), missing))
+        total, missing = 0, 0
+        for piece in method.pieces:
+            each = self._weight(piece)
+            for one in needed:
+                measurement = self._measurement(piece, one)
+                if measurement.folder not in counted_already:
+                    counted_already.add(measurement.folder)
+                    total += each * len(one.images)
+                    missing += each * measurement.missing
+        return total, missing
 
-    def _measurement(self, method, one, evaluations):
+    def _weight(self, method):
+        """What an image counts as in the bar: evaluations, 1 at least."""
+        return max(1, method.evaluations(self.model))
+
+    def _measurement(self, method, one):
         origin = {"method": method.name, "settings": method.settings, "shift": one.shift, **self.origin}
         text = json.dumps([origin, one.images.fingerprint], sort_keys=True)
         folder = self.folder / f"{method.name}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-        timed, most = _Timed(method), _CHUNK_EVALUATIONS // max(1, evaluations or 1)
+        timed, most = _Timed(method), _CHUNK_EVALUATIONS // self._weight(method)
         where = {"seed": self.origin["seed"], "origin": origin, "folder": folder}
         return Measurement(timed, self.model, one.images, **where, change=one.change, keep=timed.keep, most=most or 1)
 
-    def _measure(self, measurement, times, on_images):
-        """Statistics (N, F) of a set; adds (seconds, images) to `times`, tells `on_images` as `Measurement.run` does.
+    def _measure(self, method, one, times, on_evaluations):
+        """A method's statistics (N, F) of a set; adds (seconds, images) to `times`.
+
+        Calls on_evaluations with numbers of evaluations made by all processes together.
 
         Raises:
             UserError: on all ranks alike, as `Measurement.run`.
         """
-        chunks = self._agreed(lambda: measurement.run(None, self.ranks, on_images))
-        times.append((sum(float(chunk["seconds"]) for chunk in chunks), len(measurement.images)))
-        return statistics_of(chunks)
+        seconds, found = 0.0, []
+        for piece in method.pieces:
+            each, measurement = self._weight(piece) * self.ranks.world_size, self._measurement(piece, one)
+            on_images = lambda images, each=each: on_evaluations(images * each)
+            chunks = self._agreed(lambda m=measurement, follow=on_images: m.run(None, self.ranks, follow))
+            seconds += sum(float(chunk["seconds"]) for chunk in chunks)
+            found.append(statistics_of(chunks))
+        times.append((seconds, len(one.images)))
+        return method.assembled(found)
 
     def _agreed(self, work):
         """What `work()` gives; all ranks call this.

@@ -327,6 +327,46 @@ def test_only_what_is_new_is_measured(data, tmp_path, brightness):
     assert len(brightness) == 11
 
 
+class Both(Brightness):
+    """Two brightnesses side by side, of which the first decides."""
+
+    name = "both"
+    pieces = Brightness(), Brightness(power=2.0)
+
+    def assembled(self, statistics):
+        return np.concatenate(statistics, axis=1)
+
+    def score_statistics(self, statistics):
+        return super().score_statistics(statistics[:, :1])
+
+
+def test_what_several_methods_look_at_is_measured_once(data, tmp_path, brightness, monkeypatch):
+    monkeypatch.setitem(methods.METHODS, "both", ("test_compare", "Both"))
+    paths, path = [], methods.method_class("diffpath").statistics
+    spy = lambda self, model, images, keys: paths.append(len(images)) or path(self, model, images, keys)
+    monkeypatch.setattr(methods.method_class("diffpath"), "statistics", spy)
+    table = compared(data, tmp_path, "both,brightness,diffpath:form=1d,ufcod")
+    assert brightness == [30, 30, 20, 20, 12, 12]
+    assert paths == [30, 20, 12]
+    rows = {row["method"]: row for row in table.rows}
+    assert rows.keys() == {"both", "brightness", "diffpath:form=1d", "ufcod"}
+    assert all(row["roc_auc"] is not None for row in table.rows)
+    assert rows["both"]["roc_auc"] == rows["brightness"]["roc_auc"]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), [("combined", {}), ("ufcod", {"steps": 4}), ("diffpath", {"form": "6d", "reach": 2.0})]
+)
+def test_pieces_put_together_are_what_a_method_measures(name, settings, data):
+    model = TrainedModel(tiny.config(), load_model(tiny.config(), data / "checkpoint.pth", tiny.CPU)[0], tiny.CPU, 8)
+    pixels = torch.from_numpy(np.load(data / "known.npz")["images"])[:3, None]
+    keys, method = noise.seed_keys(0, noise.content_keys(pixels)), methods.create(name, **settings)
+    expected = method.statistics(model, pixels, keys)
+    pieces = [piece.statistics(model, pixels, keys) for piece in method.pieces]
+    np.testing.assert_array_equal(method.assembled(pieces), expected)
+    np.testing.assert_array_equal(method.examine(model, pixels, keys).statistics, expected)
+
+
 def test_a_stopped_run_loses_one_chunk(data, tmp_path, brightness, monkeypatch, capsys):
     slow = lambda: monkeypatch.setattr(Brightness, "evaluations", lambda self, model: 12_500)
     slow()  # so that a chunk has few images

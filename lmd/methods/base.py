@@ -69,6 +69,15 @@ class Method(abc.ABC):
             (B, F) float64; a row depends on its image and key alone, up to rounding.
         """
 
+    @property
+    def pieces(self):
+        """Methods of whose statistics its own are made, so that what several methods look at is measured once."""
+        return (self,)
+
+    def assembled(self, statistics):
+        """Its statistics (N, F) from those of its `pieces`, a list of (N, F') in their order."""
+        return statistics[0]
+
     def examine(self, model, images, keys):
         """`Examined`: the statistics with what shows where they come from.  Arguments as `statistics`."""
         return Examined(self.statistics(model, images, keys))

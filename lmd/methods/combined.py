@@ -9,10 +9,11 @@ The combination is ours, from no paper.  Cost: 30 evaluations of the network, 20
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 
-from lmd.methods.complexity import lossless_bits
+from lmd.methods.complexity import Complexity
 from lmd.methods.densities import Density, GaussianMixture, log
 from lmd.methods.diffpath import DiffPath
 from lmd.methods.fitted import DensityMethod
@@ -32,7 +33,7 @@ class Combined(DensityMethod):
     name = "combined"
 
     def __init__(self, sampler="fast", components=5):
-        self._lmd, self._path = LMD(sampler=sampler), DiffPath(components=components)
+        self._lmd, self._path, self._size = LMD(sampler=sampler), DiffPath(components=components), Complexity()
         together = len(self._lmd.parts) + self._path.numbers + 1
         densities = {
             **self._path.densities,
@@ -51,14 +52,23 @@ class Combined(DensityMethod):
         """Whether the path suits it; LMD does always."""
         return self._path.suits(model)
 
+    @functools.cached_property
+    def pieces(self):
+        return *self._path.pieces, self._size, self._lmd
+
+    def assembled(self, statistics):
+        """The path's means, the bits of the PNG file and LMD's distances (N, F)."""
+        path, bits, distances = statistics
+        return np.concatenate([path, bits[:, :1], distances], axis=1)
+
     def statistics(self, model, images, keys):
-        """The path's means, the bits of the file and LMD's distances (B, F)."""
-        return self._beside(model, images, keys, self._lmd.statistics(model, images, keys))
+        return self.assembled([piece.statistics(model, images, keys) for piece in self.pieces])
 
     def examine(self, model, images, keys):
         """Reconstructions and distances are LMD's."""
         examined = self._lmd.examine(model, images, keys)
-        return dataclasses.replace(examined, statistics=self._beside(model, images, keys, examined.statistics))
+        beside = [method.statistics(model, images, keys) for method in (self._path, self._size)]
+        return dataclasses.replace(examined, statistics=self.assembled([*beside, examined.statistics]))
 
     def features(self, statistics):
         path, bits, distances = self._split(statistics)
@@ -75,10 +85,6 @@ class Combined(DensityMethod):
         distances = self._split(statistics)[2]
         own = self._lmd.score_statistics(distances)
         return np.concatenate([own, super().score_statistics(statistics)], axis=1)
-
-    def _beside(self, model, images, keys, distances):
-        path, bits = self._path.statistics(model, images, keys), lossless_bits(images)[:, :1]
-        return np.concatenate([path, bits, distances], axis=1)
 
     def _split(self, statistics):
         return np.split(statistics, [self._path.width, self._path.width + 1], axis=1)

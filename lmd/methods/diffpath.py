@@ -11,6 +11,7 @@ sums hide from each other.  The published two take these times and, '6d', at mos
 Cost: 10 evaluations of the network.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -57,6 +58,11 @@ class DiffPath(DensityMethod):
 
     def evaluations(self, model):
         return self.settings["steps"]
+
+    @functools.cached_property
+    def pieces(self):
+        """All forms look at the same path."""
+        return (DiffPath(reach=self.settings["reach"], steps=self.settings["steps"]),)
 
     def suits(self, model):
         """Whether the network was trained near all times of the path."""

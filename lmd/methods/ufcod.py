@@ -6,13 +6,15 @@ references, T = 0.5.  As published, but for the times of the path, which are eve
 which are fitted images drawn at random.  Cost: 10 evaluations of the network.
 """
 
+import functools
+
 import numpy as np
 from scipy.spatial.distance import cdist
 from scipy.special import logsumexp
 
 from basics import noise
 from lmd.methods.densities import Density
-from lmd.methods.diffpath import path_moments, split_moments
+from lmd.methods.diffpath import DiffPath, split_moments
 from lmd.methods.fitted import DensityMethod
 
 
@@ -47,11 +49,17 @@ class UFCOD(DensityMethod):
     def evaluations(self, model):
         return self.settings["steps"]
 
-    def statistics(self, model, images, keys):
-        """Means over pixels of eps^2 and d^2 (B, 2), summed over the path."""
-        reach, steps = self.settings["reach"], self.settings["steps"]
-        eps, change = split_moments(path_moments(model, images, reach, steps), steps)
+    @functools.cached_property
+    def pieces(self):
+        return DiffPath(reach=self.settings["reach"], steps=self.settings["steps"]).pieces
+
+    def assembled(self, statistics):
+        """Means over pixels of eps^2 and d^2 (N, 2), summed over the path."""
+        eps, change = split_moments(statistics[0], self.settings["steps"])
         return np.stack([eps[:, 1].sum(axis=1), change[:, 1].sum(axis=1)], axis=1)
+
+    def statistics(self, model, images, keys):
+        return self.assembled([piece.statistics(model, images, keys) for piece in self.pieces])
 
     def features(self, statistics):
         return {self.name: statistics}
