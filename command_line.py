@@ -140,7 +140,11 @@ def define_config(text, checkpoint, needed=True):
         if needed:
             flags.mark_flag_as_required("config")
     else:
-        config_flags.DEFINE_config_dict("config", _carried(checkpoint), text)
+        config = _carried(checkpoint)
+        try:  # the fields named on the command line are looked up at once
+            config_flags.DEFINE_config_dict("config", config, text)
+        except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
+            fail(_reason(error))
 
 
 def _define_config_file(help_text):
@@ -243,6 +247,8 @@ def _reason(error):
         error = error.args[0]
     text = str(error.args[0]) if isinstance(error, (KeyError, AttributeError)) and error.args else str(error)
     if isinstance(error, (KeyError, AttributeError)):  # the message may be the field's name alone
+        if deeper := re.search(r"Attempting to lookup: (\S+)", text):  # below a field that is no section
+            return _NO_FIELD.format(deeper[1])
         name, *rest = text.splitlines() or [""]
         hint = f" ({rest[0][0].lower()}{rest[0][1:]})" if rest and rest[0] else ""
         return _NO_FIELD.format(name.strip("'") + hint)
@@ -258,6 +264,7 @@ def _reason(error):
 
 
 _KINDS = {  # what Python and absl say of a value that they cannot read, as patterns, and what it must be
+    r"Failed to parse .* as a ConfigDict": "set field by field, such as --config.sampling.steps=100",
     r"invalid literal for int\(\) with base": "a whole number",
     r"could not convert string to float:": "a number",
     r"\('Non-boolean argument to boolean flag'": "true or false",

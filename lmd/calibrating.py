@@ -13,7 +13,7 @@ from lmd import calibration, shifts
 from lmd.card import bands, familiarity, histogram, rarest_first
 from lmd.detector import AUTO, Detector
 from lmd.held_out import content_keys_of, held_out
-from lmd.measurement import Measurement, statistics_of
+from lmd.measurement import statistics_of
 from lmd.methods import METHODS
 from lmd.methods.selection import select
 from lmd.trained_model import identity, open_model
@@ -165,9 +165,8 @@ def blind_spots(detector, images, job, folder, origin, ranks=distributed.ALONE):
     spots = {}
     for kind in shifts.SHIFTS:
         change = shifts.change_of(kind, chosen, keys)
-        measured = Measurement(
-            detector.method, detector.model, chosen, job.seed, {**origin, "shift": kind}, folder / kind, change
-        ).run(f"blind spots: {kind}", ranks)
+        measurement = detector.measurement(chosen, folder / kind, {**origin, "shift": kind}, change=change)
+        measured = measurement.run(f"blind spots: {kind}", ranks)
         decided = detector.decide(detector.method.score_statistics(statistics_of(measured)))
         caught = float(decided.is_outlier.mean())
         spots[kind] = {"kind": shifts.SHIFTS[kind][1], "caught": caught, "images": count, "rate": detector.rate}

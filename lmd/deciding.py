@@ -90,7 +90,7 @@ def decide(rule):
     description, arrays = read_outcome(output)
     rule.check(len(arrays["calibration"]))
     if rule.maps and "picture_heats" not in arrays:
-        raise UserError("the detector's method has no map; leave --maps out")
+        raise UserError("the detector's method has no maps; leave --maps out")
     flagged, rate = rule.flags(arrays["p_value"], description["rate"])
     sentences = _sentences(rule, rate, flagged, description["folder_p_value"])
     parts = {name: arrays[f"part_{name}"] for name in description["parts"]}
@@ -99,7 +99,9 @@ def decide(rule):
     write_predictions(output / PREDICTIONS, description["files"], columns)
     write_csv(output / SKIPPED, ["file", "reason"], description["skipped"])
     write_summary(output, _summary(rule, rate, flagged, description, sentences))
-    shutil.rmtree(output / "maps", ignore_errors=True)  # of another decision
+    if (output / "maps").exists() and not rule.maps:
+        say(f"{output / 'maps'}: removed, since it was of another decision; --maps makes those of this one")
+    shutil.rmtree(output / "maps", ignore_errors=True)
     if rule.maps:
         _write_maps(output / "maps", arrays, flagged, description["files"])
     reports.write(output / REPORT, _report(rule, rate, description, arrays, sentences))

@@ -22,7 +22,7 @@ from lmd import calibration, heat, methods
 from lmd.card import card
 from lmd.combination import combined
 from lmd.held_out import content_keys_of, held_out
-from lmd.measurement import Measurement, statistics_of
+from lmd.measurement import Measurement, chunk_on, statistics_of
 from lmd.trained_model import open_model
 from storage import detector_folder
 from storage.checkpoints import write_network
@@ -222,6 +222,8 @@ class Detector:
             UserError: the detector is not calibrated, or the method has no map.
         """
         self._calibrated()
+        if maps:
+            self.check_maps()
         images, keep = self.images_of(images), self.keep_maps if maps else None
         chunks = self.measurement(images, keep=keep).run("predicting")
         shown = np.concatenate([chunk["map"] for chunk in chunks]) if maps else None
@@ -253,20 +255,30 @@ class Detector:
 
     def keep_maps(self, pixels, examined, start):
         """For `Measurement.keep`: the maps of a chunk."""
-        if examined.distances is None:
-            raise UserError(f"the method {self.method.name} has no map; leave --maps out")
         return {"map": self.map_of(examined.distances)}
 
     def map_of(self, distances):
         """How unusual each pixel is (B, H, W) in standard deviations, from `Examined.distances`."""
-        moments = self._calibrated().pixels
-        if not moments.size:
-            raise UserError("the detector knows nothing of single pixels; leave --maps out, or calibrate again")
-        return heat.standardised(distances, moments)
+        return heat.standardised(distances, self._calibrated().pixels)
+
+    @property
+    def has_maps(self):
+        """Whether it can say how unusual single pixels are."""
+        return self._calibrated().pixels.size > 0
+
+    def check_maps(self):
+        """Refuses to make maps, before any work.
+
+        Raises:
+            UserError: the method has none.
+        """
+        if not self.has_maps:
+            raise UserError(f"a detector of the method {self.method.name} has no maps; leave --maps out")
 
     def measurement(self, images, folder=None, origin=None, **options):
         """The `Measurement` of an `ImageSet` by this detector's method."""
-        return Measurement(self.method, self.model, images, self.seed, origin or {}, folder, **options)
+        most = chunk_on(self.model.device)
+        return Measurement(self.method, self.model, images, self.seed, origin or {}, folder, most=most, **options)
 
     def images_of(self, source, **options):
         """Images of the model's size, an `ImageSet`.

@@ -56,6 +56,8 @@ def predict(job, device, ranks=distributed.ALONE):
     """
     detector = Detector.load(job.detector, device, job.memory_gb)
     job.rule.check(len(detector.calibration.parts))
+    if job.rule.maps:
+        detector.check_maps()
     output = Path(job.rule.output)
     ranks.on_main(lambda: check_place(output, job.images, job.detector))
     images = ranks.in_turn(lambda: _images(job, detector))
@@ -107,7 +109,7 @@ class _Pictures:
         kept = {"picture_rows": rows + start, "picture_originals": pixels[rows].numpy()}
         if examined.reconstructions is not None:
             kept["picture_reconstructions"] = (examined.reconstructions[rows] * 255).round().byte().numpy()
-        if examined.distances is not None and self.detector.calibration.pixels.size:
+        if examined.distances is not None and self.detector.has_maps:
             low, high = _HEAT
             heat = (self.detector.map_of(examined.distances[rows]) - low) / (high - low)
             kept["picture_heats"] = (heat.clip(0, 1) * 255).round().astype(np.uint8)

@@ -299,6 +299,7 @@ def test_a_mask_file_implies_its_type():
 CONFIG = f"--config={tiny.CONFIG_FILE}"
 TRAIN = ["main.py", "--mode=train", "--workdir={out}"]
 RECON = ["recon.py", "--workdir={out}", "--ckpt_path=nowhere.pth", "--in_domain=MNIST"]
+CARRIED = [*RECON[:2], "--ckpt_path=pretrained/fashion_mnist_small.safetensors", RECON[3]]  # has its config
 MISTAKES = {  # noticed before anything is loaded
     "unknown flag": ([*TRAIN, CONFIG, "--batchsize=3"], "Unknown command line flag 'batchsize'"),
     "no config": (TRAIN, "--config is needed; --help says what it is"),
@@ -310,6 +311,28 @@ MISTAKES = {  # noticed before anything is loaded
     "missing config overridden": ([*TRAIN, "--config=nowhere.py", "--config.seed=1"], "no config can be read"),
     "no config field": ([*TRAIN, CONFIG, "--config.model.width=3"], "the config has no such field: .*width"),
     "no config section": ([*TRAIN, CONFIG, "--config.net.nf=3"], "the config has no such field: .*net"),
+    **{
+        f"{name}, {where}": ([*command, flag], f"^error: {message}$")
+        for where, command in {"by a file": [*RECON, CONFIG], "by the checkpoint": CARRIED}.items()
+        for name, flag, message in (
+            (
+                "no field",
+                "--config.sampling.foo=3",
+                r"the config has no such field: .*foo; configs/base\.py lists them",
+            ),
+            ("no section", "--config.samplin.x=3", r"the config has no such field: .*; configs/base\.py lists them"),
+            (
+                "a field's field",
+                "--config.data.image_size.x=1",
+                r"the config has no such field: data\.image_size\.x; configs/base\.py lists them",
+            ),
+            (
+                "a section at once",
+                "--config.sampling=3",
+                r"--config\.sampling must be set field by field, such as --config\.sampling\.steps=100, not '3'",
+            ),
+        )
+    },
     "a config value of another type": ([*TRAIN, CONFIG, "--config.training.batch_size=few"], "must be a whole number"),
     "no checkpoint": ([*RECON[:2], RECON[3], CONFIG], "--ckpt_path is needed; --help says what it is"),
     "no in-domain": ([*RECON[:3], CONFIG], "--in_domain is needed; --help says what it is"),

@@ -223,12 +223,11 @@ def test_maps_are_in_units_of_held_back_images(fitted, predicted):
 
 
 def test_no_map(mine, monkeypatch):
+    """Told before anything is measured."""
+    assert mine.has_maps
     monkeypatch.setattr(mine, "calibration", dataclasses.replace(mine.calibration, pixels=np.zeros(0)))
-    with pytest.raises(UserError, match=r"^the detector knows nothing of single pixels; leave --maps out"):
-        mine.predict(NEW, maps=True)
-    plain = mine.method.examine
-    monkeypatch.setattr(mine.method, "examine", lambda *a: dataclasses.replace(plain(*a), distances=None))
-    with pytest.raises(UserError, match=r"^the method lmd has no map; leave --maps out$"):
+    monkeypatch.setattr(mine.method, "examine", tiny.failing(5))
+    with pytest.raises(UserError, match=r"^a detector of the method lmd has no maps; leave --maps out$"):
         mine.predict(NEW, maps=True)
 
 

@@ -29,7 +29,7 @@ WRITTEN = {"chunks", "outcome.json", "outcome.npz", "predictions.csv", "report.h
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(measurement, "_CHUNK", 8)
+    monkeypatch.setattr(measurement, "_CHUNK_ON_CPU", 8)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def made(data, tmp_path_factory):
     """The results of the folder, and what was printed."""
     output, out = tmp_path_factory.mktemp("made") / "results", io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
-        patch.setattr(measurement, "_CHUNK", 8)
+        patch.setattr(measurement, "_CHUNK_ON_CPU", 8)
         flagged = predict(data, output)
     return output, out.getvalue(), flagged
 
@@ -200,7 +200,7 @@ import test_predict, tiny
 from pathlib import Path
 from lmd import measurement
 
-measurement._CHUNK = 8
+measurement._CHUNK_ON_CPU = 8
 data, place = map(Path, sys.argv[1:])
 predict = lambda write: test_predict.predict(data, place / str(write))
 tiny.killed_at((1, 3, 6, 7, 8, 11), predict)  # five chunks, the outcome's two files, three tables, the report
@@ -228,7 +228,7 @@ def test_killed_and_continued(made, data, tmp_path, monkeypatch):
 
 
 def test_free_of_the_size_of_chunks(made, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(measurement, "_CHUNK", 256)
+    monkeypatch.setattr(measurement, "_CHUNK_ON_CPU", 256)
     predict(data, tmp_path / "out")
     found, expected = rows_of(tmp_path / "out"), rows_of(made[0])
     np.testing.assert_allclose(*([float(row["score"]) for row in rows] for rows in (found, expected)), rtol=1e-4)
@@ -309,7 +309,7 @@ from basics import distributed
 from lmd import calibrating, measurement, predicting
 from lmd.deciding import Rule
 
-measurement._CHUNK = 8
+measurement._CHUNK_ON_CPU = 8
 data, held, place = map(Path, sys.argv[1:])
 
 def main():  # as in the commands, so that the process group is gone before the interpreter is
@@ -383,6 +383,22 @@ def test_maps_are_of_what_is_flagged_now(copy):
         assert names == {"mine.png", *(f"{number:06d}_{number:02}.png" for number in flagged)}
     with Image.open(copy / "maps" / f"{flagged[0]:06d}_{flagged[0]:02}.png") as picture:
         assert (picture.size, picture.mode) == ((8, 8), "RGB")
+
+
+def test_maps_of_another_decision_are_removed(copy, capsys):
+    decide_again(Rule(str(copy), false_alarm_rate=0.2, maps=True))
+    assert "removed" not in capsys.readouterr().out
+    decide_again(Rule(str(copy), false_alarm_rate=0.1))
+    assert f"{copy / 'maps'}: removed, since it was of another decision; --maps makes" in capsys.readouterr().out
+    assert not (copy / "maps").exists()
+
+
+def test_a_detector_without_maps_says_so_before_it_measures(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(Detector, "has_maps", False)
+    monkeypatch.setattr(measurement.Measurement, "run", tiny.failing(5))
+    with pytest.raises(UserError, match="has no maps; leave --maps out"):
+        predict(data, tmp_path / "out", maps=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_maps_are_no_input(copy, data, tmp_path):
