@@ -194,6 +194,16 @@ def test_a_folder_without_images(data, tmp_path):
 
 # -------------------------------------------------------------------------------- stopped, continued, run again
 
+
+def test_results_below_the_images_are_no_files_without_a_decision(data, tmp_path, detector_folder):
+    write_images(tmp_path / "images", NEW)
+    shutil.copytree(detector_folder, tmp_path / "images" / "detector")
+    for _ in range(2):
+        predict(data, tmp_path / "images" / "results", tmp_path / "images", maps=True)
+        assert rows_of(tmp_path / "images" / "results", "skipped.csv") == []
+        assert [row["file"] for row in rows_of(tmp_path / "images" / "results")] == [f"{n:02}.png" for n in range(40)]
+
+
 KILLED = """
 import sys
 import test_predict, tiny
