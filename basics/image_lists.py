@@ -164,8 +164,8 @@ def _tell_left_out(folder, written, endings):
         left_out += f" (this program wrote {named})"
     if endings:
         named = ", ".join(f"{count} {ending}" for ending, count in sorted(endings.items()))
-        count = endings.total()
-        say_once(f"'{folder}': {counted(count, 'file')} {are(count)} left out by their endings: {named}")
+        count, whose = endings.total(), "its ending" if endings.total() == 1 else "their endings"
+        say_once(f"'{folder}': {counted(count, 'file')} {are(count)} left out by {whose}: {named}")
         left_out += f" ({named})"
     return left_out
 

@@ -450,7 +450,7 @@ def _headline(trainer, images, resumed_at):
     start = "starting" if resumed_at is None else f"resuming at step {resumed_at}"
     return (
         f"{start}: {trainer.config.model.name}, {count:,} parameters, {training.sde}, {counted(images, 'image')} of "
-        f"{trainer.config.data.dataset}, batches of {training.batch_size}, {training.n_iters:,} steps, {where}"
+        f"{trainer.config.data.dataset}, batches of {training.batch_size}, {counted(training.n_iters, 'step')}, {where}"
     )
 
 

@@ -325,5 +325,5 @@ def test_other_settings_than_the_run_that_was_stopped(made, data, tmp_path, caps
         calibrate(job(data, tmp_path / "mine", seed=1))
     monkeypatch.undo()
     calibrate(job(data, tmp_path / "mine"))
-    assert "mine.unfinished/statistics: 1 of 1 parts were measured from other images, or oth" in capsys.readouterr().out
+    assert "mine.unfinished/statistics: 1 of 1 part was measured from other images, or oth" in capsys.readouterr().out
     assert tiny.snapshot(tmp_path / "mine") == tiny.snapshot(made[0])

@@ -241,6 +241,9 @@ def test_other_files_are_counted_by_their_endings(folder, capsys):
     assert [name for name, _ in images.without_row] == [name for name, _ in images.skipped] + images.left_out
     line = f"'{folder}': 5 files are left out by their endings: 1 .csv, 1 .eps, 1 .mp4, 2 .txt\n"
     assert line in capsys.readouterr().out
+    put(folder / "a", "b.CSV")
+    load(folder / "a")
+    assert f"'{folder / 'a'}': 1 file is left out by its ending: 1 .csv\n" in capsys.readouterr().out
     put(folder, "only/x.csv")
     with pytest.raises(UserError, match=r"holds no images \(1 \.csv\); check the path"):
         load(folder / "only")
