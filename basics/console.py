@@ -71,6 +71,11 @@ def are(count):
     return "is" if count == 1 else "are"
 
 
+def some_are(part, whole, noun, one="is", several="are"):
+    """Some of a number of things in words, with the verb for them: '3 of 1,000 images are' or '0 of 1 image is'."""
+    return f"{part:,} of {counted(whole, noun)} {one if 1 in (part, whole) else several}"
+
+
 def printable(text, stream=None):
     """`text` as one line without anything that a terminal would obey or a stream could not encode.
 

@@ -49,8 +49,9 @@ def _warn_of_dark(name, deepest):
     """Warns of 16-bit files that hold values of 12 bits, as cameras and scanners write them."""
     if deepest and max(deepest) < 4096:
         factor, count = 16 if max(deepest) > 255 else 257, counted(len(deepest), "image")
+        come = "it comes" if len(deepest) == 1 else "they come"
         warn(
-            f"'{name}': no pixel of the {count} of 16 bits is above {max(deepest)} of 65535, so they come out nearly "
+            f"'{name}': no pixel of the {count} of 16 bits is above {max(deepest)} of 65535, so {come} out nearly "
             f"black; this looks like {12 if factor == 16 else 8} bit: multiply the values by {factor}"
         )
 

@@ -26,33 +26,44 @@ def folder_files(folder):
     Links to folders are followed once.
 
     All files are taken for images but those whose ending says otherwise (they are counted in a line), system files,
-    and folders that this program wrote (they are named in a line).
+    and what this program wrote (it is named in a line).
 
     Raises:
         UserError: it cannot be listed, holds no images, or was itself written by this program.
     """
     paths, written, left_out, endings = [], [], [], collections.Counter()
+    runs, users = set(), set()  # folders in which runs wrote, and those that hold, at any depth, what they did not
     for parent, below, names in _walk(folder):
         if _is_written(parent, below, names, whole=parent != folder):
-            if parent == folder:
-                raise UserError(
-                    f"{folder} is written by this program, so its images are no input; give a folder of your own"
-                )
-            written.append(parent.relative_to(folder).as_posix())
+            written.append(parent)
             below.clear()
             continue
-        for path in (Path(parent, name) for name in names if name != files.MARK):
+        ours = _files_of_runs(below, names)
+        written += [parent / name for name in ours - {files.MARK}]
+        if ours:
+            runs.add(parent)
+        for path in (Path(parent, name) for name in names if name not in ours):
+            users.update((parent, *parent.parents) if parent not in users else ())
             ending = ".tfevents" if _EVENTS.fullmatch(path.name) else path.suffix.lower()
             if ending in NOT_IMAGES:
                 endings[ending] += 1
                 left_out.append(path.relative_to(folder).as_posix())
             else:
                 paths.append(path)
-    told = _tell_left_out(folder, written, endings)
+    if folder in {*written, *(runs - users)} and written:
+        raise UserError(f"{folder} is written by this program, so its images are no input; give a folder of your own")
+    told = _tell_left_out(folder, _outermost(folder, written, runs - users), endings)
     if not paths:
         raise UserError(f"folder {folder} holds no images{told}; check the path")
     labels = sorted(path.relative_to(folder).as_posix() for path in paths)
     return labels, [Path(folder, label) for label in labels], sorted(left_out)
+
+
+def _outermost(folder, written, whole):
+    """Labels of what was written, once each: of what lies in one of the folders `whole`, that folder's alone."""
+    whole = whole - {folder}
+    places = {next((each for each in reversed(path.parents) if each in whole), path) for path in written}
+    return sorted(path.relative_to(folder).as_posix() for path in places)
 
 
 def _walk(folder):
@@ -77,28 +88,53 @@ def _is_systems(name):
 
 
 def _is_written(folder, below, names, whole):
-    """Whether this program wrote all of a folder: it is marked, or, from before there were marks, looks like it.
+    """Whether this program wrote all of a folder: it is marked, or has what nobody else writes, as marks can be lost.
 
-    A folder of the user's own to which training in the folder around it has added something is not among these.
+    A folder of the user's own to which a run has added something is not among these, see `_files_of_runs`.
 
     Args:
         folder: its path.
         below: the names of its folders.
         names: the names of its files.
-        whole: whether the mark of recon.py will do, as below the folder that was given.  Training and evaluation can
-            go on among images of the user's own, so their marks do not.
+        whole: whether what another program might write, too, will do, as below the folder that was given.
     """
     if files.MARK in names and not files.is_owned(folder):
         return True
-    evaluated = any(map(_EVALUATION.fullmatch, names))
-    if files.MARK in names and whole and "manifest.json" in names and not (evaluated or "stdout.txt" in names):
-        return True
+    if whole and set(names) == {files.MARK, "manifest.json"} and {"masks", "pos", "neg"}.issuperset(below):
+        return not any(_visible(folder / side) for side in ("pos", "neg"))  # of recon.py, before there is a batch
     if "manifest.json" in names or "results.json" in names:  # a results folder: other programs have a manifest.json too
         batches = any(side in below and next(Path(folder, side).glob("batch_*.pth"), None) for side in ("pos", "neg"))
         if batches or any(name.startswith("scores_") and name.endswith(".csv") for name in names):
             return True
-    evaluation = evaluated and all(name.endswith((".npz", files.MARK)) for name in names)
-    return evaluation or _is_of_training(folder, [*below, *names])
+    if any(kind.issubset(names) for kind in _WHOLE):
+        return True
+    if whole and not below and names and all(map(_PIECE.fullmatch, names)):
+        return True
+    return _is_of_training(folder, [*below, *names])
+
+
+def _files_of_runs(below, names):
+    """Which of a folder's files a run wrote that may share the folder with the user's own.
+
+    Args:
+        below: the names of its folders.
+        names: the names of its files.
+
+    Returns:
+        set of names, among them the mark.
+    """
+    marked = {files.MARK}.intersection(names)
+    found = set(marked)
+    if marked or _META in below:
+        found |= {"stdout.txt"}.intersection(names)
+    if marked and "chunks" in below:  # of predict.py, stopped before it wrote the rest
+        found |= {"outcome.json"}.intersection(names)
+    if "compare.json" in names and (marked or "compare.csv" in names):
+        found |= _COMPARISON.intersection(names)
+    evaluation = {name for name in names if _EVALUATION.fullmatch(name)}
+    if marked or len(evaluation) == len(names):
+        found |= evaluation
+    return found
 
 
 def _is_of_training(folder, names):
@@ -123,13 +159,13 @@ def _tell_left_out(folder, written, endings):
     """Says what of a folder is not taken for images; returns it as a half sentence."""
     left_out = ""
     if written:
-        named = ", ".join(sorted(written)[:10]) + (f" and {len(written) - 10} more" if len(written) > 10 else "")
+        named = ", ".join(written[:10]) + (f" and {len(written) - 10} more" if len(written) > 10 else "")
         say_once(f"'{folder}': left out, as this program wrote it: {named}")
         left_out += f" (this program wrote {named})"
     if endings:
         named = ", ".join(f"{count} {ending}" for ending, count in sorted(endings.items()))
-        count = endings.total()
-        say_once(f"'{folder}': {counted(count, 'file')} {are(count)} left out by their endings: {named}")
+        count, whose = endings.total(), "its ending" if endings.total() == 1 else "their endings"
+        say_once(f"'{folder}': {counted(count, 'file')} {are(count)} left out by {whose}: {named}")
         left_out += f" ({named})"
     return left_out
 
@@ -148,6 +184,13 @@ _OF_TRAINING = {  # the folders in a work folder: what training writes there
 }
 
 _EVALUATION = re.compile(r"(ckpt_\d+_loss|report_\d+|(train|test)_ckpt_\d+_bpd_\d+)\.npz")
+_COMPARISON = {"compare.csv", "compare.json", "compare.md", "compare.png"}
+_PIECE = re.compile(r"(chunk|samples|statistics)_\d+\.npz")  # of what is measured, of an evaluation's samples
+
+_WHOLE = (  # what lies together in each folder that calibrate.py or predict.py wrote; they write into no other
+    {"detector.json", "calibration.npz"},
+    {"outcome.json", "outcome.npz"},
+)
 
 
 # Endings of files that are no pictures, or of which Pillow would read something else (a raw photo's thumbnail).

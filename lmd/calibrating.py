@@ -143,9 +143,8 @@ def _tell(detector):
         say(line)
     for line in histogram(known.scores):
         say(line)
-    known_well, lines = familiarity(detector.description["images"])
-    for line in lines:
-        (say if known_well else warn)(line)
+    for finding in familiarity(detector.description["images"]):
+        (say if finding.good else warn)(finding.text)
     if n < 99:
         warn(f"{n} calibration images cannot give a false-alarm rate of 1 %; hold back at least 99 for the p-values")
 

@@ -13,7 +13,7 @@ from fractions import Fraction
 import numpy as np
 from scipy import special
 
-from basics.console import UserError, percent
+from basics.console import UserError, percent, some_are
 
 LOWER = 0.05  # weight of scores that are too small; .02 to .1 detect equally well, see docs/results.md
 _ROUNDING = 1e-12  # relative; what products of a few doubles may be off
@@ -218,7 +218,7 @@ def _ascending(calibration):
     if not len(calibration):
         raise UserError("there are no calibration scores; calibrate with in-domain images that were held back")
     if infinite := int(np.isinf(calibration).sum()):
-        raise UserError(f"{infinite:,} of {len(calibration):,} calibration scores are infinite; {_REMEDY}")
+        raise UserError(f"{some_are(infinite, len(calibration), 'calibration score')} infinite; {_REMEDY}")
     return np.sort(calibration)
 
 
@@ -228,7 +228,7 @@ def as_scores(scores):
     if scores.ndim != 1:
         raise ValueError(f"scores are (N,), not of shape {scores.shape}")
     if missing := int(np.isnan(scores).sum()):
-        raise UserError(f"{missing:,} of {len(scores):,} scores are not a number (NaN); {_REMEDY}")
+        raise UserError(f"{some_are(missing, len(scores), 'score')} not a number (NaN); {_REMEDY}")
     return scores
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from basics import distributed
-from basics.console import UserError, are, counted, progress, say, warn
+from basics.console import UserError, are, counted, progress, say, some_are, warn
 from basics.image_sets import ImageSet
 from lmd.combination import combined
 from lmd.measurement import Measurement, statistics_of
@@ -132,7 +132,7 @@ class Bench:
         """A bar of evaluations that begins at those that are kept, and says how many these are; `work` as `_work`."""
         total, missing = sum(total for total, _ in work), sum(missing for _, missing in work)
         if 0 < missing < total:
-            say(f"comparing: {total - missing:,} of {counted(total, 'evaluation')} of the network are there already")
+            say(f"comparing: {some_are(total - missing, total, 'network evaluation')} there already")
         options = {"unit": " evaluations", "unit_scale": True, "desc": "comparing"}
         return progress(total=total, initial=total - missing, **options)
 
@@ -304,5 +304,5 @@ def _score(method, reference, part, statistics):
     parts = method.score_statistics(statistics)  # (N, K)
     column = combined(reference, parts) if part is None else parts[:, part]
     if missing := int(np.isnan(column).sum()):
-        raise UserError(f"{missing:,} of {len(column):,} scores are not a number (NaN)")
+        raise UserError(f"{some_are(missing, len(column), 'score')} not a number (NaN)")
     return column

@@ -1,5 +1,7 @@
 """What a detector is and does, as text: for the screen and for its card."""
 
+from typing import NamedTuple
+
 import numpy as np
 
 from basics.console import counted, percent
@@ -22,33 +24,46 @@ def bands(n):
     return lines
 
 
+class Finding(NamedTuple):
+    """A line on what a calibration found; `good` is False where it is to be a warning."""
+
+    text: str
+    good: bool = True
+
+
 def familiarity(images):
     """How well the model knows the domain: `misfit` and `restored` of what a description says of held-back images.
 
     Returns:
-        tuple: whether it does, and lines that say so; none where the method does not tell.
+        list of `Finding`; empty where the method does not tell.
     """
-    known, lines = True, []
+    findings = []
+    learned = images.get("restored", 1) >= _RESTORED
     if "misfit" in images:
         known = images["misfit"] <= _KNOWN
-        verdict = (
-            "as it should be where the model knows such images (1 is ideal)"
-            if known
-            else f"above {_KNOWN} the model knows such images badly and sees little of their structure; decisions stay "
-            "valid, and a model trained on such images, or for longer, catches more"
-        )
-        lines.append(
-            f"held-back images are {images['misfit']:.2f} times as far from their reconstructions as two of these are "
-            f"from each other: {verdict}"
+        if not known:
+            verdict = (
+                f"above {_KNOWN} the model knows such images badly and sees little of their structure; decisions stay "
+                "valid, and a model trained on such images, or for longer, catches more"
+            )
+        elif learned:
+            verdict = "as it should be where the model knows such images (1 is ideal)"
+        else:
+            verdict = "which says little here, as a model that restores nothing comes near to 1, too"
+        findings.append(
+            Finding(
+                f"held-back images are {images['misfit']:.2f} times as far from their reconstructions as two of these "
+                f"are from each other: {verdict}",
+                known,
+            )
         )
     if "restored" in images:
-        share = images["restored"]
-        line = f"the model restores {percent(max(share, 0), 2)} of what varies between these images where it is masked"
-        if share < _RESTORED:
-            known = False
+        share = max(images["restored"], 0)
+        line = f"the model restores {percent(share, 2)} of what varies between these images where it is masked"
+        if not learned:
             line += ": it has hardly learned them, or they are all texture; train it for longer if it was not for long"
-        lines.append(line)
-    return known, lines
+        findings.append(Finding(line, learned))
+    return findings
 
 
 def histogram(scores):
@@ -74,6 +89,7 @@ def card(detector, description):
         description: the fields of its folder's `detector.json`.
     """
     known, data = detector.calibration, detector.model.config.data
+    told = [finding.text for finding in familiarity(description["images"])]
     n, cost = len(known.parts), counted(detector.method.evaluations(detector.model), "network evaluation")
     lines = [
         "# Detector",
@@ -84,7 +100,7 @@ def card(detector, description):
         f"{counted(data.num_channels, 'channel')}.",
         f"- Calibrated with {n:,} images; {len(known.reference):,} others are what the method compares with.",
         f"- Decides at {percent(detector.rate)}; smallest rate: {calibration.smallest_percent(n)}.",
-        *(f"- {line[0].upper()}{line[1:]}." for line in [*bands(n), *familiarity(description["images"])[1]]),
+        *(f"- {line[0].upper()}{line[1:]}." for line in [*bands(n), *told]),
         *([f"- Made by: `{description['command']}`"] if description["command"] else []),
         "",
         "## Scores of the calibration images",

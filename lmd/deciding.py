@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from basics import files
-from basics.console import UserError, are, counted, percent, printable, say, shell, warn
+from basics.console import UserError, counted, percent, printable, say, shell, some_are, warn
 from lmd import calibration
 from lmd import report as reports
 from lmd.report import BlindSpot, Picture, Report
@@ -125,7 +125,7 @@ def _tell(output, description, p_value, named, sentences):
 def _sentences(rule, rate, flagged, whole):
     """What was found, in sentences that a user can act on."""
     count, found = len(flagged), int(flagged.sum())
-    images = f"{found:,} of {counted(count, 'image')} {are(found)} flagged"
+    images = f"{some_are(found, count, 'image')} flagged"
     if rule.false_discovery_rate is not None:
         first = (
             f"{images} at a false discovery rate of {percent(rule.false_discovery_rate)} "

@@ -228,8 +228,8 @@ def write_bpd(run, k, origin):
     bpd = np.concatenate(values).reshape(repeats, -1).mean(axis=0)  # (N,)
     say(
         f"checkpoint {k}: {bpd.mean():.4f} bits per dimension (standard error {_standard_error(bpd):.4f}) over "
-        f"{counted(len(images), f'{split} image')}, {repeats} times each; {evaluations / (repeats * len(images)):.0f} "
-        f"network evaluations each time; written to {run.folder}"
+        f"{counted(len(images), f'{split} image')}, {counted(repeats, 'time')} each; "
+        f"{evaluations / (repeats * len(images)):.0f} network evaluations each time; written to {run.folder}"
     )
 
 

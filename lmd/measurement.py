@@ -14,7 +14,7 @@ import torch
 
 from basics import distributed, noise
 from basics.background import Background
-from basics.console import UserError, progress, say, warn
+from basics.console import UserError, are, progress, say, some_are, warn
 from basics.image_sets import InMemory
 from storage.arrays import OtherOrigin, read_arrays, write_arrays
 
@@ -113,8 +113,8 @@ class Measurement:
                 warn(f"{str(error).partition(';')[0]}; it is measured anew")
                 missing.append(number)
         if others:
-            of = f"{others} of {len(self.chunks)} parts"
-            say(f"{self.folder}: {of} were measured from other images, or otherwise, and are measured anew")
+            made = some_are(others, len(self.chunks), "part", "was", "were")
+            say(f"{self.folder}: {made} measured from other images, or otherwise, and {are(others)} measured anew")
         return missing
 
     def _light(self, arrays):
@@ -130,7 +130,7 @@ class Measurement:
         count = lambda numbers: sum(stop - start for start, stop in (chunks[number] for number in numbers))
         kept = total - count(missing)
         if label and 0 < kept < total:
-            say(f"{label}: {kept:,} of {total:,} images are measured already")
+            say(f"{label}: {some_are(kept, total, 'image')} measured already")
         if ranks.world_size > 1:
             total, kept = count(missing[ranks.rank :: ranks.world_size]), 0
             label = label and f"{label}, process 1 of {ranks.world_size}"

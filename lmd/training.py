@@ -69,6 +69,7 @@ class Trainer:
         self.data_root, self.workers = data_root, workers
         self.ranks, self.share = ranks, ranks.share(config.training.batch_size)
         self._divided = False  # whether the user knows how the images are divided
+        self._parts = {}  # by split, those of the divided images that are loaded and not handed out yet
         if 1 <= config.training.batch_size < ranks.world_size:
             raise UserError(
                 f"a batch of {counted(config.training.batch_size, 'image')} cannot be shared by {ranks.world_size} "
@@ -98,14 +99,19 @@ class Trainer:
         if not self.divides:
             own_test = data.get("test_dataset", "")
             return self._load(own_test if own_test and split == "test" else data.dataset, split, check)
-        images = self._load(data.dataset, split, check=False)
+        if split not in self._parts:
+            self._parts = self._divide(self._load(data.dataset, split, check=False))
+        return self._parts.pop(split)  # not kept: training may move it to the device
+
+    def _divide(self, images):
+        """The parts of an `ImageSet` by split; of few images, all of them twice."""
         held = held_back(len(images))  # (B,)
         self._tell_division(images.name, len(held), len(images))
         if not len(held):
-            return images
+            return {"train": images, "test": images}
         kept = torch.ones(len(images), dtype=torch.bool)
         kept[held] = False
-        return images.part(held if split == "test" else kept.nonzero().flatten())
+        return {"train": images.part(kept.nonzero().flatten()), "test": images.part(held)}
 
     @property
     def divides(self):
@@ -450,7 +456,7 @@ def _headline(trainer, images, resumed_at):
     start = "starting" if resumed_at is None else f"resuming at step {resumed_at}"
     return (
         f"{start}: {trainer.config.model.name}, {count:,} parameters, {training.sde}, {counted(images, 'image')} of "
-        f"{trainer.config.data.dataset}, batches of {training.batch_size}, {training.n_iters:,} steps, {where}"
+        f"{trainer.config.data.dataset}, batches of {training.batch_size}, {counted(training.n_iters, 'step')}, {where}"
     )
 
 

@@ -143,8 +143,8 @@ class ResultsFolder:
         announced = self.side_entries().get(side, {}).get("batches", numbers[-1] + 1)
         if numbers[-1] >= announced:
             raise UserError(
-                f"{self.batch_path(side, numbers[-1])} is one more than the {announced} batches that {MANIFEST} tells "
-                "of; move it away"
+                f"{self.batch_path(side, numbers[-1])} is one more than the {counted(announced, 'batch')} that "
+                f"{MANIFEST} tells of; move it away"
             )
         if len(numbers) < announced:
             first = next((index for index, number in enumerate(numbers) if index != number), len(numbers))

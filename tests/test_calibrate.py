@@ -123,32 +123,38 @@ def test_how_well_the_model_knows_the_domain_is_told(data, tmp_path, capsys):
     keys = noise.seed_keys(detector.seed, noise.content_keys(pixels))
     expected = np.median(detector.method.examine(detector.model, pixels, keys).misfit)
     assert detector.description["images"]["misfit"] == pytest.approx(expected, rel=1e-3)
-    known, lines = familiarity(detector.description["images"])
-    assert not known, "the model is untrained, and restores nothing"
-    assert "the model restores 0 % of what varies" in lines[1]
-    told = "".join(capsys.readouterr())
+    lines = familiarity(detector.description["images"])
+    assert "the model restores 0 % of what varies" in lines[1].text
+    assert not lines[1].good, "the model is untrained, and restores nothing"
+    streams = capsys.readouterr()
     for line in lines:
-        assert line in told
-        assert line[1:] in (tmp_path / "mine" / "card.md").read_text()
-
-
-@pytest.mark.parametrize(("misfit", "known"), [(1.0, True), (1.3, True), (1.31, False), (2.0, False)])
-def test_what_is_known_well(misfit, known):
-    found, (line,) = familiarity({"misfit": misfit})
-    assert found == known
-    assert f"{misfit:.2f} times" in line
-    assert familiarity({}) == (True, [])
+        assert (line.text in streams.out, f"warning: {line.text}" in streams.err) == (line.good, not line.good)
+        assert line.text[1:] in (tmp_path / "mine" / "card.md").read_text()
 
 
 @pytest.mark.parametrize(
-    ("restored", "known", "told"),
-    [(0.87, True, "87 %"), (0.05, False, "5 %"), (-2, False, "0 %")],
+    ("misfit", "restored", "good", "told"),
+    [
+        (1.0, None, [True], ["as it should be"]),
+        (1.3, None, [True], ["as it should be"]),
+        (1.31, None, [False], ["knows such images badly"]),
+        (1.0, 0.87, [True, True], ["as it should be", "restores 87 % of what varies"]),
+        (1.73, 0.36, [False, True], ["knows such images badly", "restores 36 % of what varies"]),
+        (0.98, 0.05, [True, False], ["which says little here", "restores 5 % of what varies"]),
+        (2.0, -2, [False, False], ["knows such images badly", "restores 0 % of what varies"]),
+        (None, -2, [False], ["restores 0 % of what varies"]),
+        (None, None, [], []),
+    ],
 )
-def test_a_hardly_trained_model_is_told(restored, known, told):
-    """It is as far from its reconstructions as they are from each other, too."""
-    found, (_, line) = familiarity({"misfit": 1.0, "restored": restored})
-    assert (found, "hardly" in line) == (known, not known)
-    assert f"restores {told} of what varies" in line
+def test_how_well_the_domain_is_known_in_words(misfit, restored, good, told):
+    """Where the model has hardly learned, images are as far from their reconstructions as these from each other."""
+    lines = familiarity({n: v for n, v in (("misfit", misfit), ("restored", restored)) if v is not None})
+    assert [line.good for line in lines] == good
+    for line, words in zip(lines, told, strict=True):
+        assert words in line.text
+        assert ("hardly" in line.text) == (restored is not None and restored < 0.1 and "restores" in words)
+    if misfit is not None:
+        assert f"{misfit:.2f} times" in lines[0].text
 
 
 def test_the_share_of_the_variance_that_is_restored():

@@ -285,9 +285,9 @@ def test_two_sided_by_hand():
 @pytest.mark.parametrize(
     ("known", "scores", "message"),
     [
-        ([1.0, np.nan, 3.0], [1.0], "1 of 3 scores are not a number"),
+        ([1.0, np.nan, 3.0], [1.0], "1 of 3 scores is not a number"),
         ([1.0, 2.0], [np.nan, 1.0, np.nan], "2 of 3 scores are not a number"),
-        ([1.0, np.inf], [1.0], "1 of 2 calibration scores are infinite"),
+        ([1.0, np.inf], [1.0], "1 of 2 calibration scores is infinite"),
         ([], [1.0], "no calibration scores"),
     ],
 )

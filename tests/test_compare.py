@@ -391,7 +391,7 @@ def test_a_stopped_run_loses_one_chunk(data, tmp_path, brightness, monkeypatch, 
     again = compared(data, tmp_path / "stopped", "brightness").rows
     assert stopping.measured == chunks[5:]
     out, err = capsys.readouterr()
-    assert "comparing: 475,000 of 775,000 evaluations of the network are there already\n" in out
+    assert "comparing: 475,000 of 775,000 network evaluations are there already\n" in out
     bars = re.findall(r"\d+k/\d+k", err)
     assert (bars[0], bars[-1]) == ("475k/775k", "775k/775k")
     drop = lambda rows: [{**row, "seconds": None} for row in rows]

@@ -31,6 +31,7 @@ from basics.console import (
     progress,
     say,
     shell,
+    some_are,
     warn,
 )
 from basics.files import expand_home
@@ -100,6 +101,16 @@ def test_choose():
 def test_numbers_of_things(count, words):
     assert f"{counted(count, 'image')} {are(count)}" == words
     assert counted(2, "batch") == "2 batches"
+
+
+@pytest.mark.parametrize(
+    ("part", "whole", "words"),
+    [(0, 1, "0 of 1 image is"), (1, 1, "1 of 1 image is"), (1, 5, "1 of 5 images is"), (0, 5, "0 of 5 images are"),
+     (2000, 5000, "2,000 of 5,000 images are")],
+)  # fmt: skip
+def test_some_of_a_number_of_things(part, whole, words):
+    assert some_are(part, whole, "image") == words
+    assert some_are(part, whole, "image", "has", "have") == words.replace("is", "has").replace("are", "have")
 
 
 @pytest.mark.parametrize(

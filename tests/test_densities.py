@@ -69,7 +69,7 @@ def test_bad_input(name):
     density.fit(values(density.fewest))  # and so many are enough
     broken = values(50)
     broken[3, 1] = np.nan
-    with pytest.raises(UserError, match="1 of 50 in-domain images have numbers that are not finite"):
+    with pytest.raises(UserError, match="1 of 50 in-domain images has numbers that are not finite"):
         density.fit(broken)
     assert np.isnan(density.score(broken)).nonzero()[0].tolist() == [3]
     for key, value in density.arrays().items():

@@ -8,6 +8,7 @@ from picture_files import cropped, load, put, read_all, save
 
 from basics import files, image_sets
 from basics.console import UserError
+from storage import detector_folder
 
 # ---------------------------------------------------------------------------------------------------- folders and lists
 
@@ -106,6 +107,18 @@ def leave_mark(folder):
         pass
 
 
+WORK_FOLDER = (
+    "stdout.txt", "samples/iter_5/sample.png", "checkpoints/checkpoint_1.pth", "checkpoints-meta/checkpoint.pth",
+    "tensorboard/events.out.tfevents.17.host.1.0", "eval/report_1.npz", "cats_vs_dogs/center_reps1/manifest.json",
+    "cats_vs_dogs/center_reps1/pos/batch_0.pth",
+)  # fmt: skip
+DETECTOR = detector_folder.DESCRIPTION, detector_folder.WEIGHTS, detector_folder.CALIBRATION, detector_folder.CARD
+PREDICTIONS = (
+    "predictions.csv", "skipped.csv", "summary.json", "report.html", "outcome.json", "outcome.npz",
+    "chunks/chunk_0.npz", "maps/000003_a.png",
+)  # fmt: skip
+COMPARISON = "compare.csv", "compare.json", "compare.md", "compare.png", "measured/lmd_0123/chunk_0.npz"
+
 WRITTEN = {  # what is left out, how which folder is marked, and what lies there
     "marked": ("run", (files.mark, "run"), ["run/plot.png"]),
     "a run's": ("run", (leave_mark, "run"), ["run/manifest.json", "run/masks/mask.png"]),
@@ -115,7 +128,21 @@ WRITTEN = {  # what is left out, how which folder is marked, and what lies there
     "samples": ("samples", None, ["samples/iter_5/sample.png"]),
     "evaluation": ("eval", None, ["eval/report_3.npz", "eval/ckpt_3_loss.npz"]),
     "work folder": ("checkpoints", (leave_mark, "."), ["checkpoints/checkpoint_1"]),
-}
+    "work folder below": ("run", (leave_mark, "run"), [f"run/{name}" for name in WORK_FOLDER]),
+    "evaluated samples": ("eval", (leave_mark, "eval"), [
+        "eval/ckpt_1/samples_0.npz", "eval/ckpt_1/statistics_0.npz", "eval/reference/statistics_0.npz"]),
+    "detector": ("mine", None, [f"mine/{name}" for name in DETECTOR]),
+    "unfinished detector": ("mine.unfinished", (leave_mark, "mine.unfinished"), [
+        "mine.unfinished/statistics/chunk_0.npz", "mine.unfinished/blind_spots/blur/chunk_0.npz"]),
+    "predictions": ("run", (leave_mark, "run"), [f"run/{name}" for name in PREDICTIONS]),
+    "predictions without marks": ("run", None, [f"run/{name}" for name in PREDICTIONS]),
+    "predictions, stopped": ("run", (leave_mark, "run"), ["run/chunks/chunk_0.npz", "run/outcome.json"]),
+    "comparison": ("run", (leave_mark, "run"), [f"run/{name}" for name in COMPARISON]),
+    "comparison, stopped": ("run", (leave_mark, "run"), ["run/measured/lmd_0123/chunk_0.npz"]),
+    "comparison among pictures": (
+        "sub/compare.csv, sub/compare.json, sub/compare.md, sub/compare.png, sub/measured/lmd_0123",
+        (leave_mark, "sub"), [f"sub/{name}" for name in COMPARISON]),
+}  # fmt: skip
 
 
 def write(root, kind):
@@ -134,14 +161,19 @@ def test_folders_that_this_program_wrote_are_left_out(kind, tmp_path, capsys):
     put(root, "a.png", "sub/b.png")
     left_out = write(root, kind)
     images = load(root)
-    assert (images.labels, images.skipped) == (["a.png", "sub/b.png"], [])
+    assert (images.labels, images.without_row) == (["a.png", "sub/b.png"], [])
     assert f"'{root}': left out, as this program wrote it: {left_out}\n" in capsys.readouterr().out
 
 
 def test_users_folders_that_look_alike_are_read(tmp_path, capsys):
     put(tmp_path, "pos/a.png", "neg/b.png", "samples/c.png", "eval/d.png", "checkpoints/e.png", "iter_5/f.png")
-    put(tmp_path, "manifest.json", "results.json")
-    assert len(load(tmp_path)) == 6
+    put(tmp_path, "manifest.json", "results.json", "detector.json", "outcome.json", "a/compare.json", "a/compare.png")
+    put(tmp_path, "chunks/g.png", "maps/000003_h.png", "measured/i.png", "reference/j.png", "chunks/chunk_0.npz")
+    assert len(load(tmp_path)) == 11
+    for name in ("pos", "neg", "chunks", "maps"):  # as runs do that begin in them
+        put(tmp_path / name, "manifest.json", "compare.png", "outcome.json")
+        leave_mark(tmp_path / name)
+    assert len(load(tmp_path)) == 15
     assert "wrote" not in capsys.readouterr().out
 
 
@@ -178,12 +210,14 @@ def test_training_in_the_folder_of_the_images_leaves_them_the_same(own, workdir,
     assert not during.skipped
 
 
-@pytest.mark.parametrize("kind", ["marked", "results"])
+@pytest.mark.parametrize("kind", ["marked", "results", "work folder below", "detector", "predictions", "comparison"])
 def test_a_folder_of_results_is_no_input(kind, tmp_path):
-    write(tmp_path, kind)
-    with pytest.raises(UserError, match="run is written by this program, so its images are no input; give a folder of"):
-        load(tmp_path / "run")
-    with pytest.raises(UserError, match=r"holds no images \(this program wrote run\); check the path"):
+    name = write(tmp_path, kind)
+    with pytest.raises(
+        UserError, match=f"{name} is written by this program, so its images are no input; give a folder of"
+    ):
+        load(tmp_path / name)
+    with pytest.raises(UserError, match=rf"holds no images \(this program wrote {name}\); check the path"):
         load(tmp_path)
 
 
@@ -207,6 +241,9 @@ def test_other_files_are_counted_by_their_endings(folder, capsys):
     assert [name for name, _ in images.without_row] == [name for name, _ in images.skipped] + images.left_out
     line = f"'{folder}': 5 files are left out by their endings: 1 .csv, 1 .eps, 1 .mp4, 2 .txt\n"
     assert line in capsys.readouterr().out
+    put(folder / "a", "b.CSV")
+    load(folder / "a")
+    assert f"'{folder / 'a'}': 1 file is left out by its ending: 1 .csv\n" in capsys.readouterr().out
     put(folder, "only/x.csv")
     with pytest.raises(UserError, match=r"holds no images \(1 \.csv\); check the path"):
         load(folder / "only")

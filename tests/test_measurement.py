@@ -107,7 +107,7 @@ def test_a_folder_that_grew(method, tmp_path, capsys):
     )
     assert method.seen[:2] == [8, 8]  # the last, which was not full, and a new one
     assert capsys.readouterr().out == (
-        f"{tmp_path}: 1 of 5 parts were measured from other images, or otherwise, and are measured anew\n"
+        f"{tmp_path}: 1 of 5 parts was measured from other images, or otherwise, and is measured anew\n"
         "measuring: 24 of 40 images are measured already\n"
     )
 

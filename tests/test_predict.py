@@ -129,7 +129,7 @@ def test_other_sources(kind, made, data, tmp_path):
     assert [row["p_value"] for row in found] == [row["p_value"] for row in expected]
     sentences = summary_of(tmp_path / "out")["sentences"]
     assert len(sentences) == (1 if kind == "one file" else 2)  # a single image's test as a folder is its p-value
-    assert re.match(r"[01] of 1 image (is|are) flagged" if kind == "one file" else r"\d+ of 40 images ", sentences[0])
+    assert re.match(r"[01] of 1 image is flagged" if kind == "one file" else r"\d+ of 40 images ", sentences[0])
 
 
 def test_a_choice_of_an_array_is_called_by_its_places(data, tmp_path):
@@ -193,6 +193,16 @@ def test_a_folder_without_images(data, tmp_path):
 
 
 # -------------------------------------------------------------------------------- stopped, continued, run again
+
+
+def test_results_below_the_images_are_no_files_without_a_decision(data, tmp_path, detector_folder):
+    write_images(tmp_path / "images", NEW)
+    shutil.copytree(detector_folder, tmp_path / "images" / "detector")
+    for _ in range(2):
+        predict(data, tmp_path / "images" / "results", tmp_path / "images", maps=True)
+        assert rows_of(tmp_path / "images" / "results", "skipped.csv") == []
+        assert [row["file"] for row in rows_of(tmp_path / "images" / "results")] == [f"{n:02}.png" for n in range(40)]
+
 
 KILLED = """
 import sys

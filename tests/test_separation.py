@@ -184,7 +184,7 @@ def test_holm_is_its_definition():
 
 @pytest.mark.parametrize("rate", [separation.aupr_out, separation.aupr_in, separation.fpr95])
 def test_bad_scores(rate):
-    with pytest.raises(UserError, match="1 of 2 scores are not a number"):
+    with pytest.raises(UserError, match="1 of 2 scores is not a number"):
         rate([1.0, np.nan], [1.0])
     with pytest.raises(UserError, match="no in-domain scores"):
         rate([], [1.0])

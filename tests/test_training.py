@@ -678,13 +678,19 @@ def divided(tree, tmp_path):
     return [[image.numpy().tobytes() for image in images.read(0, len(images))] for images in sets]
 
 
-def test_images_of_ones_own_are_divided(tmp_path, capsys):
+def test_images_of_ones_own_are_divided(tmp_path, monkeypatch, capsys):
+    """They are loaded once for both parts."""
+    loaded, load = [], training.datasets.load
+    monkeypatch.setattr(
+        training.datasets, "load", lambda *args, **options: loaded.append(args) or load(*args, **options)
+    )
     tree = tiny.config(data__dataset=str(tiny.write_pictures(tmp_path / "mine.npz", 40)))
     train, test, evaluated_train, evaluated_test = divided(tree, tmp_path)
     assert (len(train), len(test)) == (36, 4)
     assert not set(train) & set(test)
     assert {*train, *test} == {image.tobytes() for image in tiny.pictures(40)}
     assert (evaluated_train, evaluated_test) == (train, test)
+    assert len(loaded) == 2, "by training and by an evaluation"
     line = "'mine': 4 of the 40 images are held back from training for the test loss; config.data.test_dataset names "
     assert capsys.readouterr().out.count(line) == 1
 

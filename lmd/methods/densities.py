@@ -12,7 +12,7 @@ from scipy.spatial.distance import cdist
 from scipy.special import logsumexp
 
 from basics import noise
-from basics.console import UserError
+from basics.console import UserError, some_are
 
 IMAGES_A_NUMBER = 5  # that a density needs at least: a full covariance of fewer is mostly chance
 _ROWS = 1024  # scored at a time against all fitted points, which bounds the memory
@@ -66,8 +66,8 @@ class Density(abc.ABC):
             )
         if bad := int((~np.isfinite(values)).any(axis=1).sum()):
             raise UserError(
-                f"{bad} of {len(values)} in-domain images have numbers that are not finite: the network's output is "
-                "NaN or infinite; use another checkpoint"
+                f"{some_are(bad, len(values), 'in-domain image', 'has', 'have')} numbers that are not finite: the "
+                "network's output is NaN or infinite; use another checkpoint"
             )
         spread = values.std(axis=0)
         scale = np.where(spread > 1e-12 * np.abs(values).max(axis=0), spread, 1.0)  # 1 for a number that is constant
