@@ -204,6 +204,20 @@ def test_refused_before_work(changes, message, data, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"false_alarm_rate": 0.0}, "^a false-alarm rate lies between 0 and 1"),
+        ({"false_alarm_rate": 2.0}, "^a false-alarm rate lies between 0 and 1"),
+        ({"fit_share": 2.0}, "^--fit_share must lie between 0 and 1"),
+    ],
+)
+def test_refused_before_model_and_images_are_read(changes, message, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibrating, "open_model", None)
+    with pytest.raises(UserError, match=message):
+        calibrate(dataclasses.replace(job(data, tmp_path / "mine"), **changes))
+
+
 def test_a_model_that_gives_nan(data, tmp_path, monkeypatch):
     plain = LMD._distances
     monkeypatch.setattr(LMD, "_distances", lambda *arguments: plain(*arguments) * np.nan)
