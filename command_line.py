@@ -286,7 +286,11 @@ def _check_values(values):
         if isinstance(value, str) and "\0" in value:
             fail(f"flag --{name} holds a zero byte, which no file's name can have; give it another value")
         if isinstance(value, (int, float)) and "." not in name and not -(2**63) <= value < 2**63:  # nor is NaN
-            fail(f"flag --{name}={value}: a number within 64 bits is expected")
+            expected = "share between 0 and 1" if name in _SHARES else "number within 64 bits"
+            fail(f"flag --{name}={value}: a {expected} is expected")
+
+
+_SHARES = "false_alarm_rate", "false_discovery_rate", "fit_share", "mask_ratio"  # flags of which no value is larger
 
 
 # ------------------------------------------------------------------------------------------------ start and the end

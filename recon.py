@@ -194,8 +194,11 @@ def choose_mask_type(options):
         options: `FLAGS`.
 
     Raises:
-        UserError: a flag of masks was typed that has no effect with the others.
+        UserError: there is no such mask type, or a flag of masks was typed that has no effect with the others.
     """
+    from masks import MASK_TYPES  # here, as it brings torch, which --help need not wait for
+
+    choose(options.mask_type, MASK_TYPES, "mask type (--mask_type)")
     kind, given = options.mask_type, [name for name in ("mask_type", *_MASK_FLAGS) if options[name].present]
     if options.config.sampling.lift == "noise":  # then nothing is known
         if given and [given, kind] != [["mask_type"], "none"]:

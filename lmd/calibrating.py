@@ -70,6 +70,8 @@ def calibrate(job, device, ranks=distributed.ALONE):
         UserError: for bad input; a detector that was there stays.
     """
     detector_folder.check_place(job.detector)
+    calibration.check_rate(job.false_alarm_rate)
+    Detector.check_share(job.fit_share)
     method = _method(job.method)
     model = open_model(job.ckpt_path, job.config, device, job.precision, job.memory_gb)
     source, precision = model.source, model.score.net.precision
@@ -123,7 +125,7 @@ def _check_rate(detector, count, job):
     try:
         calibration.flagged_ranks(n, job.false_alarm_rate)
     except UserError as error:
-        if n == count or not 0 < job.false_alarm_rate < 1:
+        if n == count:
             raise
         raise UserError(
             f"{error} for the p-values, which {n:,} of these {count:,} images give (--fit_share)"

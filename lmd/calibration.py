@@ -71,6 +71,24 @@ def threshold(calibration, rate):
     return np.nextafter(last_unflagged, np.inf)
 
 
+def check_rate(rate):
+    """Refuses what is no false-alarm rate, whatever the number of images.
+
+    Raises:
+        UserError: it is no number in (0, 1).
+    """
+    if not is_share(rate):
+        raise UserError(f"a false-alarm rate lies between 0 and 1, not at {rate}; 0.01 means 1 %")
+
+
+def is_share(value):
+    """Whether something is a number in (0, 1)."""
+    try:
+        return bool(0 < value < 1)
+    except (TypeError, ValueError, RuntimeError):  # text, nothing, a list; an array; a tensor
+        return False
+
+
 def flagged_ranks(n, rate):
     """k = floor(rate (n + 1)): an image is flagged if fewer than k calibration scores reach its own.
 
@@ -80,8 +98,7 @@ def flagged_ranks(n, rate):
     Raises:
         UserError: the rate is no number in (0, 1), or below 1 / (n + 1).
     """
-    if not 0 < rate < 1:
-        raise UserError(f"a false-alarm rate lies between 0 and 1, not at {rate}; 0.01 means 1 %")
+    check_rate(rate)
     k = round(rate * (n + 1))  # the floor or one more
     while k / (n + 1) > rate:
         k -= 1
@@ -141,7 +158,7 @@ def discoveries(p, rate):
     Raises:
         UserError: the rate is out of range.
     """
-    if not 0 < rate < 1:
+    if not is_share(rate):
         raise UserError(f"a false discovery rate lies between 0 and 1, not at {rate}; 0.1 means 10 %")
     p = _shares(p)
     ascending = np.sort(p)

@@ -52,7 +52,7 @@ class Rule:
             try:
                 calibration.flagged_ranks(n, self.false_alarm_rate)
             except UserError as error:
-                if not 0 < self.false_alarm_rate < 1:
+                if not calibration.is_share(self.false_alarm_rate):
                     raise
                 halves = "for the p-values, that is, give calibrate.py twice as many (--fit_share)"
                 raise UserError(f"{error} {halves}") from error

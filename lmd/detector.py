@@ -6,6 +6,7 @@ prediction, see `calibration`).  Larger scores are further out of domain, unlike
 """
 
 import dataclasses
+import os
 import platform
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 
 import datasets
 from basics import distributed, noise
-from basics.console import UserError, are, counted, percent, printable, warn
+from basics.console import UserError, are, choose, counted, percent, printable, warn
 from basics.image_sets import ImageSet
 from basics.machine import choose_device
 from configs.base import to_dict
@@ -23,7 +24,8 @@ from lmd.card import card
 from lmd.combination import combined
 from lmd.held_out import content_keys_of, held_out
 from lmd.measurement import Measurement, chunk_on, statistics_of
-from lmd.trained_model import open_model
+from lmd.methods.base import Method
+from lmd.trained_model import TrainedModel, open_model
 from storage import detector_folder
 from storage.checkpoints import write_network
 
@@ -90,9 +92,16 @@ class Detector:
             calibrate it allow, see `choose_method`.
         seed: of the images' noise.
         center_crop: crop images to their centre square; else squeeze them.
+
+    Raises:
+        UserError: there is no such method, or what is given is no model or method.
     """
 
     def __init__(self, model, method=AUTO, *, seed=0, center_crop=True):
+        if not isinstance(model, TrainedModel):
+            raise UserError(f"a detector needs a model, which open_model(path) gives, not {type(model).__name__}")
+        if not isinstance(method, (str, Method)):
+            choose(str(method), {AUTO: None, **methods.METHODS}, "method")
         self.model, self.seed, self.center_crop = model, seed, center_crop
         self.method = methods.create(method) if isinstance(method, str) and method != AUTO else method
         self.rate = DEFAULT_RATE
@@ -117,8 +126,9 @@ class Detector:
             folder, origin, ranks: see `Measurement`.
 
         Raises:
-            UserError: there are too few images, or as `Measurement.run`.
+            UserError: there are too few images, the share is out of range, or as `Measurement.run`.
         """
+        self.check_share(fit_share)
         images = self._held_out(held_back)
         self.choose_method(len(images), fit_share)
         self.calibration_images(len(images), fit_share)
@@ -163,11 +173,21 @@ class Detector:
         enough = round(fit_share * count) >= combination.fewest_images
         self.method = combination if enough and combination.suits(self.model) else methods.create("lmd")
 
+    @staticmethod
+    def check_share(fit_share):
+        """Refuses what is no share of images to learn from, whatever their number.
+
+        Raises:
+            UserError: it is no number in (0, 1).
+        """
+        if not calibration.is_share(fit_share):
+            raise UserError(f"--fit_share must lie between 0 and 1, not at {fit_share}")
+
     def calibration_images(self, count, fit_share=0.5):
         """How many of `count` images give p-values; the method learns from the others.
 
         Raises:
-            UserError: there are too few of either, or the share is out of range.
+            UserError: there are too few of either.
         """
         if count < FEWEST:
             raise UserError(
@@ -176,8 +196,6 @@ class Detector:
             )
         if not self.method.fewest_images and len(self.method.parts) == 1:
             return count
-        if not 0 < fit_share < 1:
-            raise UserError(f"--fit_share must lie between 0 and 1, not at {fit_share:g}")
         learning, fewest = round(fit_share * count), self.method.fewest_images
         if learning < fewest:
             raise UserError(
@@ -347,8 +365,10 @@ class Detector:
             memory_gb: see `trained_model.rows_within`.
 
         Raises:
-            UserError: the folder is damaged or incomplete, or of a later version.
+            UserError: the folder is damaged or incomplete, or of a later version; or it is no path.
         """
+        if not isinstance(path, (str, os.PathLike)):
+            raise UserError(f"a detector is loaded from the path of its folder, not from {type(path).__name__}")
         path = detector_folder.located(path)
         description, arrays = detector_folder.read(path)
         device = choose_device(device) if isinstance(device, str) else device

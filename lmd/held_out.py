@@ -6,6 +6,7 @@ import torch
 
 from basics import files, noise
 from basics.console import UserError, are, counted, say, warn
+from basics.image_lists import say_once
 from basics.preparation import spread
 from lmd.training import held_back
 from storage.checkpoints import data_of
@@ -49,7 +50,7 @@ def held_out(load, source, flag, config, ckpt_path, max_images=None):
         )
         return _some(images.part(held), max_images)
     images = _some(images, max_images)
-    _check_against_training_folder(load, source, flag, config, images)
+    _check_against_training_folder(load, source, flag, config, ckpt_path, images)
     return images
 
 
@@ -68,10 +69,18 @@ def _some(images, wanted):
     return images.part(torch.tensor(rows))
 
 
-def _check_against_training_folder(load, source, flag, config, images):
-    """Compares with the images that the config names for training, if these are files here."""
-    trained_on = config.data.dataset
+def _check_against_training_folder(load, source, flag, config, ckpt_path, images):
+    """Compares with the images that the config names for training, if these are files here; else a line says so.
+
+    None is needed where source and training are one named set, of which the test images are taken here.
+    """
+    trained_on, plain = config.data.dataset, lambda name: str(name).replace("_", "").lower()
     if not Path(files.expand_home(trained_on)).exists():
+        if plain(source) != plain(trained_on):
+            say_once(
+                f"whether {ckpt_path} was trained on the in-domain images could not be checked; p-values and ROC-AUCs "
+                "hold only for images that it was not trained on"
+            )
         return
     shared = shared_with(images, load(trained_on, split="train"))
     share = f"{shared:,} of the {counted(len(images), 'image')} of {source} {are(shared)}"

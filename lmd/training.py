@@ -34,6 +34,7 @@ from basics.pixels import to_data_range
 from basics.tensor_files import WrongFile
 from configs.base import TREE, to_dict
 from lmd.batches import TrainingBatches
+from lmd.numbering import Numbering
 from lmd.process import check_effects, create_process
 from models import inference
 from models.score import ScoreModel
@@ -81,6 +82,7 @@ class Trainer:
         self.model = self.shared_model = ScoreModel(net, self.sde, config.training.continuous)  # see `get_ready`
         self.loss = losses.create_loss(config, self.sde)
         self.state = losses.create_state(config, net)
+        self.numbering = Numbering(self.workdir / "checkpoints", config.training)
         self.trained_on = None  # what the checkpoints say of the training images, see `checkpoints.write_checkpoint`
 
     def images(self, split, check=True):
@@ -526,8 +528,7 @@ def _write_due(trainer, log, test_batches, step, due):
         with trainer.with_ema():
             log.scalar("eval_loss", trainer.loss_on(test_batches.batch(step), "eval", step), step)
     if "snapshot" in due:
-        number = step // training.snapshot_freq if training.snapshot_freq else 1  # the last step's alone
-        trainer.save(Path("checkpoints") / f"checkpoint_{number}.pth")
+        trainer.save(trainer.numbering.path_of(step).relative_to(trainer.workdir))
     samples = "snapshot" in due and training.snapshot_sampling
     if samples:
         files.mark(_samples_of(trainer, step).parent)

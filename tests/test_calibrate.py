@@ -12,13 +12,14 @@ import tiny
 import torch
 from scipy import stats
 
+import datasets
 from basics import noise
 from basics.console import UserError, percent
 from lmd import Detector, calibrating, shifts
 from lmd.calibrating import CalibrationJob
 from lmd.card import bands, familiarity, histogram
 from lmd.detector import _restoration
-from lmd.held_out import content_keys_of
+from lmd.held_out import content_keys_of, held_out
 from lmd.methods.lmd import LMD
 from lmd.training import held_back
 from models import create_model
@@ -210,6 +211,20 @@ def test_refused_before_work(changes, message, data, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"false_alarm_rate": 0.0}, "^a false-alarm rate lies between 0 and 1"),
+        ({"false_alarm_rate": 2.0}, "^a false-alarm rate lies between 0 and 1"),
+        ({"fit_share": 2.0}, "^--fit_share must lie between 0 and 1"),
+    ],
+)
+def test_refused_before_model_and_images_are_read(changes, message, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibrating, "open_model", None)
+    with pytest.raises(UserError, match=message):
+        calibrate(dataclasses.replace(job(data, tmp_path / "mine"), **changes))
+
+
 def test_a_model_that_gives_nan(data, tmp_path, monkeypatch):
     plain = LMD._distances
     monkeypatch.setattr(LMD, "_distances", lambda *arguments: plain(*arguments) * np.nan)
@@ -290,6 +305,36 @@ def test_weights_that_do_not_say_what_they_were_trained_on(trained, tmp_path, mo
     assert (
         f"warning: 10 of the 60 images of {tmp_path}/held.npz are in {trained}/all.npz, the training " in err.getvalue()
     )
+
+
+@pytest.mark.parametrize(
+    ("source", "trained_on", "told"),
+    [
+        (
+            "held.npz",
+            "nowhere",
+            True,
+        ),  # of weights that do not say what they were trained on
+        ("held.npz", "FashionMNIST", True),
+        ("Fashion_MNIST", "FashionMNIST", False),  # its test images
+        ("held.npz", "others.npz", False),  # which are compared
+    ],
+)
+def test_what_could_not_be_checked_is_told(source, trained_on, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tiny.write_pictures(tmp_path / "others.npz", 20, seed=1)
+    sets = {name: tiny.write_pictures(tmp_path / f"{name}.npz", 20) for name in ("held", "test")}
+    path = lambda name: {"held.npz": sets["held"], "Fashion_MNIST": sets["test"]}.get(name, name)
+    load = lambda name, **options: datasets.load_any(str(path(name)), image_size=8, num_channels=1, **options)
+    config = tiny.config(data__dataset=trained_on)
+    weights = tmp_path / "ema.safetensors"
+    for flag in ("--in_domain", "--fit"):  # once
+        assert len(held_out(load, source, flag, config, weights)) == 20
+    line = (
+        f"whether {weights} was trained on the in-domain images could not be checked; p-values and ROC-AUCs hold only "
+        "for images that it was not trained on\n"
+    )
+    assert capsys.readouterr() == (line * told, "")
 
 
 # ------------------------------------------------------------------------------------------- killed and continued

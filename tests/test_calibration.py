@@ -104,7 +104,7 @@ def test_the_least_number_named_is_the_least():
         calibration.flagged_ranks(10, 5e-324)
 
 
-@pytest.mark.parametrize("rate", [0, 1, -0.1, 5, float("nan"), float("inf")])
+@pytest.mark.parametrize("rate", [0, 1, -0.1, 5, float("nan"), float("inf"), "0.1", None])
 def test_rates_out_of_range(rate):
     calls = [
         lambda: calibration.threshold([1.0], rate),

@@ -381,6 +381,12 @@ INEFFECTIVE = {  # flags of recon.py, and what is said of them
         ["--mask_type=checkerboard", "--mask_ratio=0.3"],
         "--mask_ratio has no effect with --mask_type checkerboard; leave it out, or choose random",
     ),
+    "blocks of an unknown type": (
+        ["--mask_type=foo", "--mask_num_blocks=8"],
+        r"unknown mask type \(--mask_type\) 'foo'; choose one of: center, checkerboard, checkerboard_alt, random, none",
+    ),
+    "unknown type": (["--mask_type=foo"], r"unknown mask type \(--mask_type\) 'foo'"),
+    "a file and an unknown type": (["--mask_type=foo", "--mask_file_path=x"], r"mask type \(--mask_type\) 'foo'"),
     "patches of the centre": (["--mask_patch_size=2"], "--mask_patch_size has no effect with --mask_type center"),
     "blocks at random": (
         ["--mask_type=random", "--mask_num_blocks=4"],
@@ -409,7 +415,7 @@ INEFFECTIVE = {  # flags of recon.py, and what is said of them
 
 REFUSED = """
 import os, sys
-import recon
+import masks, recon
 from absl import flags
 from basics.console import UserError
 recon.define_flags()

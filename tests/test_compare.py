@@ -443,7 +443,8 @@ def test_files(data, tmp_path, capsys):
     with Image.open(tmp_path / "compare.png") as picture:
         assert min(picture.size) > 300
     printed = capsys.readouterr().out
-    assert " ".join(printed.splitlines()[0].split()) == "method evaluations s/image mean ROC-AUC minimum mean rank"
+    assert printed.startswith(f"whether {data / 'checkpoint.pth'} was trained on the in-domain images could not be ch")
+    assert " ".join(printed.splitlines()[1].split()) == "method evaluations s/image mean ROC-AUC minimum mean rank"
     assert printed.splitlines()[-1].endswith("compare.csv, compare.json, compare.md, compare.png")
 
 

@@ -80,8 +80,8 @@ def test_the_split_depends_on_the_images_alone(fitted, model):
     [
         (1, 0.5, r"^1 image is too few to calibrate with: "),
         (49, 0.5, r"^49 images are too few to calibrate with: .*; give at least 50, better 2,000$"),
-        (100, 0.0, "^--fit_share must lie between 0 and 1, not at 0$"),
-        (100, 1.0, "^--fit_share must lie between 0 and 1, not at 1$"),
+        (100, 0.0, r"^--fit_share must lie between 0 and 1, not at 0\.0$"),
+        (100, 1.0, r"^--fit_share must lie between 0 and 1, not at 1\.0$"),
         (100, 0.05, "^--fit_share 0.05 of 100 images leaves 5 to learn from and 95 for the p-values; both need at lea"),
         (100, 0.95, "^--fit_share 0.95 of 100 images leaves 95 to learn from and 5 for the p-values"),
     ],
@@ -128,6 +128,35 @@ def test_not_calibrated(model, tmp_path):
     for call in (lambda: new.predict(NEW), lambda: new.infer_threshold(0.1), lambda: new.save(tmp_path / "none")):
         with pytest.raises(UserError, match=r"^the detector is not calibrated yet; call fit with held-back images"):
             call()
+
+
+MISUSED = {
+    "a rate in words": (lambda one: one.infer_threshold("a"), "^a false-alarm rate lies between 0 and 1, not at a; "),
+    "no rate": (lambda one: one.infer_threshold(None), "^a false-alarm rate lies between 0 and 1, not at None; "),
+    "several rates": (lambda one: one.infer_threshold([0.1, 0.2]), "^a false-alarm rate lies between 0 and 1, not at "),
+    "array of rates": (lambda one: one.infer_threshold(np.array([0.1, 0.2])), "^a false-alarm rate lies between 0 and"),
+    "no folder": (lambda one: Detector.load(None), "^a detector is loaded from the path of its folder, not from NoneT"),
+    "a detector": (Detector.load, "^a detector is loaded from the path of its folder, not from Detector$"),
+    "model by path": (
+        lambda one: Detector("x"),
+        r"^a detector needs a model, which open_model\(path\) gives, not str$",
+    ),
+    "no model": (lambda one: Detector(None), r"^a detector needs a model, which open_model\(path\) gives, not None"),
+    "no method": (lambda one: Detector(one.model, None), "^unknown method 'None'; choose one of: auto, "),
+    "method class": (lambda one: Detector(one.model, LMD), "^unknown method '<class .*>'; choose one of: auto, "),
+    "unknown method": (lambda one: Detector(one.model, "lmx"), "^unknown method 'lmx'; choose one of: "),
+    "share in words": (
+        lambda one: Detector(one.model).fit(HELD, "a"),
+        "^--fit_share must lie between 0 and 1, not at a",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISUSED)
+def test_what_cannot_be_meant(name, mine):
+    call, message = MISUSED[name]
+    with pytest.raises(UserError, match=message):
+        call(mine)
 
 
 # ------------------------------------------------------------------------------------------------------- images

@@ -34,6 +34,14 @@ def done(data, tmp_path_factory):
     return workdir
 
 
+@pytest.fixture(scope="module")
+def numbered(data, tmp_path_factory):
+    """A run of four steps, of which the second and the last have numbered checkpoints."""
+    workdir = tmp_path_factory.mktemp("numbered")
+    tiny.train(short(data, training__n_iters=4, training__snapshot_freq=2), workdir)
+    return workdir
+
+
 def short(data, **changes):
     usual = {"training__n_iters": 2, "training__snapshot_sampling": False, "optim__warmup": 0}
     return tiny.config(data__dataset=str(data), **{**usual, **changes})
@@ -150,6 +158,52 @@ def test_a_checkpoint_that_says_less_is_continued(run, data):
         tiny.train(short(data, training__n_iters=3), run)
         assert read_checkpoint(run / META)["step"] == 4
         assert read_checkpoint(run / META)["data"]["images"] == 10
+
+
+def numbers(workdir):
+    """Number -> step of a run's numbered checkpoints."""
+    return {
+        int(path.stem.removeprefix("checkpoint_")): read_checkpoint(path)["step"] - 1
+        for path in (workdir / "checkpoints").glob("*.pth")
+    }
+
+
+NUMBERED = {  # after steps 2 and 4 with a frequency of 2: n_iters and frequency of each continuation, numbers then
+    "the same": ([(6, 2)], {1: 2, 2: 4, 3: 6}),
+    "the last step's is the one before": ([(5, 2)], {1: 2, 2: 5}),
+    "another end in between": ([(5, 2), (6, 2)], {1: 2, 2: 5, 3: 6}),
+    "a number that is taken": ([(6, 3)], {1: 2, 2: 4, 3: 6}),
+    "and on": ([(6, 3), (10, 3)], {1: 2, 2: 4, 3: 6, 4: 9, 5: 10}),
+    "a smaller number": ([(6, 100)], {1: 2, 2: 4, 3: 6}),
+    "no number": ([(6, 0)], {1: 2, 2: 4, 3: 6}),
+    "more often": ([(6, 1)], {1: 2, 2: 4, 5: 5, 6: 6}),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERED)
+def test_no_checkpoint_replaces_one_of_another_step(name, numbered, data, tmp_path, capsys):
+    """A restart that writes the same step again has the same file for it."""
+    parts, expected = NUMBERED[name]
+    run, told = shutil.copytree(numbered, tmp_path / "run"), 0
+    before = shutil.copy(run / META, tmp_path / "before.pth")
+    for n_iters, frequency in parts:
+        changes = {"training__n_iters": n_iters, "training__snapshot_freq": frequency}
+        for again in (False, True):
+            if again:
+                shutil.copy(before, run / META)
+            tiny.train(short(data, training__eval_freq=0, **changes), run)
+            told = max(told, capsys.readouterr().out.count("and none is replaced"))
+        shutil.copy(run / META, before)
+    assert numbers(run) == expected
+    assert told == (name in ("a number that is taken", "and on", "a smaller number", "no number"))
+
+
+def test_a_file_that_cannot_be_read_is_not_replaced(numbered, data, tmp_path):
+    run = shutil.copytree(numbered, tmp_path / "run")
+    (run / "checkpoints" / "checkpoint_3.pth").write_bytes(b"of whatever")
+    tiny.train(short(data, training__n_iters=6, training__snapshot_freq=2), run)
+    assert (run / "checkpoints" / "checkpoint_3.pth").read_bytes() == b"of whatever"
+    assert read_checkpoint(run / "checkpoints" / "checkpoint_4.pth")["step"] == 7
 
 
 BREAKS = {
