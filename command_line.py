@@ -66,10 +66,10 @@ class _CompileChoice(flags.ArgumentParser):
         return "auto, on or off"
 
 
-def define_compile(name, default, text, flag_values=flags.FLAGS):
-    """Defines --compile, which takes a value and, as a switch would, none."""
+def define_compile(name, default, text, **options):
+    """Defines --compile, which takes a value and, as a switch would, none; options as of absl's `DEFINE_flag`."""
     flag = flags.Flag(_CompileChoice(), flags.ArgumentSerializer(), name, default, text, boolean=True)
-    flags.DEFINE_flag(flag, flag_values)
+    flags.DEFINE_flag(flag, **options)
 
 
 def define_measuring(*names):

@@ -257,7 +257,7 @@ def test_the_ways_to_write_compile(written, expected):
     from absl import flags
 
     values = flags.FlagValues()
-    command_line.define_compile("compile", "auto", "", values)
+    command_line.define_compile("compile", "auto", "", flag_values=values)
     if " " in expected:
         with pytest.raises(flags.IllegalFlagValueError, match=expected):
             values(["recon.py", *written])
