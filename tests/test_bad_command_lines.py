@@ -70,7 +70,7 @@ ROWS = {
     "a text for a config that takes none": ([*TRAIN, f"{CONFIG}:text"], r"TypeError: get_config\(\) takes 0"),
     "empty config": ([*TRAIN, "--config="], "no config can be read"),
     "config in recon": ([*RECON, "--config=dict.py"], r"get_config of dict\.py returns a dict"),
-    "field of a section": ([*TRAIN, CONFIG, "--config.model=3"], "--config.model=3"),
+    "field of a section": ([*TRAIN, CONFIG, "--config.model=3"], "--config.model must be set field by field, such as"),
     "field before the config": ([*TRAIN, "--config.seed=3", CONFIG], "config.seed"),
     "field with a typo": ([*TRAIN, CONFIG, "--config.model.nff=3"], r'field: nff \(did you mean "nf" instead of "nff"'),
     "section with a typo": ([*TRAIN, CONFIG, "--config.modell.nf=3"], r'field: modell \(did you mean "model" inst'),
