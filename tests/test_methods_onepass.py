@@ -44,26 +44,30 @@ COV = _root @ _root.T
 
 
 class DiscreteNet:
-    """The exact noise (DDPM) or score (SMLD) of N(MEAN, cov) at the labels of `kind`; knows nothing in between."""
+    """The exact noise (DDPM) or score (SMLD) of N(MEAN, cov) at the labels of `kind`; knows nothing in between.
 
-    def __init__(self, kind, cov):
-        self.sde, self.ratios = kind.split()[0], torch.from_numpy(RATIO_TABLES[kind])
+    With `between`, the noise ratio of a label that is not whole lies between those of its neighbours.
+    """
+
+    def __init__(self, kind, cov, between=False):
+        self.sde, self.ratios, self.between = kind.split()[0], RATIO_TABLES[kind], between
         self.variances, self.axes = torch.linalg.eigh(torch.from_numpy(cov))
 
     def __call__(self, x, labels):
-        steps = labels.double().round()
-        assert (labels - steps).abs().max() < 1e-3
-        a, b = level(self.sde, self.ratios[steps.long() if self.sde == "vp" else 999 - steps.long()][:, None])
+        assert self.between or (labels - labels.round()).abs().max() < 1e-3
+        steps = (labels if self.sde == "vp" else 999 - labels).double().numpy()
+        ratios = np.exp(np.interp(steps if self.between else steps.round(), np.arange(1000), np.log(self.ratios)))
+        a, b = level(self.sde, torch.from_numpy(ratios)[:, None])
         along = (x.flatten(1) - a * torch.from_numpy(MEAN)) @ self.axes
         score = -(along / (a**2 * self.variances + b**2)) @ self.axes.T
         return (-b * score if self.sde == "vp" else score).float().view_as(x)
 
 
-def gaussian_model(name, rows=7, cov=COV):
+def gaussian_model(name, rows=7, cov=COV, between=False):
     if name in SDES:
         score = GaussianScore(SDES[name], *(torch.from_numpy(value).float() for value in (MEAN, cov)))
     else:
-        score = ScoreModel(DiscreteNet(name, cov), SDES[name.split()[0]], continuous=False)
+        score = ScoreModel(DiscreteNet(name, cov, between), SDES[name.split()[0]], continuous=False)
     return TrainedModel(tiny.config(data__image_size=4), score, tiny.CPU, rows)
 
 
