@@ -197,8 +197,8 @@ def training(precision, build, bench, trial):
         return bench.row(build(config, x), len(x), speed.operations(config, True), precision)
 
 
-def _ours(precision, compiled):
-    return lambda config, x: speed.our_training(config, x, None, precision, compiled)
+def _ours(precision, compiled, mode="default"):
+    return lambda config, x: speed.our_training(config, x, None, precision, compiled, mode)
 
 
 # ------------------------------------------------------------------------------------------ likelihood and start-up
@@ -254,6 +254,7 @@ def trials():
         _evaluation("bf16, compiled", 35, bf16(compiled=True)),
         _evaluation("bf16, compiled again", 15, bf16(compiled=True)),  # as a later run finds it
         _training("bf16, compiled", 70, _ours("bf16", True)),
+        _training("bf16, compiled, graph", 60, _ours("bf16", True, "reduce-overhead")),  # each pass launched at once
         Trial("likelihood", "plain", 40, likelihoods),
         _evaluation("bf16, max-autotune", 120, _tuned),
     ]

@@ -187,11 +187,11 @@ def our_evaluation(config, x, steps, *prepared):
     return torch.no_grad()(lambda: net(x, labels))
 
 
-def our_training(config, x, steps, precision, compiled):
+def our_training(config, x, steps, precision, compiled, mode="default"):
     sde = sde_lib.create_sde(config)
     net = create_model(config).train().to(x.device, memory_format=inference.layout(x.device, compiled))
     state, loss = losses.create_state(config, net), losses.create_loss(config, sde)
-    network = inference.InPrecision(torch.compile(net) if compiled else net, x.device, precision)
+    network = inference.InPrecision(torch.compile(net, mode=mode) if compiled else net, x.device, precision)
     model = ScoreModel(network, sde, config.training.continuous)
 
     def train():
