@@ -17,7 +17,7 @@ from basics import files, noise
 from basics.console import UserError, choose, counted, progress, say
 from basics.pixels import dequantize, to_model_range
 from configs.base import to_dict
-from lmd import likelihood, training
+from lmd import likelihood, samples, training
 from lmd.batches import in_order
 from losses import TRAINING_EPS
 from metrics import fidelity
@@ -138,7 +138,7 @@ def _try_out(run, parts, paths):
     for split in {splits[part] for part in parts if part in splits}:
         run.images(split)
     if write_samples in parts:
-        training.create_sampler(run.config, run.trainer.sde)
+        samples.create_sampler(run.config, run.trainer.sde)
 
 
 def _write(run, parts, paths):
@@ -265,8 +265,8 @@ def write_samples(run, k, origin):
         path, settings = _samples_file(run, k, r), _samples_settings(run, origin, r)
         if read_arrays(path, settings, _samples_shapes(run, settings)) is None:
             first = r * run.batch_size
-            images = training.draw_samples(run.trainer, settings["count"], "evaluation", first)
-            write_arrays(path, settings, samples=training.to_pixels(images))
+            images = samples.draw(run.trainer, settings["count"], "evaluation", first)
+            write_arrays(path, settings, samples=samples.to_pixels(images))
     say(f"checkpoint {k}: {run.config.eval.num_samples} samples are in {run.folder / f'ckpt_{k}'}")
 
 

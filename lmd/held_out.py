@@ -8,8 +8,29 @@ from basics import files, noise
 from basics.console import UserError, are, counted, say, warn
 from basics.image_lists import say_once
 from basics.preparation import spread
-from lmd.training import held_back
 from storage.checkpoints import data_of
+
+LEAST_DIVIDED, LARGEST_SHARE = 20, 1000  # images from which on some are held back, and the most that are
+
+
+def held_back(count):
+    """Which of a user's own images are kept from training for the test loss: a tenth, evenly spread, 1000 at most.
+
+    Args:
+        count: the number of images.
+
+    Returns:
+        (B,) int64, rising; none of fewer than 20 images.
+    """
+    share = min(count // 10, LARGEST_SHARE) if count >= LEAST_DIVIDED else 0
+    return (2 * torch.arange(share) + 1) * count // max(2 * share, 1)  # the middles of as many equal pieces
+
+
+def without(images, rows):
+    """An `ImageSet` without the images at `rows` (B,)."""
+    kept = torch.ones(len(images), dtype=torch.bool)
+    kept[rows] = False
+    return images.part(kept.nonzero().flatten())
 
 
 def content_keys_of(images):
@@ -43,7 +64,7 @@ def held_out(load, source, flag, config, ckpt_path, max_images=None):
             f"false-alarm rate would be wrong; give {flag}images that were held back"
         )
     held = held_back(len(images))
-    if known is not None and len(held) and _without(images, held).fingerprint == known["fingerprint"]:
+    if known is not None and len(held) and without(images, held).fingerprint == known["fingerprint"]:
         say(
             f"{source} is what the model was trained on: the {len(held):,} images held back then are used; "
             "training with --config.data.test_dataset sets other images aside"
@@ -52,12 +73,6 @@ def held_out(load, source, flag, config, ckpt_path, max_images=None):
     images = _some(images, max_images)
     _check_against_training_folder(load, source, flag, config, ckpt_path, images)
     return images
-
-
-def _without(images, rows):
-    kept = torch.ones(len(images), dtype=torch.bool)
-    kept[rows] = False
-    return images.part(kept.nonzero().flatten())
 
 
 def _some(images, wanted):

@@ -10,41 +10,34 @@ The network's forward pass is in config.training.precision; weights, gradients, 
 """
 
 import contextlib
-import io
 import math
 import signal
 import threading
-import time
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
-from torch.utils.tensorboard import SummaryWriter
 
 import datasets
 import losses
 import models
-import sampling
 import sde_lib
 from basics import files, noise
-from basics.console import UserError, are, choose, counted, log, percent, printable, progress, remedy, say, warn
+from basics.console import UserError, are, choose, counted, log, progress, say
 from basics.distributed import ALONE
-from basics.pixels import to_data_range
 from basics.tensor_files import WrongFile
 from configs.base import TREE, to_dict
+from lmd import samples
 from lmd.batches import TrainingBatches
+from lmd.held_out import held_back, without
 from lmd.numbering import Numbering
-from lmd.process import check_effects, create_process
+from lmd.training_log import Log, Pace
 from models import inference
 from models.score import ScoreModel
 from storage.checkpoints import check_data, restore_state, write_checkpoint
 
 META_CHECKPOINT = Path("checkpoints-meta") / "checkpoint.pth"
 AGREE_EVERY = 10  # steps between two questions whether a rank was interrupted
-SAMPLES = "sample.np", "sample.png"  # in the order in which they are written
 FOLDERS = "checkpoints", "checkpoints-meta", "samples", "tensorboard"  # of training, in its work folder
-LEAST_DIVIDED, LARGEST_SHARE = 20, 1000  # images from which on some are held back, and the most that are
 _DIVERGED = (
     "training diverged; lower config.optim.lr and start again from the last checkpoint (nothing was overwritten)"
 )
@@ -111,9 +104,7 @@ class Trainer:
         self._tell_division(images.name, len(held), len(images))
         if not len(held):
             return {"train": images, "test": images}
-        kept = torch.ones(len(images), dtype=torch.bool)
-        kept[held] = False
-        return {"train": images.part(kept.nonzero().flatten()), "test": images.part(held)}
+        return {"train": without(images, held), "test": images.part(held)}
 
     @property
     def divides(self):
@@ -293,19 +284,6 @@ def setting(config, name):
     return config.training.get(name, TREE["training"][name])
 
 
-def held_back(count):
-    """Which of a user's own images are kept from training for the test loss: a tenth, evenly spread, 1000 at most.
-
-    Args:
-        count: the number of images.
-
-    Returns:
-        (B,) int64, rising; none of fewer than 20 images.
-    """
-    share = min(count // 10, LARGEST_SHARE) if count >= LEAST_DIVIDED else 0
-    return (2 * torch.arange(share) + 1) * count // max(2 * share, 1)  # the middles of as many equal pieces
-
-
 class _EMAWeights:
     def __init__(self, state):
         self.state = state
@@ -355,7 +333,7 @@ def train(config, workdir, device, data_root, workers=None, ranks=ALONE):
         say(f"already trained: {trainer.workdir / META_CHECKPOINT} is at step {first - 1} of {last}")
         return
     if config.training.snapshot_sampling:
-        create_sampler(config, trainer.sde)  # what cannot be sampled is told before the first step
+        samples.create_sampler(config, trainer.sde)  # what cannot be sampled is told before the first step
     train_batches = ranks.in_turn(lambda: trainer.batches("train"))
     ranks.check_same((to_dict(config), precision, train_batches.images.fingerprint), "settings or training images")
     ranks.on_main(lambda: trainer.check_images(train_batches.images))
@@ -475,31 +453,6 @@ def _due(training, step):
     return {name for name, now in table.items() if now}
 
 
-class Pace:
-    """How fast training goes, since it was last measured or interrupted by other work.
-
-    Args:
-        batches: the `TrainingBatches`.
-        batch_size: images of a step, of all ranks together.
-
-    Attributes:
-        steps: done since then, to be counted by the caller.
-    """
-
-    def __init__(self, batches, batch_size):
-        self.batches, self.batch_size = batches, batch_size
-        self.restart()
-
-    def restart(self):
-        """From here on it is measured."""
-        self.steps, self.begun, self.waited = 0, time.perf_counter(), self.batches.waited
-
-    def __str__(self):
-        seconds = time.perf_counter() - self.begun
-        share = percent(round((self.batches.waited - self.waited) / seconds, 2))
-        return f"{self.steps * self.batch_size / seconds:,.1f} images/s, {share} of the time waiting for data"
-
-
 def _after_step(trainer, log, test_batches, step, part, pace):
     """Logs, evaluates and saves what is due after `step`.
 
@@ -529,13 +482,13 @@ def _write_due(trainer, log, test_batches, step, due):
             log.scalar("eval_loss", trainer.loss_on(test_batches.batch(step), "eval", step), step)
     if "snapshot" in due:
         trainer.save(trainer.numbering.path_of(step).relative_to(trainer.workdir))
-    samples = "snapshot" in due and training.snapshot_sampling
-    if samples:
+    sampled = "snapshot" in due and training.snapshot_sampling
+    if sampled:
         files.mark(_samples_of(trainer, step).parent)
         _samples_of(trainer, step).mkdir(exist_ok=True)  # before the next file: see `_lacks_samples`
     if "preemption" in due:  # after the file above, which a run that is killed before makes again
         trainer.save(META_CHECKPOINT)
-    if samples:  # last, as it takes long
+    if sampled:  # last, as it takes long
         _sample(trainer, log, step)
 
 
@@ -543,7 +496,7 @@ def _sample(trainer, log, step):
     """Draws and writes the samples of a step that has just been made."""
     folder = _samples_of(trainer, step)
     with trainer.with_ema():
-        write_samples(folder, draw_samples(trainer, trainer.config.training.batch_size, step))
+        samples.write(folder, samples.draw(trainer, trainer.config.training.batch_size, step))
     log.line(f"samples of step {step} are in {folder}")
 
 
@@ -559,98 +512,4 @@ def _lacks_samples(trainer):
     training, step = trainer.config.training, trainer.state.step - 1
     due = step >= 0 and training.snapshot_sampling and "snapshot" in _due(training, step)
     folder = _samples_of(trainer, step)
-    return due and folder.is_dir() and not (folder / SAMPLES[-1]).is_file()
-
-
-class Log:
-    """Lines to the console and `stdout.txt`, scalars also to TensorBoard."""
-
-    def __init__(self, workdir, first_step):
-
-        try:
-            self.file = files.open_own(workdir / "stdout.txt")
-            self.writer = SummaryWriter(workdir / "tensorboard", purge_step=first_step or None)
-        except UnicodeEncodeError:
-            self.writer = None
-            warn(f"TensorBoard cannot write below {workdir}, whose name is no UTF-8; stdout.txt has its numbers")
-        except OSError as error:
-            raise UserError(f"cannot write to {workdir}: {error.strerror}; {remedy(error)}") from error
-
-    def line(self, text):
-        """Writes a line with the time of day."""
-        stamped = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}"
-        log(stamped)
-        print(printable(stamped), file=self.file, flush=True)
-
-    def scalar(self, name, value, step, *notes):
-        """Writes `step: N, name: value`, and the notes behind it."""
-        self.line(", ".join([f"step: {step}, {name}: {value:.5e}", *map(str, notes)]))
-        if self.writer:
-            self.writer.add_scalar(name, value, step)
-
-    def close(self):
-        """Flushes and closes the files."""
-        if self.writer:
-            self.writer.close()
-        self.file.close()
-
-
-# -------------------------------------------------------------------------------------------------------- samples
-
-
-def draw_samples(trainer, count, word, first=0):
-    """Samples number `first` and on of the network as it is: (count, C, H, W) in data range.
-
-    Each is keyed by the seed, `word` (a step, or what the samples are for) and its number.
-    """
-    config, sde = trainer.config, trainer.sde
-    sample = create_sampler(config, sde)
-    shape = (config.data.num_channels, config.data.image_size, config.data.image_size)
-    numbers = torch.arange(first, first + count)
-    keys = noise.image_keys(noise.key(config.seed, word, "samples"), numbers, reps=[0])
-    source = noise.KeyedNoise(keys, shape, trainer.device)
-    return to_data_range(sample(trainer.model, source), config.data.centered)
-
-
-def create_sampler(config, sde):
-    """The config's way of sampling: called as sample(model, noise), gives images in the model's range.
-
-    Raises:
-        UserError: an unknown method or solver, or a solver that the SDE does not have.
-    """
-    return choose(config.sampling.method.lower(), METHODS, "method (config.sampling.method)")(config, sde)
-
-
-def _predictor_corrector(config, sde):
-    process = create_process(config, sde)
-    process.check_sampling()
-
-    def sample(model, noise):
-        with progress(total=process.steps, unit="step", desc="sampling", leave=False) as bar:
-            return process.sample(model, noise, on_step=bar.update)
-
-    return sample
-
-
-def _probability_flow(config, sde):
-    check_effects(config.sampling, sde)
-    return lambda model, noise: sampling.sample_ode(model, sde, noise(0, "prior") * sde.prior_std)[0]
-
-
-METHODS = {"pc": _predictor_corrector, "ode": _probability_flow}  # config.sampling.method
-
-
-def to_pixels(images):
-    """Images (N, C, H, W) in [0, 1], clipped, as an array (N, H, W, C) uint8; cut off, not rounded, as published."""
-    return (images.permute(0, 2, 3, 1).cpu() * 255).clamp(0, 255).to(torch.uint8).numpy()
-
-
-def write_samples(folder, images):
-    """Writes `SAMPLES`: (N, H, W, C) uint8, as published, and a picture, a grid; images (N, C, H, W) in [0, 1]."""
-    from torchvision.utils import make_grid  # here, as it takes seconds
-
-    array = io.BytesIO()
-    np.save(array, to_pixels(images))
-    files.write_bytes(folder / SAMPLES[0], array.getvalue())
-    grid = make_grid(images.cpu().clamp(0, 1), nrow=max(1, math.isqrt(len(images))), padding=2)  # (3, H', W')
-    files.write_png(folder / SAMPLES[1], Image.fromarray((grid.permute(1, 2, 0) * 255).round().byte().numpy()))
+    return due and folder.is_dir() and not (folder / samples.FILES[-1]).is_file()

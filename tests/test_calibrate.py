@@ -19,9 +19,8 @@ from lmd import Detector, calibrating, shifts
 from lmd.calibrating import CalibrationJob
 from lmd.card import bands, familiarity, histogram
 from lmd.detector import _restoration
-from lmd.held_out import content_keys_of, held_out
+from lmd.held_out import content_keys_of, held_back, held_out
 from lmd.methods.lmd import LMD
-from lmd.training import held_back
 from models import create_model
 from storage import checkpoints
 

@@ -340,9 +340,9 @@ import os
 
 import command_line, main
 from basics.console import UserError
-from lmd import batches, training
+from lmd import batches, training_log
 
-rank, batch, scalar = int(os.environ["RANK"]), batches.TrainingBatches.batch, training.Log.scalar
+rank, batch, scalar = int(os.environ["RANK"]), batches.TrainingBatches.batch, training_log.Log.scalar
 
 def batch_of(self, step):  # in the midst of a step, when the other rank waits for the gradients
     if (rank, step) == (1, 3):
@@ -357,7 +357,7 @@ def log(self, name, value, step, *notes):  # when the other rank waits for the a
 if "{where}" == "rank 1":
     batches.TrainingBatches.batch = batch_of
 else:
-    training.Log.scalar = log
+    training_log.Log.scalar = log
 main.define_flags()
 command_line.run(main.main)
 """

@@ -12,7 +12,7 @@ from test_configs import fields
 from basics import files, noise
 from basics.console import UserError
 from configs.base import TREE, check, to_dict
-from lmd import evaluation, likelihood, training
+from lmd import evaluation, likelihood, samples, training
 from metrics import fidelity
 from storage.checkpoints import load_ema_weights, read_checkpoint
 
@@ -273,7 +273,7 @@ def test_samples_come_before_the_weights_are_missed(sampling_tree, whole, packag
     for _ in range(2):
         with pytest.raises(UserError, match="no weights"):
             evaluate(sampling_tree, workdir)
-        monkeypatch.setattr(training, "draw_samples", None)  # the second time all samples are there
+        monkeypatch.setattr(samples, "draw", None)  # the second time all samples are there
     assert "checkpoint 2: 14 samples are in " in capsys.readouterr().out
     assert sorted(path.name for path in (workdir / "eval").iterdir()) == [files.MARK, "ckpt_1", "ckpt_2"]
     for k in (1, 2):
@@ -286,7 +286,7 @@ def test_samples_come_before_the_weights_are_missed(sampling_tree, whole, packag
 def test_samples_are_keyed_by_their_number(sampling_tree, whole, package, tmp_path, monkeypatch):
     """Not by the batch they are drawn in; up to rounding, which may move a pixel by one level."""
     monkeypatch.setattr(fidelity, "Inception", no_weights)
-    samples = {}
+    drawn = {}
     for size in (4, 7):
         workdir = shutil.copytree(whole, tmp_path / str(size))
         sampling_tree.eval.batch_size = size
@@ -294,8 +294,8 @@ def test_samples_are_keyed_by_their_number(sampling_tree, whole, package, tmp_pa
             evaluate(sampling_tree, workdir)
         folder = workdir / "eval" / "ckpt_2"
         paths = [folder / f"samples_{r}.npz" for r in range(len(list(folder.iterdir())))]
-        samples[size] = np.concatenate([arrays(path)["samples"] for path in paths]).astype(int)
-    assert np.abs(samples[4] - samples[7]).max() <= 1
+        drawn[size] = np.concatenate([arrays(path)["samples"] for path in paths]).astype(int)
+    assert np.abs(drawn[4] - drawn[7]).max() <= 1
 
 
 def test_reports(sampling_tree, whole, tmp_path, monkeypatch, capsys):

@@ -13,7 +13,7 @@ import sde_lib
 from basics.console import UserError
 from configs.base import TREE
 from lmd import process as processes
-from lmd import training
+from lmd import samples
 from lmd.process import create_process, preset
 from sampling import ExponentialIntegrator, InpaintingScheme, Scheme
 
@@ -538,7 +538,7 @@ def outcome(values, inpaints):
     model = GaussianScore(sde, *gaussian_data())
     try:
         if not inpaints:
-            return training.create_sampler(config, sde)(model, source)
+            return samples.create_sampler(config, sde)(model, source)
         return create_process(config, sde).inpaint(model, keyed(3, seed=5)(0, "prior"), MASK, source)
     except UserError:
         return None

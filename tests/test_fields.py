@@ -16,7 +16,7 @@ from configs import base
 from configs.base import ABSENT, TREE, check
 from configs.fields import FIELDS, Choice, Flag, NonZero, OneOf, Real, Text, Whole, Wholes, check_value
 from configs.presets import NCSNPP, SUBVP, build
-from lmd import evaluation, process, training
+from lmd import evaluation, process, samples
 from models import inference, layers, ncsnpp
 
 KINDS = base._flat(FIELDS)
@@ -46,7 +46,7 @@ TABLES = {
     "training.sde": sde_lib.SDES,
     "training.precision": inference.PRECISIONS,
     "training.compile": inference.CHOICES,
-    "sampling.method": training.METHODS,
+    "sampling.method": samples.METHODS,
     "sampling.predictor": sampling.PREDICTORS,
     "sampling.corrector": sampling.CORRECTORS,
     "sampling.sampler": [process.PUBLISHED, *process.SAMPLERS],

@@ -11,7 +11,7 @@ from helpers import ROOT
 from PIL import Image
 
 from basics import files
-from lmd import training
+from lmd import training_log
 from storage.results_folder import ResultsFolder
 from storage.scores import read_results
 from storage.tables import write_csv
@@ -97,7 +97,7 @@ def test_a_folder_that_tensorboard_cannot_write_to_is_told(outcomes):
 
 def test_the_log_of_a_training_takes_any_line(tmp_path, capsys):
     (tmp_path / os.fsdecode(b"\xe9")).mkdir()
-    log = training.Log(tmp_path / os.fsdecode(b"\xe9"), 0)
+    log = training_log.Log(tmp_path / os.fsdecode(b"\xe9"), 0)
     log.line("a\x1b[31mb \udce9 \N{PARTY POPPER}")
     log.scalar("loss", 1.0, 3)
     log.close()

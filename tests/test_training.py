@@ -19,7 +19,8 @@ import models
 from basics import files
 from basics.console import EXIT_INTERRUPTED, UserError, guard
 from configs.base import check
-from lmd import training
+from lmd import samples, training, training_log
+from lmd.held_out import held_back
 from models import inference
 from storage.checkpoints import read_checkpoint
 
@@ -145,12 +146,12 @@ def test_a_run_that_is_killed_while_it_samples_keeps_its_last_step(step, tree, w
             raise Death
         return drawn(trainer, count, word, first)
 
-    drawn = training.draw_samples
-    monkeypatch.setattr(training, "draw_samples", draw)
+    drawn = samples.draw
+    monkeypatch.setattr(samples, "draw", draw)
     with pytest.raises(Death):
         tiny.train(tree, tmp_path)
     assert read_checkpoint(tmp_path / META)["step"] == step + 1
-    monkeypatch.setattr(training, "draw_samples", drawn)
+    monkeypatch.setattr(samples, "draw", drawn)
     tiny.train(tree, tmp_path)
     found, expected = (
         {name: content for name, content in results(workdir).items() if name.startswith("samples/")}
@@ -299,8 +300,8 @@ def test_log(whole):
 
 def test_the_pace_is_that_since_the_last_pause(monkeypatch):
     clock, batches = [100.0], types.SimpleNamespace(waited=7.0)
-    monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
-    pace = training.Pace(batches, 128)
+    monkeypatch.setattr(training_log.time, "perf_counter", lambda: clock[0])
+    pace = training_log.Pace(batches, 128)
     for steps, seconds, waited, expected in (
         (50, 2.0, 0.5, "3,200.0 images/s, 25 %"),
         (1, 64.0, 0.0, "2.0 images/s, 0 %"),
@@ -487,21 +488,21 @@ SAMPLERS = {
 def test_samples_are_keyed(name, data, tmp_path):
     trainer = sampled(data, tmp_path, **SAMPLERS[name])
     before = torch.get_rng_state()
-    first, again, other = (training.draw_samples(trainer, 3, step).detach() for step in (5, 5, 10))
+    first, again, other = (samples.draw(trainer, 3, step).detach() for step in (5, 5, 10))
     assert first.shape == (3, 1, 8, 8)
     assert first.isfinite().all()
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert torch.equal(torch.get_rng_state(), before)
     if name != "langevin":  # whose step is a mean over the batch
-        few = training.draw_samples(trainer, 2, 5)
+        few = samples.draw(trainer, 2, 5)
         torch.testing.assert_close(few, first[:2], rtol=0, atol=1e-4)
 
 
 def test_methods_differ(data, tmp_path):
     images = {}
     for method in ("pc", "ode"):
-        images[method] = training.draw_samples(sampled(data, tmp_path, sampling__method=method), 2, 0)
+        images[method] = samples.draw(sampled(data, tmp_path, sampling__method=method), 2, 0)
     assert (images["pc"] - images["ode"]).abs().max() > 0.05
 
 
@@ -661,7 +662,7 @@ def test_without_losses_on_test_images_none_are_needed(tree, tmp_path, monkeypat
 
 @pytest.mark.parametrize(("count", "held"), [(1, 0), (19, 0), (20, 2), (105, 10), (10_000, 1000), (1_000_000, 1000)])
 def test_a_share_is_held_back_evenly(count, held):
-    rows = training.held_back(count)
+    rows = held_back(count)
     assert len(rows) == held
     if held:
         assert 0 <= rows[0] < rows[-1] < count
