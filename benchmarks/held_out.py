@@ -14,7 +14,7 @@ import numpy as np
 from torchvision.datasets import FashionMNIST
 
 from basics import files
-from basics.console import guard, say
+from basics.console import UserError, guard, say
 
 FOOTWEAR = (5, 7, 9)  # the labels of sandals, sneakers and ankle boots
 
@@ -25,13 +25,24 @@ def main():
     parser.add_argument("--folder", default="results/held_out")
     options = parser.parse_args()
     for split in ("train", "test"):
-        data = FashionMNIST(options.data_root, train=split == "train", download=True)
+        data = _loaded(options.data_root, split)
         images, footwear = data.data.numpy(), np.isin(data.targets.numpy(), FOOTWEAR)
         if split == "train":
             write(Path(options.folder) / "clothes_train.npz", images[~footwear])
         else:
             write(Path(options.folder) / "clothes.npz", images[~footwear])
             write(Path(options.folder) / "shoes.npz", images[footwear])
+
+
+def _loaded(data_root, split):
+    try:
+        return FashionMNIST(data_root, train=split == "train", download=True)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"Fashion-MNIST is not in {data_root} and cannot be downloaded ({reason}); put its files in "
+            f"{Path(data_root) / 'FashionMNIST' / 'raw'}"
+        ) from error
 
 
 def write(path, images):

@@ -14,7 +14,7 @@ import numpy as np
 from basics import distributed
 from basics.console import UserError, are, counted, progress, say, some_are, warn
 from basics.image_sets import ImageSet
-from lmd.combination import combined
+from lmd.combination import FEWEST, combined
 from lmd.measurement import Measurement, statistics_of
 from lmd.methods.base import Examined
 from lmd.ranking import Candidate
@@ -272,7 +272,7 @@ def _learns(method):
 
 def _fewest(method):
     """How many images a method needs to learn from, or to combine its parts, at least; 0 where it does neither."""
-    return max(method.fewest_images, 1) if _learns(method) else 0
+    return max(method.fewest_images, FEWEST if len(method.parts) > 1 else 0)
 
 
 def _scores(method, reference, part, measured):

@@ -13,6 +13,7 @@ import numpy as np
 
 from lmd.calibration import LOWER, as_scores
 
+FEWEST = 3  # reference images: a tail begins below the two that are furthest out
 _TAIL = 0.1  # share of the reference images from which on a tail is exponential; .05 to .2 detect equally well
 
 
@@ -20,7 +21,7 @@ def combined(reference, scores):
     """The score of images whose parts were scored.
 
     Args:
-        reference: (m, K) parts of reference images, finite; of a single part nothing is read.
+        reference: (m, K) parts of reference images, finite, `FEWEST` at least; of a single part nothing is read.
         scores: (N, K) parts of the images; infinite ones are the furthest in or out.
 
     Returns:

@@ -78,6 +78,7 @@ def compare(job, device, ranks=distributed.ALONE):
         UserError: for bad input, or where no method could be scored at all.
     """
     chosen, sources = select(job.methods), foreign_sources(job.out_of_domain)
+    _check_place(Path(job.output))
     model = open_model(job.ckpt_path, job.config, device, job.precision, job.memory_gb)
     source, precision = model.source, model.score.net.precision
     origin = identity(job.config, source, job.seed, precision)
@@ -88,6 +89,17 @@ def compare(job, device, ranks=distributed.ALONE):
         facts = _facts(job, sets, dataclasses.asdict(source), precision)
         ranks.on_main(lambda: report(job.output, table, facts))
     return table
+
+
+def _check_place(folder):
+    """Refuses a folder of other files, which would no longer be taken for images once this program has written there.
+
+    Raises:
+        UserError: it is one.
+    """
+    ours = (folder / files.MARK).exists()
+    if folder.is_dir() and not ours and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise UserError(f"{folder} holds other files; choose an --output that is empty or not there yet")
 
 
 def _facts(job, sets, checkpoint, precision):
@@ -151,23 +163,39 @@ def _load(job, sources, ckpt_path):
         say(f"methods learn from {len(fit):,} of the images of {job.in_domain}; scored are the other {len(known):,}")
     else:
         fit = held_out(load, job.fit, "--fit", job.config, ckpt_path, job.max_images)
-        _check_apart(job, fit, known)
+    learned = set(content_keys_of(fit).tolist())
+    if job.fit is not None:
+        _check_apart(job, known, learned)
     if len(known) < FEWEST:
         few = counted(len(known), "in-domain image")
         warn(f"{few} to score {are(len(known))} too few for the table to say much; give at least {FEWEST}")
-    if data.image_size < _SMALLEST and any(name.startswith(f"{MADE_UP}:") for name in sources):
+    load = functools.partial(load, max_images=job.max_images)
+    return Sets(Set(fit), Set(known), _foreign(load, sources, known, learned))
+
+
+def _foreign(load, sources, known, learned):
+    """The foreign `Set`s by name; warns of those that hold in-domain images.
+
+    Args:
+        load: called as load(source), gives an `ImageSet`.
+        sources: their names.
+        known: the in-domain images to score.
+        learned: the content keys of those that methods learn from, a set.
+    """
+    if known.shape[-1] < _SMALLEST and any(name.startswith(f"{MADE_UP}:") for name in sources):
         raise UserError(f"foreign images are made up of images of {_SMALLEST} pixels at least; leave {MADE_UP} out")
     keys = content_keys_of(known)
-    foreign = {}
+    in_domain, foreign = learned.union(keys.tolist()), {}
     for name in sources:
         kind = name.removeprefix(f"{MADE_UP}:")
         if kind != name:
             foreign[name] = Set(known, kind, shifts.change_of(kind, known, keys))
             continue
-        foreign[name] = Set(load(name, max_images=job.max_images))
-        if foreign[name].images.fingerprint in (known.fingerprint, fit.fingerprint):
-            warn(f"the out-of-domain images {name} are in-domain images, too; their ROC-AUC says nothing")
-    return Sets(Set(fit), Set(known), foreign)
+        foreign[name] = Set(load(name))
+        if shared := shared_with(foreign[name].images, in_domain):
+            those = f"{shared:,} of the {counted(len(foreign[name].images), 'image')} of"
+            warn(f"{those} --out_of_domain {name} {are(shared)} in-domain images, too; their ROC-AUC says little")
+    return foreign
 
 
 def _halves(images):
@@ -183,9 +211,9 @@ def _halves(images):
     return images.part(order[:half].sort().values), images.part(order[half:].sort().values)
 
 
-def _check_apart(job, fit, known):
-    """Refuses scores of the very images that the methods learned from."""
-    shared = shared_with(known, fit)
+def _check_apart(job, known, learned):
+    """Refuses scores of the very images that the methods learned from, whose content keys are `learned`."""
+    shared = shared_with(known, learned)
     share = f"{shared:,} of the {counted(len(known), 'image')} of"
     if 2 * shared > len(known):
         raise UserError(

@@ -268,8 +268,7 @@ def kept():
     ("images", "named", "message"),
     [
         (kept(), "", r"^the model was trained on the images of \S+: on these it is surer than on new ones"),
-        (kept()[::-1], "data", r"^540 of the 540 images of \S+ are among those of \S+, which the model was"),
-        (np.concatenate([kept()[:60], tiny.pictures(40)]), "data", r"^60 of the 100 images of \S+ are among those of "),
+        (kept()[::-1], "data", r"^540 of the 540 images of \S+ are among those of all, which the model was"),
     ],
 )  # fmt: skip
 def test_images_trained_on_are_refused(images, named, message, trained, tmp_path, monkeypatch):
@@ -286,6 +285,45 @@ def test_images_trained_on_are_refused(images, named, message, trained, tmp_path
     assert not (tmp_path / "mine").exists()
 
 
+@pytest.mark.parametrize(
+    ("images", "left", "told"),
+    [
+        (np.concatenate([TRAINED_ON, tiny.pictures(7, seed=9)]), 67, "540 of the 607"),  # a folder that has grown
+        (np.concatenate([kept()[:20], tiny.pictures(40, seed=9)]), 40, "20 of the 60"),
+        (np.repeat(TRAINED_ON, 2, axis=0), 120, "1,080 of the 1,200"),  # copies
+    ],
+)
+def test_images_trained_on_are_left_out(images, left, told, trained, tmp_path, capsys):
+    """Where the checkpoint and the folder that its config names say which these are, however many."""
+    np.savez(tmp_path / "mine.npz", images)
+    found = held_back_of(trained / "work", trained / "all.npz", tmp_path / "mine.npz")
+    assert len(found) == left
+    assert (
+        f"warning: {told} images of {tmp_path}/mine.npz are among those that the model was" in capsys.readouterr().err
+    )
+    seen = set(noise.content_keys(torch.from_numpy(kept())[:, None]).tolist())
+    assert not seen.intersection(noise.content_keys(found.read(0, left)).tolist())
+
+
+def held_back_of(work, trained_on, source):
+    """What `held_out` gives for a source."""
+    load = lambda name, **options: datasets.load_any(str(name), image_size=8, num_channels=1, **options)
+    checkpoint = checkpoints.find_checkpoint(work)
+    return held_out(load, source, "--in_domain", tiny.config(data__dataset=str(trained_on)), checkpoint)
+
+
+def test_copies_of_images_trained_on_are_not_held_back(tmp_path, capsys):
+    """A folder of duplicates: of the 6 images that training held back 4 are among the others, too."""
+    pictures = tiny.pictures(60)
+    held = held_back(60).numpy()
+    pictures[np.setdiff1d(np.arange(60), held)[:4]] = pictures[held[:4]]
+    np.savez(tmp_path / "all.npz", pictures)
+    tiny.train(tiny.config(data__dataset=str(tmp_path / "all.npz"), training__n_iters=1), tmp_path / "work")
+    found = held_back_of(tmp_path / "work", tmp_path / "all.npz", tmp_path / "all.npz")
+    assert torch.equal(found.read(0, 2)[:, 0], torch.from_numpy(pictures[held[4:]]))
+    assert f"4 of the 6 images of {tmp_path}/all.npz are among those that the model was" in capsys.readouterr().err
+
+
 def test_weights_that_do_not_say_what_they_were_trained_on(trained, tmp_path, monkeypatch):
     """Those of an EMA-only file: the folder that its config names is compared; a few images of it are warned of."""
     config = tiny.config(data__dataset=str(trained / "all.npz"))
@@ -293,8 +331,8 @@ def test_weights_that_do_not_say_what_they_were_trained_on(trained, tmp_path, mo
     checkpoints.write_ema_weights(weights, source, create_model(config), tiny.to_dict(config), {})
     monkeypatch.setattr(LMD, "examine", None)
     values = {"detector": str(tmp_path / "mine"), "card_images": 0, "method": "lmd:reps=1"}
-    np.savez(tmp_path / "held.npz", TRAINED_ON[:80])
-    with pytest.raises(UserError, match=r"^80 of the 80 images of "):
+    np.savez(tmp_path / "held.npz", np.concatenate([TRAINED_ON[:41], tiny.pictures(39, seed=9)]))
+    with pytest.raises(UserError, match=r"^41 of the 80 images of "):
         calibrate(CalibrationJob(config, str(weights), in_domain=str(tmp_path / "held.npz"), **values))
     monkeypatch.undo()
     err = io.StringIO()
@@ -302,7 +340,8 @@ def test_weights_that_do_not_say_what_they_were_trained_on(trained, tmp_path, mo
     with contextlib.redirect_stderr(err):
         calibrate(CalibrationJob(config, str(weights), in_domain=str(tmp_path / "held.npz"), **values))
     assert (
-        f"warning: 10 of the 60 images of {tmp_path}/held.npz are in {trained}/all.npz, the training " in err.getvalue()
+        f"warning: 10 of the 60 images of {tmp_path}/held.npz are among those that the model was trained on, and left"
+        in err.getvalue()
     )
 
 

@@ -476,7 +476,7 @@ def test_methods_that_refuse_a_model_of_discrete_times_are_marked(data, tmp_path
     tree = tiny.config(training__sde="vpsde", training__continuous=False, model__num_scales=100)
     checkpoint = tiny.write_checkpoint(tmp_path / "discrete.pth", tree)
     table = compared(
-        data, tmp_path, "nll,msma,ufcod", config=tree, ckpt_path=str(checkpoint), fit=str(data / "many.npz")
+        data, tmp_path / "out", "nll,msma,ufcod", config=tree, ckpt_path=str(checkpoint), fit=str(data / "many.npz")
     )
     notes = {row["method"]: row["note"] for row in table.rows}
     assert "nll follows the image through continuous times" in notes["nll"]
@@ -494,6 +494,10 @@ def test_too_few_images_to_learn_from_are_told_first(data, tmp_path, brightness,
         "warning: brightness:fewest=31 (which needs 31), brightness:fewest=99 (which needs 99) are left out: there are "
         "only 30 images to learn from; give more as --fit"
     )
+    with pytest.raises(
+        UserError, match=r"^there are only 2 images to learn from, too few for lmd:reps=1 \(which needs 3"
+    ):
+        compared(data, tmp_path, "lmd:reps=1", fit=None, max_images=4)  # for the p-values of its parts
     message = r"^there are only 30 images to learn from, too few for brightness:fewest=31 \(which needs 31\); give"
     with pytest.raises(UserError, match=message):
         compared(data, tmp_path, "brightness:fewest=31")
@@ -523,8 +527,18 @@ def test_images_that_must_not_be_the_same(data, tmp_path, capsys):
     capsys.readouterr()
     run(in_domain=str(tmp_path / "some.npz"))
     assert "warning: 5 of the 20 images of " in capsys.readouterr().err
-    run(foreign="known.npz")
-    assert "known.npz are in-domain images, too; their ROC-AUC says nothing" in capsys.readouterr().err
+    np.savez(tmp_path / "foreign.npz", images=np.concatenate([fit[:3], known[:4], tiny.pictures(3, seed=9)]))
+    run(foreign=str(tmp_path / "foreign.npz"))
+    told = "warning: 7 of the 10 images of --out_of_domain "
+    assert told in (err := capsys.readouterr().err)
+    assert "foreign.npz are in-domain images, too; their ROC-AUC says little" in err
+
+
+def test_other_files_are_not_mixed_with(data, tmp_path):
+    (tmp_path / "compare.csv").write_text("mine")
+    with pytest.raises(UserError, match="holds other files; choose an --output that is empty or not there yet"):
+        compared(data, tmp_path, "brightness")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
 # ----------------------------------------------------------------------------------------------------- commands
