@@ -46,13 +46,20 @@ def load_files(name, preparation, labels, paths, left_out=()):
 
 
 def _warn_of_dark(name, deepest):
-    """Warns of 16-bit files that hold values of 12 bits, as cameras and scanners write them."""
-    if deepest and max(deepest) < 4096:
-        factor, count = 16 if max(deepest) > 255 else 257, counted(len(deepest), "image")
-        come = "it comes" if len(deepest) == 1 else "they come"
+    """Warns of 16-bit files that hold values of 12 bits, as cameras and scanners write them.
+
+    Args:
+        name: of the set.
+        deepest: the largest value of each file of 16 bits.
+    """
+    dark = [value for value in deepest if value < 4096]
+    if dark:
+        factor = 16 if max(dark) > 255 else 257
+        which = ("" if len(dark) == len(deepest) else f"{len(dark):,} of ") + f"the {counted(len(deepest), 'image')}"
+        come = "it comes" if len(dark) == 1 else "they come"
         warn(
-            f"'{name}': no pixel of the {count} of 16 bits is above {max(deepest)} of 65535, so {come} out nearly "
-            f"black; this looks like {12 if factor == 16 else 8} bit: multiply the values by {factor}"
+            f"'{name}': no pixel of {which} of 16 bits is above {max(dark)} of 65535, so {come} out nearly black; this "
+            f"looks like {12 if factor == 16 else 8} bit: multiply the values by {factor}"
         )
 
 

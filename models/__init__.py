@@ -37,4 +37,5 @@ def create_model(config):
     try:
         return build(config)
     except ValueError as error:  # torch refuses, say, a width that its groups do not divide
-        raise UserError(f"no network can be built from this config: {error}; change config.model (nf?)") from error
+        change = "make config.model.nf a multiple of 32" if "num_groups" in str(error) else "change config.model"
+        raise UserError(f"no network can be built from this config: {error}; {change}") from error

@@ -104,6 +104,11 @@ def test_dark_16_bit_images_are_warned_of(most, factor, tmp_path, capsys):
     assert f"multiply the values by {factor}\n" in warnings
     Image.fromarray(np.full((32, 32), 4096, np.uint16)).save(tmp_path / "bright.png")
     load(tmp_path)
+    warnings = capsys.readouterr().err
+    assert f"no pixel of 3 of the 4 images of 16 bits is above {most} of 65535, so they come out nearly" in warnings
+    for index in range(3):
+        (tmp_path / f"{index}.png").unlink()
+    load(tmp_path)
     assert "16 bits" not in capsys.readouterr().err
 
 
