@@ -168,7 +168,7 @@ def test_unknown_names_are_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"nf": 16}, "no network can be built from this config: num_channels .* num_groups .*; make config.model.nf a m"),
+        ({"nf": 16}, "no network can be built from this config: num_channels .*; make config.model.nf a multiple"),
         ({"ch_mult": ()}, "one positive int per level"),
         ({"ch_mult": (1, "x")}, "one positive int per level"),
         ({"ch_mult": (1, 1, 1, 1, 1, 1)}, "16 pixels cannot be halved 5 times"),
