@@ -22,14 +22,14 @@ import losses
 import models
 import sde_lib
 from basics import files, noise
-from basics.console import UserError, are, choose, counted, log, progress, say
+from basics.console import UserError, are, choose, counted, log, progress, say, warn
 from basics.distributed import ALONE
 from basics.tensor_files import WrongFile
 from configs.base import TREE, to_dict
 from lmd import samples
 from lmd.batches import TrainingBatches
 from lmd.held_out import held_back, without
-from lmd.numbering import Numbering
+from lmd.numbering import Numbering, newest
 from lmd.training_log import Log, Pace
 from models import inference
 from models.score import ScoreModel
@@ -329,6 +329,8 @@ def train(config, workdir, device, data_root, workers=None, ranks=ALONE):
     found, resumed = _stamp(trainer), trainer.resume()
     first, last = trainer.state.step, config.training.n_iters
     ranks.check_same(first, "checkpoints")
+    if not resumed and ranks.is_main:
+        _warn_of_a_new_start(trainer)
     if first > last and not ranks.on_main(lambda: _lacks_samples(trainer)):
         say(f"already trained: {trainer.workdir / META_CHECKPOINT} is at step {first - 1} of {last}")
         return
@@ -340,6 +342,16 @@ def train(config, workdir, device, data_root, workers=None, ranks=ALONE):
     with _owning(trainer, found):
         _train(trainer, train_batches, resumed)
     say(f"trained: checkpoints are in {trainer.workdir / 'checkpoints'}, the log in {trainer.workdir / 'stdout.txt'}")
+
+
+def _warn_of_a_new_start(trainer):
+    """Tells of numbered checkpoints that training does not go on from, for want of the meta checkpoint."""
+    if found := newest(trainer.workdir / "checkpoints"):
+        (path, step), meta = found, trainer.workdir / META_CHECKPOINT
+        warn(
+            f"there is no {meta}, so training starts anew at step 0; to go on after step {step} instead, stop this "
+            f"run, copy {path} to {meta}, and run the same command again"
+        )
 
 
 def _stamp(trainer):

@@ -259,6 +259,25 @@ def test_a_damaged_checkpoint_is_not_overwritten(tree, whole, tmp_path):
     assert tiny.snapshot(tmp_path) == before
 
 
+def test_without_the_meta_checkpoint_training_starts_anew_and_says_how_to_go_on(tree, whole, tmp_path, capsys):
+    shutil.copytree(whole / "checkpoints", tmp_path / "checkpoints")
+    (tmp_path / "checkpoints" / "checkpoint_3.pth").write_bytes(b"half")
+    tree.training.n_iters = 0
+    tiny.train(tree, tmp_path)
+    out, err = capsys.readouterr()
+    newest, meta = tmp_path / "checkpoints" / "checkpoint_2.pth", tmp_path / META
+    (told,) = [line for line in err.splitlines() if line.startswith("warning: ")]
+    assert f"there is no {meta}, so training starts anew at step 0; to go on after step 12 instead" in told
+    assert f"copy {newest} to {meta}, " in told
+    assert " starting: " in out
+    shutil.copy(newest, meta)
+    tree.training.n_iters = 13
+    tiny.train(tree, tmp_path)
+    out, err = capsys.readouterr()
+    assert "warning: " not in err
+    assert " resuming at step 13: " in out
+
+
 # ---------------------------------------------------------------------------------------------- what is written
 
 
