@@ -37,10 +37,8 @@ from storage.checkpoints import check_data, restore_state, write_checkpoint
 
 META_CHECKPOINT = Path("checkpoints-meta") / "checkpoint.pth"
 AGREE_EVERY = 10  # steps between two questions whether a rank was interrupted
-FOLDERS = "checkpoints", "checkpoints-meta", "samples", "tensorboard"  # of training, in its work folder
-_DIVERGED = (
-    "training diverged; lower config.optim.lr and start again from the last checkpoint (nothing was overwritten)"
-)
+CHECKPOINTS = "checkpoints", "checkpoints-meta"
+FOLDERS = *CHECKPOINTS, "samples", "tensorboard"  # of training, in its work folder
 
 
 class Trainer:
@@ -249,9 +247,17 @@ class Trainer:
             UserError: a number is not finite; nothing is written.
         """
         if broken := losses.not_finite(self.state):
-            raise UserError(f"{' and '.join(broken)} are NaN or infinite after step {self.state.step - 1}: {_DIVERGED}")
+            step = self.state.step - 1
+            raise UserError(f"{' and '.join(broken)} are NaN or infinite after step {step}: {self.diverged()}")
         tree, seed = to_dict(self.config), self.config.seed
         write_checkpoint(self.workdir / path, self.state, tree, seed, self.trained_on)
+
+    def diverged(self):
+        """What to tell, and to advise, where numbers are no longer finite."""
+        saved = any(path for name in CHECKPOINTS for path in (self.workdir / name).glob("*.pth"))
+        again = "lower config.optim.lr and start again from the last checkpoint (nothing was overwritten)"
+        anew = "no checkpoint was saved yet, so the same command with a lower config.optim.lr starts anew"
+        return f"training diverged; {again if saved else anew}"
 
     def resume(self):
         """Continues from the work folder's meta checkpoint if there is one; returns whether."""
@@ -332,7 +338,8 @@ def train(config, workdir, device, data_root, workers=None, ranks=ALONE):
     if not resumed and ranks.is_main:
         _warn_of_a_new_start(trainer)
     if first > last and not ranks.on_main(lambda: _lacks_samples(trainer)):
-        say(f"already trained: {trainer.workdir / META_CHECKPOINT} is at step {first - 1} of {last}")
+        of = f" of {last}" if first == last + 1 else f", beyond config.training.n_iters={last}"
+        say(f"already trained: {trainer.workdir / META_CHECKPOINT} is at step {first - 1}{of}")
         return
     if config.training.snapshot_sampling:
         samples.create_sampler(config, trainer.sde)  # what cannot be sampled is told before the first step
@@ -477,7 +484,7 @@ def _after_step(trainer, log, test_batches, step, part, pace):
     if due - {"evaluate"}:
         value = ranks.mean(part.item())
         if not math.isfinite(value):
-            raise UserError(f"the loss is {value} at step {step}: {_DIVERGED}")
+            raise UserError(f"the loss is {value} at step {step}: {trainer.diverged()}")
     if due:
         with ranks.together():
             if ranks.is_main:
