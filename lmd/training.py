@@ -22,7 +22,7 @@ import losses
 import models
 import sde_lib
 from basics import files, noise
-from basics.console import UserError, are, choose, counted, log, progress, say, warn
+from basics.console import Terminated, UserError, are, choose, counted, log, progress, say, warn
 from basics.distributed import ALONE
 from basics.tensor_files import WrongFile
 from configs.base import TREE, to_dict
@@ -400,7 +400,7 @@ def _train(trainer, train_batches, resumed):
     try:
         with inference.arithmetic(trainer.state.precision):
             trainer.get_ready(last + 1 - first, train_batches)
-            with _noted_interrupt() as interrupted:
+            with _noted_interrupt(ranks) as interrupted:
                 ranks.on_main(lambda: _sample(trainer, log, first - 1) if _lacks_samples(trainer) else None)
                 pace = Pace(train_batches, trainer.config.training.batch_size)
                 for step in range(first, last + 1):
@@ -410,7 +410,7 @@ def _train(trainer, train_batches, resumed):
                     _after_step(trainer, log, test_batches, step, value, pace)
                     if _all_stop(ranks, interrupted, step):
                         ranks.on_main(lambda: trainer.save(META_CHECKPOINT))
-                        raise KeyboardInterrupt
+                        raise Terminated if signal.SIGTERM in interrupted else KeyboardInterrupt
     finally:
         bar.close()
         if log:
@@ -420,22 +420,32 @@ def _train(trainer, train_batches, resumed):
 
 
 @contextlib.contextmanager
-def _noted_interrupt():
-    """Yields a list in which the first Ctrl-C is noted, to be acted on between steps; a second one acts at once."""
-    noted, before = [], signal.getsignal(signal.SIGINT)
+def _noted_interrupt(ranks):
+    """Yields a list in which a first Ctrl-C or SIGTERM is noted, to be acted on between steps; a second acts at once.
+
+    Not so a second SIGTERM to one of several processes: a scheduler sends it to all, and torchrun passes its own on.
+    """
+    noted = []
     if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
         yield noted
         return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore(*numbers):
+        for number in numbers:
+            if signal.getsignal(number) is note:  # what failed may have set another since: `console.stay_to_tell`
+                signal.signal(number, before[number])
 
     def note(number, frame):
         noted.append(number)
-        signal.signal(signal.SIGINT, before)
+        restore(signal.SIGINT, *([signal.SIGTERM] if ranks.world_size == 1 else []))
 
-    signal.signal(signal.SIGINT, note)
+    for number in before:
+        signal.signal(number, note)
     try:
         yield noted
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore(*before)
 
 
 def _all_stop(ranks, interrupted, step):

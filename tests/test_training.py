@@ -17,7 +17,8 @@ from PIL import Image
 import losses
 import models
 from basics import files
-from basics.console import EXIT_INTERRUPTED, UserError, guard
+from basics.console import EXIT_INTERRUPTED, EXIT_TERMINATED, UserError, guard, stay_to_tell
+from basics.distributed import Ranks
 from configs.base import check
 from lmd import samples, training, training_log
 from lmd.held_out import held_back
@@ -161,47 +162,64 @@ def test_a_run_that_is_killed_while_it_samples_keeps_its_last_step(step, tree, w
     assert tiny.same(results(tmp_path).keys(), results(whole).keys())
 
 
-def interrupting(step, times, monkeypatch):
-    """Ctrl-C arrives in the midst of a step."""
+def interrupting(step, numbers, monkeypatch):
+    """Signals arrive in the midst of a step."""
     train_step = training.Trainer.train_step
 
     def interrupted(self, x):
-        for _ in range(times if self.state.step == step else 0):
-            signal.raise_signal(signal.SIGINT)
+        for number in numbers if self.state.step == step else []:
+            signal.raise_signal(number)
         return train_step(self, x)
 
     monkeypatch.setattr(training.Trainer, "train_step", interrupted)
 
 
+SIGNALS = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_TERMINATED}  # how training ends after each
+
+
 @pytest.fixture
 def heeded():
-    """Ctrl-C raises KeyboardInterrupt; a shell's background jobs, which a test run may be, start with it ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Both signals raise KeyboardInterrupt; a shell's background jobs, which a test run may be, ignore Ctrl-C."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in SIGNALS}
     yield
-    signal.signal(signal.SIGINT, before)
+    assert [signal.getsignal(number) for number in SIGNALS] == [signal.default_int_handler] * 2
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.usefixtures("heeded")
-def test_ctrl_c_loses_nothing(tree, whole, tmp_path, monkeypatch, capsys):
-    before = signal.getsignal(signal.SIGINT)
-    interrupting(7, 1, monkeypatch)
-    assert guard(lambda _: tiny.train(tree, tmp_path), None) == EXIT_INTERRUPTED
+@pytest.mark.parametrize("number", SIGNALS)
+def test_ctrl_c_and_sigterm_lose_nothing(number, tree, whole, tmp_path, monkeypatch, capsys):
+    interrupting(7, [number], monkeypatch)
+    assert guard(lambda _: tiny.train(tree, tmp_path), None) == SIGNALS[number]
     assert "the same command continues where this run stopped" in capsys.readouterr().err
     assert read_checkpoint(tmp_path / META)["step"] == 8  # step 7 was finished, and saved though not due
-    assert signal.getsignal(signal.SIGINT) is before
     monkeypatch.undo()
     tiny.train(tree, tmp_path)
     assert tiny.same(results(tmp_path), results(whole))
 
 
 @pytest.mark.usefixtures("heeded")
-def test_a_second_ctrl_c_acts_at_once(tree, tmp_path, monkeypatch):
-    before = signal.getsignal(signal.SIGINT)
-    interrupting(7, 2, monkeypatch)
+@pytest.mark.parametrize("first", SIGNALS)
+@pytest.mark.parametrize("second", SIGNALS)
+def test_a_second_signal_acts_at_once(first, second, tree, tmp_path, monkeypatch):
+    interrupting(7, [first, second], monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         tiny.train(tree, tmp_path)
     assert read_checkpoint(tmp_path / META)["step"] == 7  # of the step that was due
-    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.usefixtures("heeded")
+def test_of_several_processes_none_ends_by_a_second_sigterm_nor_by_one_after_it_failed():
+    """A scheduler sends it beside torchrun; torchrun when a rank has left, and the failed one must tell why."""
+    several = Ranks(world_size=2)
+    with training._noted_interrupt(several) as noted:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGTERM)
+    assert noted == [signal.SIGTERM] * 2
+    with training._noted_interrupt(several):
+        stay_to_tell()
+    assert signal.signal(signal.SIGTERM, signal.default_int_handler) is signal.SIG_IGN
 
 
 @pytest.mark.parametrize(
