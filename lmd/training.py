@@ -341,6 +341,7 @@ def train(config, workdir, device, data_root, workers=None, ranks=ALONE):
         of = f" of {last}" if first == last + 1 else f", beyond config.training.n_iters={last}"
         say(f"already trained: {trainer.workdir / META_CHECKPOINT} is at step {first - 1}{of}")
         return
+    ranks.on_main(lambda: files.check_writable(trainer.workdir))  # before the images are read
     if config.training.snapshot_sampling:
         samples.create_sampler(config, trainer.sde)  # what cannot be sampled is told before the first step
     train_batches = ranks.in_turn(lambda: trainer.batches("train"))
