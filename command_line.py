@@ -15,7 +15,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from ml_collections.config_flags import config_flags
 
 from basics import distributed
-from basics.console import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError, are, fail, guard, on_interrupt
+from basics.console import EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_USER_ERROR, UserError, are, fail, guard, on_interrupt
 from basics.files import expand_home
 
 flags.disclaim_key_flags()  # those defined through the functions below are the caller's, so its --help lists them
@@ -336,6 +336,6 @@ def run(main, argv=None, removed=None):
     finally:
         if signal.getsignal(signal.SIGINT) is on_interrupt:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # from here on there is nothing to end in order
-    if code == EXIT_INTERRUPTED:  # at once: what is written is whole, and whoever interrupts again is not to wait
-        os._exit(code)
+    if code in (EXIT_INTERRUPTED, EXIT_TERMINATED):
+        os._exit(code)  # at once: what is written is whole, and whoever interrupts again is not to wait
     sys.exit(code)

@@ -19,11 +19,16 @@ import unicodedata
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143  # 128 + SIGTERM
 EXIT_NO_READER = 141  # 128 + SIGPIPE: what a shell reports of a program whose output nobody reads any more
 
 
 class UserError(Exception):
     """Something the user can put right: the message names the cause and the remedy."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, acted upon where work can stop in order: ends a command as Ctrl-C does, with an exit code of its own."""
 
 
 def choose(name, table, what):
@@ -158,6 +163,9 @@ def guard(main, args):
         if sys.stdout is not None:
             sys.stdout.flush()
         return code
+    except Terminated:
+        _end_interrupted()
+        return EXIT_TERMINATED
     except KeyboardInterrupt:
         return _end_interrupted()
     except Exception as error:

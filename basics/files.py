@@ -136,7 +136,7 @@ def owned(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = open_own(folder / MARK)
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; {remedy(error)}") from error
+        raise _not_writable(folder, error) from error
     with file:
         if not _lock(file, folder / MARK):
             file.seek(0)
@@ -147,6 +147,26 @@ def owned(folder):
         file.flush()
         remove_temporaries(folder)
         yield
+
+
+def check_writable(folder):
+    """Whether a folder can be written to, or made where it is not there, tried out beforehand; leaves nothing behind.
+
+    Raises:
+        UserError: it cannot.
+    """
+    folder = Path(folder)
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    trial = there / _temporary()
+    try:
+        trial.mkdir()
+        trial.rmdir()
+    except OSError as error:
+        raise _not_writable(folder, error) from error
+
+
+def _not_writable(folder, error):
+    return UserError(f"cannot write to {folder}: {error.strerror}; {remedy(error)}")
 
 
 @contextlib.contextmanager

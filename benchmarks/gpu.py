@@ -191,6 +191,7 @@ def fast(bench, trial):
 
 def training(precision, build, bench, trial):
     """A step; `build(config, x)` gives the function that is timed."""
+    inference.resolve(precision, bench.clock.device)  # refuses what the device does not have
     config = machine.load_config(bench.large)
     x = speed.images(config, bench.training).to(bench.clock.device)
     with inference.arithmetic(precision):

@@ -87,11 +87,14 @@ def evaluate(config, workdir, eval_folder, device, data_root, workers=None):
             else are there, or what scoring the samples needs cannot be had.
     """
     parts, folder = _enabled(config), _folder(workdir, eval_folder)
+    if not Path(workdir).is_dir():
+        raise UserError(f"there is no folder {workdir}; give --workdir the folder of a training")
     trainer = training.Trainer(config, workdir, device, data_root, workers)
     run, paths = Evaluation(trainer, folder), _checkpoints(config, trainer.workdir / "checkpoints")
     largest = f"for {counted(config.eval.batch_size, 'image')} at once"
     remedy = f"{largest}; lower --config.eval.batch_size and choose another --eval_folder"
     with memory.explained(device, remedy), inference.arithmetic(PRECISION):
+        files.check_writable(folder)  # before the images are read
         _try_out(run, parts, paths)
         with files.owned(folder):  # not the work folder, where training may go on
             _write(run, parts, paths)

@@ -1,5 +1,6 @@
 """The numbers of training's checkpoint files, by which none of them replaces one of another step."""
 
+import math
 import re
 
 from basics.console import UserError, log
@@ -54,6 +55,13 @@ class Numbering:
         )
 
 
+def newest(folder):
+    """Path and step of the furthest numbered checkpoint in a folder that can be read; None where there is none."""
+    steps = {k: step for k, step in _steps_in(folder).items() if step < math.inf}
+    number = max(steps, key=steps.get, default=None)
+    return None if number is None else (folder / f"checkpoint_{number}.pth", steps[number])
+
+
 def _steps_in(folder):
     """Number -> step of the checkpoints in a folder; infinite where a file cannot be read, which nothing replaces."""
     steps = {}
@@ -62,6 +70,6 @@ def _steps_in(folder):
             try:
                 step = read_checkpoint(path, lazily=True)["step"] - 1  # it has the number of the next one
             except UserError:
-                step = float("inf")
+                step = math.inf
             steps[int(number[1])] = step
     return steps

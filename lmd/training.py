@@ -22,14 +22,14 @@ import losses
 import models
 import sde_lib
 from basics import files, noise
-from basics.console import UserError, are, choose, counted, log, progress, say
+from basics.console import Terminated, UserError, are, choose, counted, log, progress, say, warn
 from basics.distributed import ALONE
 from basics.tensor_files import WrongFile
 from configs.base import TREE, to_dict
 from lmd import samples
 from lmd.batches import TrainingBatches
 from lmd.held_out import held_back, without
-from lmd.numbering import Numbering
+from lmd.numbering import Numbering, newest
 from lmd.training_log import Log, Pace
 from models import inference
 from models.score import ScoreModel
@@ -37,10 +37,8 @@ from storage.checkpoints import check_data, restore_state, write_checkpoint
 
 META_CHECKPOINT = Path("checkpoints-meta") / "checkpoint.pth"
 AGREE_EVERY = 10  # steps between two questions whether a rank was interrupted
-FOLDERS = "checkpoints", "checkpoints-meta", "samples", "tensorboard"  # of training, in its work folder
-_DIVERGED = (
-    "training diverged; lower config.optim.lr and start again from the last checkpoint (nothing was overwritten)"
-)
+CHECKPOINTS = "checkpoints", "checkpoints-meta"
+FOLDERS = *CHECKPOINTS, "samples", "tensorboard"  # of training, in its work folder
 
 
 class Trainer:
@@ -249,9 +247,17 @@ class Trainer:
             UserError: a number is not finite; nothing is written.
         """
         if broken := losses.not_finite(self.state):
-            raise UserError(f"{' and '.join(broken)} are NaN or infinite after step {self.state.step - 1}: {_DIVERGED}")
+            step = self.state.step - 1
+            raise UserError(f"{' and '.join(broken)} are NaN or infinite after step {step}: {self.diverged()}")
         tree, seed = to_dict(self.config), self.config.seed
         write_checkpoint(self.workdir / path, self.state, tree, seed, self.trained_on)
+
+    def diverged(self):
+        """What to tell, and to advise, where numbers are no longer finite."""
+        saved = any(path for name in CHECKPOINTS for path in (self.workdir / name).glob("*.pth"))
+        again = "lower config.optim.lr and start again from the last checkpoint (nothing was overwritten)"
+        anew = "no checkpoint was saved yet, so the same command with a lower config.optim.lr starts anew"
+        return f"training diverged; {again if saved else anew}"
 
     def resume(self):
         """Continues from the work folder's meta checkpoint if there is one; returns whether."""
@@ -329,9 +335,13 @@ def train(config, workdir, device, data_root, workers=None, ranks=ALONE):
     found, resumed = _stamp(trainer), trainer.resume()
     first, last = trainer.state.step, config.training.n_iters
     ranks.check_same(first, "checkpoints")
+    if not resumed and ranks.is_main:
+        _warn_of_a_new_start(trainer)
     if first > last and not ranks.on_main(lambda: _lacks_samples(trainer)):
-        say(f"already trained: {trainer.workdir / META_CHECKPOINT} is at step {first - 1} of {last}")
+        of = f" of {last}" if first == last + 1 else f", beyond config.training.n_iters={last}"
+        say(f"already trained: {trainer.workdir / META_CHECKPOINT} is at step {first - 1}{of}")
         return
+    ranks.on_main(lambda: files.check_writable(trainer.workdir))  # before the images are read
     if config.training.snapshot_sampling:
         samples.create_sampler(config, trainer.sde)  # what cannot be sampled is told before the first step
     train_batches = ranks.in_turn(lambda: trainer.batches("train"))
@@ -340,6 +350,16 @@ def train(config, workdir, device, data_root, workers=None, ranks=ALONE):
     with _owning(trainer, found):
         _train(trainer, train_batches, resumed)
     say(f"trained: checkpoints are in {trainer.workdir / 'checkpoints'}, the log in {trainer.workdir / 'stdout.txt'}")
+
+
+def _warn_of_a_new_start(trainer):
+    """Tells of numbered checkpoints that training does not go on from, for want of the meta checkpoint."""
+    if found := newest(trainer.workdir / "checkpoints"):
+        (path, step), meta = found, trainer.workdir / META_CHECKPOINT
+        warn(
+            f"there is no {meta}, so training starts anew at step 0; to go on after step {step} instead, stop this "
+            f"run, copy {path} to {meta}, and run the same command again"
+        )
 
 
 def _stamp(trainer):
@@ -381,7 +401,7 @@ def _train(trainer, train_batches, resumed):
     try:
         with inference.arithmetic(trainer.state.precision):
             trainer.get_ready(last + 1 - first, train_batches)
-            with _noted_interrupt() as interrupted:
+            with _noted_interrupt(ranks) as interrupted:
                 ranks.on_main(lambda: _sample(trainer, log, first - 1) if _lacks_samples(trainer) else None)
                 pace = Pace(train_batches, trainer.config.training.batch_size)
                 for step in range(first, last + 1):
@@ -391,7 +411,7 @@ def _train(trainer, train_batches, resumed):
                     _after_step(trainer, log, test_batches, step, value, pace)
                     if _all_stop(ranks, interrupted, step):
                         ranks.on_main(lambda: trainer.save(META_CHECKPOINT))
-                        raise KeyboardInterrupt
+                        raise Terminated if signal.SIGTERM in interrupted else KeyboardInterrupt
     finally:
         bar.close()
         if log:
@@ -401,22 +421,32 @@ def _train(trainer, train_batches, resumed):
 
 
 @contextlib.contextmanager
-def _noted_interrupt():
-    """Yields a list in which the first Ctrl-C is noted, to be acted on between steps; a second one acts at once."""
-    noted, before = [], signal.getsignal(signal.SIGINT)
+def _noted_interrupt(ranks):
+    """Yields a list in which a first Ctrl-C or SIGTERM is noted, to be acted on between steps; a second acts at once.
+
+    Not so a second SIGTERM to one of several processes: a scheduler sends it to all, and torchrun passes its own on.
+    """
+    noted = []
     if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
         yield noted
         return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore(*numbers):
+        for number in numbers:
+            if signal.getsignal(number) is note:  # what failed may have set another since: `console.stay_to_tell`
+                signal.signal(number, before[number])
 
     def note(number, frame):
         noted.append(number)
-        signal.signal(signal.SIGINT, before)
+        restore(signal.SIGINT, *([signal.SIGTERM] if ranks.world_size == 1 else []))
 
-    signal.signal(signal.SIGINT, note)
+    for number in before:
+        signal.signal(number, note)
     try:
         yield noted
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore(*before)
 
 
 def _all_stop(ranks, interrupted, step):
@@ -465,7 +495,7 @@ def _after_step(trainer, log, test_batches, step, part, pace):
     if due - {"evaluate"}:
         value = ranks.mean(part.item())
         if not math.isfinite(value):
-            raise UserError(f"the loss is {value} at step {step}: {_DIVERGED}")
+            raise UserError(f"the loss is {value} at step {step}: {trainer.diverged()}")
     if due:
         with ranks.together():
             if ranks.is_main:

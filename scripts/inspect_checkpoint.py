@@ -211,7 +211,9 @@ def report(checkpoint, path, configs):
         _row(name, text)
     for name in fitting:
         _row("fits", f"{name} ({_sde(configs[name])})")
-    if not fitting:
+    if not fitting and config and len(configs) > 1 and not differences(checkpoint, config):
+        _row("fits", f"the config that it carries ({_sde(config)}), which is none of the {len(configs)} in configs/")
+    elif not fitting:
         _report_misses(found)
 
 

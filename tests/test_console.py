@@ -18,6 +18,7 @@ from basics.console import (
     _REMEDIES,
     EXIT_INTERRUPTED,
     EXIT_NO_READER,
+    EXIT_TERMINATED,
     EXIT_USER_ERROR,
     UserError,
     are,
@@ -344,6 +345,9 @@ def interrupt(delay=0.0):
 def once(_):
     interrupt()
 
+def terminated(_):
+    raise console.Terminated
+
 def twice(_):
     try:
         interrupt()
@@ -386,9 +390,10 @@ def bash(line):
     return subprocess.run(["bash", "-c", line], env=environment, cwd=ROOT, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("how", ["once", "twice", "turned_into_another_error", "while_a_thread_ends"])
+@pytest.mark.parametrize("how", ["once", "twice", "turned_into_another_error", "while_a_thread_ends", "terminated"])
 def test_interrupts_end_quietly(how):
-    assert tiny.command("-c", ENDS, how) == (EXIT_INTERRUPTED, "", INTERRUPTED)
+    code = EXIT_TERMINATED if how == "terminated" else EXIT_INTERRUPTED
+    assert tiny.command("-c", ENDS, how) == (code, "", INTERRUPTED)
 
 
 def test_an_interrupt_after_the_end_is_quiet():

@@ -290,13 +290,14 @@ def test_an_interrupt_is_agreed_on_at_every_tenth_step():
     assert [training._all_stop(Ranks(), noted, 3) for noted in ([], [2])] == [False, True]
 
 
-def test_ctrl_c_stops_all_at_one_step_and_another_number_goes_on(data, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_all_at_one_step_and_another_number_goes_on(number, data, tmp_path):
     changes = {"training__snapshot_sampling": False, "training__log_freq": 1, "training__eval_freq": 10**6}
     process = start(2, *train_command(data, tmp_path, training__n_iters=10**6, **changes))
     log, patience = tmp_path / "stdout.txt", time.monotonic() + 60
     while not (log.is_file() and "step: 3," in log.read_text()) and time.monotonic() < patience:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     code, _, err = finish(process)
     assert code != 0
     assert err.count("interrupted; the same command continues where this run stopped") == 1, err

@@ -95,6 +95,17 @@ def test_evaluation_of_what_is_not_there(changes, message, data, whole):
     assert tiny.snapshot(whole) == before
 
 
+def test_folders_that_cannot_be_used(tree, whole, tmp_path, monkeypatch):
+    """They are told before images are read."""
+    monkeypatch.setattr(training.datasets, "load", None)
+    with pytest.raises(UserError, match=r"there is no folder .*typo; give --workdir the folder of a training"):
+        evaluate(tree, tmp_path / "typo")
+    shutil.copytree(whole, tmp_path / "run")
+    with pytest.raises(UserError, match=r"cannot write to .*stdout\.txt: Not a directory; "):
+        evaluate(tree, tmp_path / "run", "stdout.txt")
+    assert not (tmp_path / "typo").exists()
+
+
 def test_memory_that_does_not_suffice(tree, whole, monkeypatch):
     def refuse(self, x, *words):
         raise torch.OutOfMemoryError

@@ -192,6 +192,16 @@ def test_a_write_that_is_killed_leaves_a_file_that_the_next_owner_removes(tmp_pa
     assert listing(tmp_path) == [files.MARK]
 
 
+def test_trying_a_folder_out_leaves_nothing(tmp_path):
+    for folder in tmp_path, tmp_path / "a" / "b":
+        files.check_writable(folder)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    for folder in tmp_path / "file", tmp_path / "file" / "a" / "b":
+        with pytest.raises(UserError, match=rf"^cannot write to {folder}: Not a directory; a file stands where"):
+            files.check_writable(folder)
+
+
 def test_a_folder_that_cannot_be_owned(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with (

@@ -113,6 +113,12 @@ def test_the_closest_configs_are_listed_where_none_fits(capsys):
     assert rows[-1][1].startswith("none of the ")
 
 
+def test_a_checkpoint_of_a_config_of_ones_own_fits_what_it_carries(capsys, trained):
+    ((label, text),) = output(capsys, trained[0])[6:]
+    assert label == "fits"
+    assert text.startswith("the config that it carries (subvpsde, continuous times, 3 steps), which is none of the ")
+
+
 def test_a_checkpoint_of_main_says_its_sde_and_what_differs(capsys, trained):
     path, config = trained
     rows = dict(output(capsys, path, "--config", "configs/vp/ddpm/cifar10.py")[:6])

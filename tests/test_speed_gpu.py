@@ -69,6 +69,15 @@ def test_what_fails_or_does_not_fit_leaves_a_note(bench, tmp_path):
     assert notes == ["failed: RuntimeError: no such kernel", "left out: takes about 60 s, 50 s are left", None]
 
 
+def test_a_device_without_tf32_has_no_times_of_it(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(inference, "has_tf32", lambda device: False)
+    rows = run(bench, tmp_path, [trial for trial in gpu.trials() if trial.version == "tf32"])
+    assert [row["part"] for row in rows] == ["evaluation", "training"]
+    for row in rows:
+        assert row["note"].startswith("failed: UserError: tf32 is arithmetic of newer GPUs, which cpu does not have")
+        assert "ms" not in row
+
+
 def test_command_rehearses_on_a_cpu_and_says_where_the_rows_are(bench, tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="torch sees no GPU"):
         gpu.main([f"--output={tmp_path / 'out'}"])

@@ -17,7 +17,8 @@ from PIL import Image
 import losses
 import models
 from basics import files
-from basics.console import EXIT_INTERRUPTED, UserError, guard
+from basics.console import EXIT_INTERRUPTED, EXIT_TERMINATED, UserError, guard, stay_to_tell
+from basics.distributed import Ranks
 from configs.base import check
 from lmd import samples, training, training_log
 from lmd.held_out import held_back
@@ -161,58 +162,85 @@ def test_a_run_that_is_killed_while_it_samples_keeps_its_last_step(step, tree, w
     assert tiny.same(results(tmp_path).keys(), results(whole).keys())
 
 
-def interrupting(step, times, monkeypatch):
-    """Ctrl-C arrives in the midst of a step."""
+def interrupting(step, numbers, monkeypatch):
+    """Signals arrive in the midst of a step."""
     train_step = training.Trainer.train_step
 
     def interrupted(self, x):
-        for _ in range(times if self.state.step == step else 0):
-            signal.raise_signal(signal.SIGINT)
+        for number in numbers if self.state.step == step else []:
+            signal.raise_signal(number)
         return train_step(self, x)
 
     monkeypatch.setattr(training.Trainer, "train_step", interrupted)
 
 
+SIGNALS = {signal.SIGINT: EXIT_INTERRUPTED, signal.SIGTERM: EXIT_TERMINATED}  # how training ends after each
+
+
 @pytest.fixture
 def heeded():
-    """Ctrl-C raises KeyboardInterrupt; a shell's background jobs, which a test run may be, start with it ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Both signals raise KeyboardInterrupt; a shell's background jobs, which a test run may be, ignore Ctrl-C."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in SIGNALS}
     yield
-    signal.signal(signal.SIGINT, before)
+    assert [signal.getsignal(number) for number in SIGNALS] == [signal.default_int_handler] * 2
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.usefixtures("heeded")
-def test_ctrl_c_loses_nothing(tree, whole, tmp_path, monkeypatch, capsys):
-    before = signal.getsignal(signal.SIGINT)
-    interrupting(7, 1, monkeypatch)
-    assert guard(lambda _: tiny.train(tree, tmp_path), None) == EXIT_INTERRUPTED
+@pytest.mark.parametrize("number", SIGNALS)
+def test_ctrl_c_and_sigterm_lose_nothing(number, tree, whole, tmp_path, monkeypatch, capsys):
+    interrupting(7, [number], monkeypatch)
+    assert guard(lambda _: tiny.train(tree, tmp_path), None) == SIGNALS[number]
     assert "the same command continues where this run stopped" in capsys.readouterr().err
     assert read_checkpoint(tmp_path / META)["step"] == 8  # step 7 was finished, and saved though not due
-    assert signal.getsignal(signal.SIGINT) is before
     monkeypatch.undo()
     tiny.train(tree, tmp_path)
     assert tiny.same(results(tmp_path), results(whole))
 
 
 @pytest.mark.usefixtures("heeded")
-def test_a_second_ctrl_c_acts_at_once(tree, tmp_path, monkeypatch):
-    before = signal.getsignal(signal.SIGINT)
-    interrupting(7, 2, monkeypatch)
+@pytest.mark.parametrize("first", SIGNALS)
+@pytest.mark.parametrize("second", SIGNALS)
+def test_a_second_signal_acts_at_once(first, second, tree, tmp_path, monkeypatch):
+    interrupting(7, [first, second], monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         tiny.train(tree, tmp_path)
     assert read_checkpoint(tmp_path / META)["step"] == 7  # of the step that was due
-    assert signal.getsignal(signal.SIGINT) is before
 
 
-@pytest.mark.parametrize("deleted", [[], ["samples/iter_12"], ["samples"]])
-def test_a_finished_run_says_so_and_changes_nothing(deleted, tree, whole, tmp_path, capsys):
+@pytest.mark.usefixtures("heeded")
+def test_of_several_processes_none_ends_by_a_second_sigterm_nor_by_one_after_it_failed():
+    """A scheduler sends it beside torchrun; torchrun when a rank has left, and the failed one must tell why."""
+    several = Ranks(world_size=2)
+    with training._noted_interrupt(several) as noted:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGTERM)
+    assert noted == [signal.SIGTERM] * 2
+    with training._noted_interrupt(several):
+        stay_to_tell()
+    assert signal.signal(signal.SIGTERM, signal.default_int_handler) is signal.SIG_IGN
+
+
+@pytest.mark.parametrize(
+    ("deleted", "steps", "told"),
+    [
+        ([], 12, " of 12"),
+        ([], 6, r", beyond config\.training\.n_iters=6"),
+        (["samples/iter_12"], 12, " of 12"),
+        (["samples"], 12, " of 12"),
+    ],
+)
+def test_a_finished_run_says_so_and_changes_nothing(deleted, steps, told, tree, whole, tmp_path, capsys):
     """Nor does it draw samples again that were deleted."""
     workdir = shutil.copytree(whole, tmp_path / "run")
     for name in deleted:
         shutil.rmtree(workdir / name)
     before = tiny.snapshot(workdir)
+    tree.training.n_iters = steps
     tiny.train(tree, workdir)
-    assert re.fullmatch(r"already trained: .*checkpoint\.pth is at step 12 of 12\n", capsys.readouterr().out)
+    *_, line = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(rf"already trained: .*checkpoint\.pth is at step 12{told}", line)
     assert tiny.snapshot(workdir) == before
 
 
@@ -257,6 +285,25 @@ def test_a_damaged_checkpoint_is_not_overwritten(tree, whole, tmp_path):
     with pytest.raises(UserError, match=r"checkpoint\.pth is damaged or truncated"):
         tiny.train(tree, tmp_path)
     assert tiny.snapshot(tmp_path) == before
+
+
+def test_without_the_meta_checkpoint_training_starts_anew_and_says_how_to_go_on(tree, whole, tmp_path, capsys):
+    shutil.copytree(whole / "checkpoints", tmp_path / "checkpoints")
+    (tmp_path / "checkpoints" / "checkpoint_3.pth").write_bytes(b"half")
+    tree.training.n_iters = 0
+    tiny.train(tree, tmp_path)
+    out, err = capsys.readouterr()
+    newest, meta = tmp_path / "checkpoints" / "checkpoint_2.pth", tmp_path / META
+    (told,) = [line for line in err.splitlines() if line.startswith("warning: ")]
+    assert f"there is no {meta}, so training starts anew at step 0; to go on after step 12 instead" in told
+    assert f"copy {newest} to {meta}, " in told
+    assert " starting: " in out
+    shutil.copy(newest, meta)
+    tree.training.n_iters = 13
+    tiny.train(tree, tmp_path)
+    out, err = capsys.readouterr()
+    assert "warning: " not in err
+    assert " resuming at step 13: " in out
 
 
 # ---------------------------------------------------------------------------------------------- what is written
@@ -532,7 +579,7 @@ def test_weights_that_break_in_the_step_that_is_saved(tree, tmp_path, monkeypatc
         return value
 
     monkeypatch.setattr(training.losses, "train_step", breaking)
-    with pytest.raises(UserError, match="the weights are NaN or infinite after step 3: training diverged"):
+    with pytest.raises(UserError, match="infinite after step 3: training diverged; no checkpoint was saved yet, so"):
         tiny.train(tree, tmp_path)
     assert results(tmp_path) == {}
 
@@ -585,7 +632,8 @@ def test_a_bad_sampler_does_not_matter_where_nothing_is_sampled(data, tmp_path):
     assert results(tmp_path).keys() == {"checkpoints-meta/checkpoint.pth", "checkpoints/checkpoint_0.pth"}
 
 
-def test_a_workdir_that_cannot_be_made(tree, tmp_path):
+def test_a_workdir_that_cannot_be_made(tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(training.datasets, "load", None)  # it is told before images are read
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=r"cannot write to .*file/run: .*; .* choose another path"):
         tiny.train(tree, tmp_path / "file" / "run")
