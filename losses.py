@@ -204,8 +204,18 @@ def not_finite(state):
     return [name for name, value in zip(parts, torch.stack(largest).tolist(), strict=True) if not math.isfinite(value)]
 
 
+def learning_rate(config, step):
+    """`optim.lr`, risen from 0 over the first `optim.warmup` steps and, ours, falling to 0 over the last `cooldown`."""
+    optim, rate = config.optim, config.optim.lr
+    if optim.warmup > 0:
+        rate *= min(step / optim.warmup, 1.0)
+    if cooldown := optim.get("cooldown", 0):
+        rate *= min((config.training.n_iters - step) / cooldown, 1.0)
+    return rate
+
+
 def train_step(state, loss, model, x, draws, config):
-    """One step of training: gradient, warm-up, clipping, Adam, EMA.
+    """One step of training: gradient, learning rate, clipping, Adam, EMA.
 
     Args:
         state: changed in place.
@@ -213,7 +223,7 @@ def train_step(state, loss, model, x, draws, config):
         model: the `ScoreModel` of `state.net`.
         x: (B, C, H, W) in the model's range.
         draws: the step's random numbers.
-        config: `config.optim` is read.
+        config: `config.optim` is read, and `training.n_iters`.
 
     Returns:
         The loss before the step, a scalar tensor without gradient (reading it waits for the device).
@@ -222,9 +232,8 @@ def train_step(state, loss, model, x, draws, config):
     state.optimizer.zero_grad(set_to_none=True)
     value = loss(model, x, draws)
     value.backward()
-    if optim.warmup > 0:
-        for group in state.optimizer.param_groups:
-            group["lr"] = optim.lr * min(state.step / optim.warmup, 1.0)
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(config, state.step)
     if optim.grad_clip >= 0:
         torch.nn.utils.clip_grad_norm_(parameters, max_norm=optim.grad_clip, foreach=True)
     state.optimizer.step()

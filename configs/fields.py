@@ -267,6 +267,7 @@ FIELDS = {
         "weight_decay": _AMOUNT,
         "amsgrad": Flag(),
         "warmup": _ITERATIONS,
+        "cooldown": _ITERATIONS,
         "grad_clip": NonZero(),
     },
     "eval": {
@@ -286,7 +287,7 @@ FIELDS = {
 # Fields that a config may lack although the tree gives them a value: some published configs do, and configs of earlier
 # versions.
 OPTIONAL = {
-    *("training.precision", "training.compile"),
+    *("training.precision", "training.compile", "optim.cooldown"),
     *("data.test_dataset", "model.beta_min", "model.beta_max"),
     *(f"eval.{name}" for name in ("enable_loss", "enable_sampling", "enable_bpd", "bpd_dataset")),
     *("eval.n_samples", "eval.recon_ckpt"),

@@ -52,6 +52,7 @@ def test_leaves_are_the_published_ones_and_the_small_one():
 OURS = {  # fields of this program alone, with the values that are the published behaviour, up to precision
     "data": {"test_dataset": ""},
     "training": {"precision": "auto", "compile": "auto"},
+    "optim": {"cooldown": 0},
     "sampling": {
         "sampler": "published", "steps": 0, "time_grid": "uniform", "t_start": 1.0, "t_end": 0.0, "eta": 1.0,
         "constraint": "replace", "returns": 0, "lift": "mask",

@@ -103,6 +103,34 @@ def test_first_step_of_the_warm_up_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
 
 
+def test_learning_rate_rises_and_falls():
+    config = small("subvp/cifar10_ddpm_continuous.py")
+    config.optim.update({"lr": 0.1, "warmup": 4, "cooldown": 5})
+    config.training.n_iters = 10
+    rates = [losses.learning_rate(config, step) for step in range(11)]
+    assert rates == pytest.approx([0, 0.025, 0.05, 0.075, 0.1, 0.1, 0.08, 0.06, 0.04, 0.02, 0])
+    config.optim.warmup = config.optim.cooldown = 0
+    assert {losses.learning_rate(config, step) for step in range(11)} == {0.1}
+    del config.optim["cooldown"]  # as configs of earlier versions
+    assert losses.learning_rate(config, 10) == 0.1
+
+
+def test_training_takes_the_rate_of_its_step():
+    config = small("subvp/cifar10_ddpm_continuous.py")
+    config.optim.update({"warmup": 0, "cooldown": 2})
+    config.training.n_iters = 1
+    net = models.create_model(config)
+    state, sde = losses.create_state(config, net), create_sde(config)
+    loss, model, seen = losses.create_loss(config, sde), ScoreModel(net, sde), []
+    for step in range(2):
+        before = [p.detach().clone() for p in net.parameters()]
+        draws = Draws.keyed((2, 3, 16, 16), sde.N, 1, step)
+        losses.train_step(state, loss, model, wave((2, 3, 16, 16), 1), draws, config)
+        moved = [(a - b).abs().max().item() for a, b in zip(before, net.parameters(), strict=True)]
+        seen.append(max(moved))
+    assert seen == [pytest.approx(config.optim.lr / 2, rel=0.01), 0]  # Adam's first step is its rate
+
+
 def test_keyed_draws_repeat_and_differ():
     first, again = Draws.keyed((4, 3, 8, 8), 10, 7, 3), Draws.keyed((4, 3, 8, 8), 10, 7, 3)
     other = Draws.keyed((4, 3, 8, 8), 10, 7, 4)
