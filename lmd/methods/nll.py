@@ -8,20 +8,23 @@ Three parts, in bits per dimension:
 - `input_complexity`: nll less the bits of the shortest lossless file, of PNG and JPEG-2000 (Serra et al., ICLR 2020,
   arXiv 1909.11480, equation 3).
 
-As published: RK45 with error tolerances of 1e-5, see `lmd.likelihood`.  Ours: the classical Runge-Kutta method of
-fourth order with fixed steps, at less than half the cost, which is known beforehand.  It runs in y = x/a along
-u = ln g, g = b/a, where dy/du = g eps for every SDE: for Gaussian data the slopes d(g eps)/dy are between 0 and 1 at
-every level, so 25 even steps do (on the shipped model within 0.005 bits of RK45).  They begin at the time of
-`likelihood.EPS`, or where g = 0.001 if that is later: sub-VP begins at 1e-6, of which its network knows little.
+As published: RK45 with error tolerances of 1e-5, see `lmd.likelihood`.  Ours: a sixth of its evaluations, and their
+number known beforehand.  In y = x/a every SDE's ODE is dy/dg = eps, g = b/a; noise has a constant eps, so eps and not
+the slope is extrapolated, by the third-order Adams-Bashforth method in even steps of u = ln g (as DEIS does, Zhang and
+Chen, ICLR 2023, arXiv 2204.13902); the divergence d(g eps)/dy, for Gaussian data between 0 and 1 at every level, is
+integrated over u by Simpson's rule.  On the shipped model that is within 0.003 bits of RK45 between the same levels
+for images, and 0.06 for white noise of 8.3 bits.  The path begins at the time of `likelihood.EPS`, or where g = 0.001
+if that is later: sub-VP begins at 1e-6, of which its network knows little (RK45 from there: up to 0.03 bits less).
 Networks of discrete times are refused: they know nothing below their first level (0.01 of DDPM's), nor between levels.
 
-Cost: 100 evaluations of the network and as many vector-Jacobian products.
+Cost: 41 evaluations of the network and as many vector-Jacobian products.
 """
 
 import math
 
 import numpy as np
 import torch
+from scipy.integrate import simpson
 
 from basics import noise
 from basics.console import UserError
@@ -33,14 +36,14 @@ from lmd.methods.complexity import lossless_bits
 from sde_lib import per_image
 
 SMALLEST = 1e-3  # noise ratio
-STAGES = (0.0, 1), (0.5, 2), (0.5, 2), (1.0, 1)  # of the Runge-Kutta method: where a stage is, and its weight
+ORDER = 3  # of the extrapolation
 
 
 class NLL(Method):
     """Bits per dimension, their distance from the mean, and less the file's.
 
     Args:
-        steps: of the Runge-Kutta method, four evaluations each.
+        steps: from level to level, see the module.
     """
 
     name = "nll"
@@ -61,12 +64,12 @@ class NLL(Method):
     }
     fewest_images = 1
 
-    def __init__(self, steps=25):
+    def __init__(self, steps=40):
         self.settings = {"steps": steps}
         self._mean = np.zeros(0)
 
     def evaluations(self, model):
-        return len(STAGES) * self.settings["steps"]
+        return self.settings["steps"] + 1
 
     def statistics(self, model, images, keys):
         """Bits per dimension by the model and of the shortest lossless file (B, 2).
@@ -121,7 +124,7 @@ def log_likelihood(score, x, probe, steps):
         score: a `models.score.Score` of continuous times.
         x: (B, C, H, W) in the model's range, dequantised.
         probe: (B, C, H, W) for `likelihood.hutchinson`.
-        steps: of the Runge-Kutta method.
+        steps: from level to level, even in the log of the noise ratio.
 
     Returns:
         (B,) float64, in nats in the model's range.
@@ -129,23 +132,35 @@ def log_likelihood(score, x, probe, steps):
     sde, dimensions = score.sde, x[0].numel()
     ends = torch.tensor([likelihood.EPS, sde.T], dtype=torch.float64)
     first, last = (-sde.log_snr(ends)).tolist()
-    first = max(first, math.log(SMALLEST))
-    step, y = (last - first) / steps, x
-    gained = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-    for i in range(steps):
-        slope, slopes, divergences = 0.0, 0.0, 0.0
-        for place, weight in STAGES:
-            slope, divergence = _slope(score, y + place * step * slope, first + (i + place) * step, probe)
-            slopes, divergences = slopes + weight * slope, divergences + weight * divergence
-        y, gained = y + step / 6 * slopes, gained + step / 6 * divergences
+    levels, step = np.linspace(max(first, math.log(SMALLEST)), last, steps + 1, retstep=True)
+    shares = simpson(np.eye(steps + 1), dx=step)  # of each level in the integral of the divergence
+    y, gained, latest = x, torch.zeros(len(x), dtype=torch.float64, device=x.device), []
+    for i, (level, share) in enumerate(zip(levels.tolist(), shares.tolist(), strict=True)):
+        eps, divergence = _eps(score, y, level, probe)
+        gained += share * divergence
+        latest = [eps, *latest[: ORDER - 1]]
+        if i < steps:
+            y = y + math.exp(level) * sum(w * eps for w, eps in zip(_weights(step, len(latest)), latest, strict=True))
     alpha = sde.marginal(ends[1:])[0].item()
     return sde.prior_logp(alpha * y).double() + dimensions * math.log(alpha) + gained
 
 
-def _slope(score, y, log_ratio, probe):
-    """dy/du (B, C, H, W) and its divergence (B,) float64 at u = ln g."""
+def _weights(step, count):
+    """Of the latest `count` values, the newest first, in the integral of exp(u) times their polynomial over a step.
+
+    The values are at u = 0, -step, -2 step, ...; the weights are those that are right for 1, u, u^2, ...
+    """
+    moments = [math.expm1(step)]  # of exp(u) u^k, by parts
+    for k in range(1, count):
+        moments.append(math.exp(step) * step**k - k * moments[-1])
+    powers = np.vander(-step * np.arange(count), increasing=True).T
+    return np.linalg.solve(powers, moments).tolist()
+
+
+def _eps(score, y, level, probe):
+    """eps (B, C, H, W) at u = `level`, and the divergence of g eps (B,) float64."""
     sde = score.sde
-    t = sde.time_at(-torch.tensor([log_ratio], dtype=torch.float64)).clamp(likelihood.EPS, sde.T).to(y)
-    alpha, ratio = per_image(sde.marginal(t)[0]), math.exp(log_ratio)
-    slope, divergence = likelihood.hutchinson(lambda y, t: ratio * score.eps(alpha * y, t), y, t, probe)
-    return slope, divergence.double()
+    t = sde.time_at(-torch.tensor([level], dtype=torch.float64)).clamp(likelihood.EPS, sde.T).to(y)
+    alpha, ratio = per_image(sde.marginal(t)[0]), math.exp(level)
+    eps, divergence = likelihood.hutchinson(lambda y, t: score.eps(alpha * y, t), y, t, probe)
+    return eps, ratio * divergence.double()
