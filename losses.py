@@ -205,11 +205,14 @@ def not_finite(state):
 
 
 def learning_rate(config, step):
-    """`optim.lr`, risen from 0 over the first `optim.warmup` steps and, ours, falling to 0 over the last `cooldown`."""
+    """`optim.lr`, risen from 0 over the first `optim.warmup` steps and, ours, falling to 0 over the last `cooldown`.
+
+    It falls throughout a training of fewer steps.
+    """
     optim, rate = config.optim, config.optim.lr
     if optim.warmup > 0:
         rate *= min(step / optim.warmup, 1.0)
-    if cooldown := optim.get("cooldown", 0):
+    if cooldown := min(optim.get("cooldown", 0), config.training.n_iters):
         rate *= min((config.training.n_iters - step) / cooldown, 1.0)
     return rate
 

@@ -109,7 +109,7 @@ TREE = {
         "weight_decay": 0.0,
         "amsgrad": ABSENT,  # 1024x1024 configs as published; not read
         "warmup": 5000,  # steps over which lr rises from 0
-        "cooldown": 0,  # last steps over which lr falls to 0
+        "cooldown": 0,  # last steps over which lr falls to 0; of a shorter training, all
         "grad_clip": 1.0,  # largest norm of the gradient; negative: no clipping
     },
     "eval": {

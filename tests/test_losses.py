@@ -109,7 +109,11 @@ def test_learning_rate_rises_and_falls():
     config.training.n_iters = 10
     rates = [losses.learning_rate(config, step) for step in range(11)]
     assert rates == pytest.approx([0, 0.025, 0.05, 0.075, 0.1, 0.1, 0.08, 0.06, 0.04, 0.02, 0])
-    config.optim.warmup = config.optim.cooldown = 0
+    config.training.n_iters = 4  # all of it falls, from the full rate
+    config.optim.warmup = 0
+    assert [losses.learning_rate(config, step) for step in range(5)] == pytest.approx([0.1, 0.075, 0.05, 0.025, 0])
+    config.training.n_iters = 10
+    config.optim.cooldown = 0
     assert {losses.learning_rate(config, step) for step in range(11)} == {0.1}
     del config.optim["cooldown"]  # as configs of earlier versions
     assert losses.learning_rate(config, 10) == 0.1
@@ -118,9 +122,10 @@ def test_learning_rate_rises_and_falls():
 def test_training_takes_the_rate_of_its_step():
     config = small("subvp/cifar10_ddpm_continuous.py")
     config.optim.update({"warmup": 0, "cooldown": 2})
-    config.training.n_iters = 1
+    config.training.n_iters = 2
     net = models.create_model(config)
     state, sde = losses.create_state(config, net), create_sde(config)
+    state.step = 1
     loss, model, seen = losses.create_loss(config, sde), ScoreModel(net, sde), []
     for step in range(2):
         before = [p.detach().clone() for p in net.parameters()]
