@@ -5,7 +5,7 @@ D is the predicted clean image and xbar = x_t / a.  Its largest eigenvalues come
 differences of D; their mean is standardised by in-domain images at each level, and summed over the levels.  As
 published: 5 levels, 1 to 3 eigenvalues, 5 to 20 draws of the noise, some 400 evaluations.  Ours: 5 levels, the largest
 eigenvalue by 4 iterations, 2 draws, the mean over the levels.  The network computes in float32 whatever the model's
-precision: in bfloat16 its rounding is as large as the differences (on the shipped model the eigenvalues came out at a
+precision: in bfloat16 its rounding is as large as the differences (on a small model of Fashion-MNIST they came out at a
 quarter of what they are, some below 0).  Cost: 2 x levels x draws x eigenvalues x iterations, 80 evaluations.
 """
 
@@ -27,8 +27,9 @@ class EigenScore(DensityMethod):
         eigenvalues: how many count.
         iterations: of the subspace iteration.
         draws: of the noise at each level.
-        step: the norm of half a central difference, in standard deviations of a pixel's noise.  On the shipped model
-            the eigenvalues with 0.1 are those with 0.03 within 0.6 %; with 1 they are 7 % too small at the first level.
+        step: the norm of half a central difference, in standard deviations of a pixel's noise.  On a small model of
+            Fashion-MNIST the eigenvalues with 0.1 are those with 0.03 within 0.6 %; with 1 they are 7 % too small at
+            the first level.
     """
 
     name = "eigenscore"
