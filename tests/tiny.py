@@ -35,6 +35,7 @@ OVERRIDES = {
     "training.snapshot_freq": 5,
     "training.snapshot_freq_for_preemption": 3,
     "optim.warmup": 2,
+    "optim.cooldown": 0,
     "eval.begin_ckpt": 1,
     "eval.end_ckpt": 2,
     "eval.batch_size": 4,
