@@ -12,10 +12,11 @@ As published: RK45 with error tolerances of 1e-5, see `lmd.likelihood`.  Ours: a
 number known beforehand.  In y = x/a every SDE's ODE is dy/dg = eps, g = b/a; noise has a constant eps, so eps and not
 the slope is extrapolated, by the third-order Adams-Bashforth method in even steps of u = ln g (as DEIS does, Zhang and
 Chen, ICLR 2023, arXiv 2204.13902); the divergence d(g eps)/dy, for Gaussian data between 0 and 1 at every level, is
-integrated over u by Simpson's rule.  On the shipped model that is within 0.003 bits of RK45 between the same levels
-for images, and 0.06 for white noise of 8.3 bits.  The path begins at the time of `likelihood.EPS`, or where g = 0.001
-if that is later: sub-VP begins at 1e-6, of which its network knows little (RK45 from there: up to 0.03 bits less).
-Networks of discrete times are refused: they know nothing below their first level (0.01 of DDPM's), nor between levels.
+integrated over u by Simpson's rule.  On the shipped model that was within 0.003 bits of RK45 between the same levels
+for each of ten images, clothes, digits, photographs and a flat one, and 0.06 off for white noise of 8.3 bits.  The path
+begins at the time of `likelihood.EPS`, or where g = 0.001 if that is later: sub-VP begins at 1e-6, of which its network
+knows little (RK45 from there: up to 0.03 bits less).  Networks of discrete times are refused: they know nothing below
+their first level (0.01 of DDPM's), nor between levels.
 
 Cost: 41 evaluations of the network and as many vector-Jacobian products.
 """
@@ -140,7 +141,7 @@ def log_likelihood(score, x, probe, steps):
         gained += share * divergence
         latest = [eps, *latest[: ORDER - 1]]
         if i < steps:
-            y = y + math.exp(level) * sum(w * eps for w, eps in zip(_weights(step, len(latest)), latest, strict=True))
+            y = y + math.exp(level) * sum(w * e for w, e in zip(_weights(step, len(latest)), latest, strict=True))
     alpha = sde.marginal(ends[1:])[0].item()
     return sde.prior_logp(alpha * y).double() + dimensions * math.log(alpha) + gained
 
