@@ -19,11 +19,11 @@ from basics.console import UserError, guard, say
 FOOTWEAR = (5, 7, 9)  # the labels of sandals, sneakers and ankle boots
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_root", default="./data")
     parser.add_argument("--folder", default="results/held_out")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     for split in ("train", "test"):
         data = _loaded(options.data_root, split)
         images, footwear = data.data.numpy(), np.isin(data.targets.numpy(), FOOTWEAR)
@@ -46,7 +46,7 @@ def _loaded(data_root, split):
 
 
 def write(path, images):
-    """Saves images (N, 28, 28) uint8."""
+    """Saves images (N, H, W) or (N, H, W, 3) uint8."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, images=images)
     files.write_bytes(path, buffer.getvalue())

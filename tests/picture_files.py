@@ -70,3 +70,20 @@ def numbered(count, shape=(3, 4, 4)):
 def feed(images, batch_size=4, **options):
     plain = {"seed": 7, "device": "cpu", "random_flip": False, "uniform_dequantization": False, "centered": False}
     return TrainingBatches(images, batch_size, **{**plain, **options})
+
+
+def idx_bytes(values):
+    """An array of uint8 in MNIST's file format."""
+    return bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">i4").tobytes() + values.tobytes()
+
+
+def write_mnist(root, name, count=20, classes=1):
+    """MNIST's files under a set's name, labelled 0, 1, ... in turns; returns the pictures of its splits."""
+    made = {}
+    (root / name / "raw").mkdir(parents=True)
+    for seed, (split, prefix) in enumerate([("train", "train"), ("test", "t10k")]):
+        made[split] = noise_values((count - seed, 28, 28), seed)
+        labels = np.arange(count - seed, dtype=np.uint8) % classes
+        for kind, values in (("images-idx3", made[split]), ("labels-idx1", labels)):
+            (root / name / "raw" / f"{prefix}-{kind}-ubyte").write_bytes(idx_bytes(values))
+    return made

@@ -10,7 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from picture_files import chw, cropped, load, noise_picture, noise_values, put, read_all, save, save_array
+from picture_files import (
+    chw,
+    cropped,
+    load,
+    noise_picture,
+    noise_values,
+    put,
+    read_all,
+    save,
+    save_array,
+    write_mnist,
+)
 from PIL import Image
 
 import datasets
@@ -158,23 +169,6 @@ def test_labels_and_treatment_tell_what_was_used_and_how(folder, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------- named sets
-
-
-def idx_bytes(values):
-    """An array of uint8 in MNIST's file format."""
-    return bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">i4").tobytes() + values.tobytes()
-
-
-def write_mnist(root, name, count=20):
-    """MNIST's files under a set's name; returns the pictures of its splits."""
-    made = {}
-    (root / name / "raw").mkdir(parents=True)
-    for seed, (split, prefix) in enumerate([("train", "train"), ("test", "t10k")]):
-        made[split] = noise_values((count - seed, 28, 28), seed)
-        labels = np.zeros(count - seed, np.uint8)
-        for kind, values in (("images-idx3", made[split]), ("labels-idx1", labels)):
-            (root / name / "raw" / f"{prefix}-{kind}-ubyte").write_bytes(idx_bytes(values))
-    return made
 
 
 @pytest.mark.parametrize(
