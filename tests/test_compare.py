@@ -1,6 +1,7 @@
 """Many methods in one table: the numbers against scikit-learn and SciPy, what is measured when, and bad input."""
 
 import csv
+import inspect
 import json
 import re
 
@@ -214,12 +215,12 @@ def test_settings_arrive():
         ("lmx", "unknown method 'lmx'; choose one of: all, ablations, "),
         (
             "lmd:mask=center",
-            "lmd has no setting 'mask'; its settings are: metrics, sampler, reps, mask_type, num_blocks",
+            "there is no setting 'mask'; the settings of lmd are: metrics, sampler, reps, mask_type, num_blocks",
         ),
         ("lmd:reps", "'lmd:reps': settings are written name=value, not 'reps'"),
         ("lmd:mask_type=centre", "unknown mask_type of lmd 'centre'; choose one of: center, checkerboard, checker"),
         ("lmd:metrics=FOO", "unknown metric 'FOO'"),
-        ("lmd:metrics=[]", "metrics are empty"),
+        ("lmd:metrics=[]", "metrics is empty; give one at least"),
         ("lmd:reps=0", "reps is 0; it must be a whole number of 1 at least"),
         ("lmd:reps=many", "reps is many; it must be a whole number"),
         ("lmd:num_blocks=2.5", "num_blocks is a whole number, not 2.5"),
@@ -228,11 +229,39 @@ def test_settings_arrive():
         ("lmd:sampler=published:lift=both", "the lift 'both' is not of the published sampler"),
         ("brightness:power=[1,2]", r"power is a number, not \[1,2\]"),
         ("brightness:power=1e999", "power is one number or word, not Infinity"),
+        ("ddpm_ood:metrics=FOO", "unknown metric 'FOO'"),
+        ("ddpm_ood:smallest=0.05", "smallest is 0.05; it must be above 0.05"),
+        ("projection_regret:ratio_b=0.01", "ratio_b is 0.01; it must be above 0.05"),
+        ("denoising_loss:fraction=1", "fraction is 1; it must be above 0 and below 1"),
+        ("diffpath:steps=1", "steps is 1; it must be a whole number of 2 at least"),
+        ("scoped:ratios=[1,0]", "ratios is 0; it must be above 0"),
+        ("ufcod:references=5", "references are 5; they must be as many as the 10 neighbours"),
     ],
 )
 def test_methods_that_cannot_be(text, message):
     with pytest.raises(UserError, match=message):
         select(text)
+
+
+NUMBERS = [
+    (name, key, field.default)
+    for name in methods.METHODS
+    for key, field in inspect.signature(methods.method_class(name)).parameters.items()
+    if isinstance(np.ravel(field.default)[0], (np.number, int, float))
+]
+
+
+@pytest.mark.parametrize(("name", "key", "default"), NUMBERS, ids=[f"{name}-{key}" for name, key, _ in NUMBERS])
+def test_numbers_of_every_method_have_a_range(name, key, default):
+    """What is too small is refused with its name, and the default is not."""
+    select(f"{name}:{key}={str(default).replace(' ', '').replace('(', '[').replace(')', ']')}")
+    if (name, key) != ("cfs", "log_snr"):  # a logarithm
+        for value in 0, -3:
+            with pytest.raises(UserError, match=f"{key} is {value}; it must be"):
+                select(f"{name}:{key}={value}")
+    if not np.isscalar(default):
+        with pytest.raises(UserError, match=f"{key} is empty"):
+            select(f"{name}:{key}=[]")
 
 
 def test_ablations_change_one_setting_at_a_time():

@@ -96,7 +96,7 @@ CRAFTED = {  # field: value, message; a field that is not there yet is added
     "method": ("method", "no\nsuch", "unknown method 'no"),
     "method's type": ("method", ["lmd"], "method is .*, not text"),
     "settings' type": ("settings", [], r"settings is \[\], not a table"),
-    "setting": ("settings", {"colour": 1}, "unexpected keyword argument 'colour'"),
+    "setting": ("settings", {"colour": 1}, "there is no setting 'colour'"),
     "metrics": ("settings", {"metrics": ["PSNR"]}, "unknown metric 'PSNR'"),
     "metrics' type": ("settings", {"metrics": 5}, "can be used"),
     "other metrics": ("settings", {"metrics": ["MSE"]}, r"reference is \(50, 2\), not \(n, 1\)"),

@@ -3,6 +3,7 @@
 import importlib
 
 from basics.console import choose
+from lmd.methods.settings import checked
 
 METHODS = {  # name: module and class, imported when asked for
     "cfs": ("lmd.methods.cfs", "CFS"),
@@ -26,9 +27,10 @@ def create(name, **settings):
     """The `base.Method` called `name`; `settings` are its class's.
 
     Raises:
-        UserError: there is no such method; the message lists them.
+        UserError: there is no such method, and the message lists them; or it cannot have these settings.
     """
-    return method_class(name)(**settings)
+    method = method_class(name)
+    return method(**checked(method, settings, name))
 
 
 def method_class(name):

@@ -39,6 +39,8 @@ class Method(abc.ABC):
         reasons: part -> (what a large score says of an image, what a small one says), in words.
         settings: what its statistics and scores depend on besides model and images: keyword arguments of its class,
             JSON types.
+        limits: setting -> what it may be: of a whole number the least, by default 1; of another the two numbers that it
+            must lie between, by default 0 and infinity.
         fewest_images: images that `fit_statistics` needs at least; 0 where it learns nothing.
     """
 
@@ -46,6 +48,7 @@ class Method(abc.ABC):
     parts = ()
     reasons = {}
     settings = {}
+    limits = {}
     fewest_images = 0
 
     @abc.abstractmethod

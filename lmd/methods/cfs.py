@@ -29,6 +29,7 @@ class CFS(DensityMethod):
     """
 
     name = "cfs"
+    limits = {"log_snr": (-math.inf, math.inf)}
 
     def __init__(self, log_snr=5.0):
         super().__init__({self.name: Independent()})

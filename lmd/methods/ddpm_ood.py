@@ -6,6 +6,8 @@ start; MSE and LPIPS at each, standardised by in-domain images, and their mean. 
 in 5 steps of DDIM, MSE and SSIM, which need no other network.  Cost: levels times steps, 25 evaluations.
 """
 
+import math
+
 import numpy as np
 
 from basics import noise
@@ -13,7 +15,8 @@ from basics.pixels import to_model_range
 from lmd.methods import network
 from lmd.methods.densities import Average
 from lmd.methods.fitted import DensityMethod
-from lmd.methods.projection import Projection, distances
+from lmd.methods.projection import END, Projection, distances
+from metrics import canonical
 
 
 class DDPMOOD(DensityMethod):
@@ -24,11 +27,16 @@ class DDPMOOD(DensityMethod):
         smallest, largest: noise ratios b / a of the first and the last level.
         levels: how many, even in the logarithm.
         steps: evaluations of the network at each.
+
+    Raises:
+        UserError: an unknown metric.
     """
 
     name = "ddpm_ood"
+    limits = {"smallest": (END, math.inf), "largest": (END, math.inf)}
 
     def __init__(self, metrics=("MSE", "SSIM"), smallest=0.25, largest=4.0, levels=5, steps=5):
+        metrics = [canonical(name) for name in metrics]
         super().__init__({self.name: Average(len(metrics) * levels)})
         self.reasons = {
             self.name: (
@@ -37,7 +45,7 @@ class DDPMOOD(DensityMethod):
             )
         }
         self.settings = {
-            "metrics": list(metrics),
+            "metrics": metrics,
             "smallest": smallest,
             "largest": largest,
             "levels": levels,

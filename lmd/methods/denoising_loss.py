@@ -35,6 +35,7 @@ class DenoisingLoss(DensityMethod):
     """
 
     name = "denoising_loss"
+    limits = {"fraction": (0, 1)}
     reasons = {
         "denoising_loss": (
             "texture: the model tells its noise better or worse than that of the domain's images",

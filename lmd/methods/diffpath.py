@@ -38,6 +38,7 @@ class DiffPath(DensityMethod):
     """
 
     name = "diffpath"
+    limits = {"steps": 2}
 
     def __init__(self, form="norms", reach=3.0, steps=10, components=5):
         part, self._features, density = choose(form, FORMS, "form of diffpath")

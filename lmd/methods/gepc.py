@@ -29,6 +29,7 @@ class GEPC(DensityMethod):
     """
 
     name = "gepc"
+    limits = {"share": (0, 1)}
 
     def __init__(self, ratios=(0.1, 0.5), share=0.3):
         super().__init__({self.name: KernelDensity(len(ratios))})

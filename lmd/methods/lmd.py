@@ -88,11 +88,9 @@ class LMD(Method):
             raise UserError(
                 f"lmd: the lift '{options['lift']}' is not of the published sampler; choose another sampler"
             )
-        for name in ("reps", "num_blocks"):
-            if options[name] is not None and not (isinstance(options[name], int) and options[name] >= 1):
-                raise UserError(f"lmd: {name} is {options[name]}; it must be a whole number of 1 at least")
-        if not options["metrics"]:
-            raise UserError("lmd: metrics are empty; name one at least, such as MSE")
+        reps = options["reps"]
+        if reps is not None and not (isinstance(reps, int) and reps >= 1):
+            raise UserError(f"lmd: reps is {reps}; it must be a whole number of 1 at least")
 
     def evaluations(self, model):
         reconstruct, masks, _ = self._prepared(model)

@@ -7,12 +7,15 @@ consistency model in one step, d LPIPS.  Ours: P by a few steps of DDIM, MSE and
 of P_a(x).  Cost: n_a n_b + n_a + n_b projections, here 8 of 5 steps, 40 evaluations.
 """
 
+import math
+
 import numpy as np
 
 from basics import noise
 from basics.pixels import to_model_range
 from lmd.methods.base import Method
-from lmd.methods.projection import Projection, distances
+from lmd.methods.projection import END, Projection, distances
+from metrics import canonical
 
 
 class ProjectionRegret(Method):
@@ -23,11 +26,16 @@ class ProjectionRegret(Method):
         ratio_a, ratio_b: noise ratios b / a of the two levels.
         draws_a, draws_b: of the noise of each.
         steps: evaluations of the network in a projection.
+
+    Raises:
+        UserError: an unknown metric.
     """
 
     name = "projection_regret"
+    limits = {"ratio_a": (END, math.inf), "ratio_b": (END, math.inf)}
 
     def __init__(self, metrics=("MSE", "SSIM"), ratio_a=2.0, ratio_b=1.0, draws_a=2, draws_b=2, steps=5):
+        metrics = [canonical(name) for name in metrics]
         self.parts = tuple(f"{self.name}_{name.lower()}" for name in metrics)
         self.reasons = {
             part: (
@@ -37,7 +45,7 @@ class ProjectionRegret(Method):
             for part, name in zip(self.parts, metrics, strict=True)
         }
         self.settings = {
-            "metrics": list(metrics),
+            "metrics": metrics,
             "ratio_a": ratio_a,
             "ratio_b": ratio_b,
             "draws_a": draws_a,

@@ -5,9 +5,7 @@
 Commas separate methods and colons settings; a value is a number, true, false, null, a word, or a list in brackets.
 """
 
-import inspect
 import json
-import math
 import re
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import torch
 
 from basics.console import UserError, choose
 from lmd.methods import METHODS, create, method_class
+from lmd.methods.settings import checked, text_of
 from metrics import perceptual, shift_tolerant, simclr
 
 ALL, ABLATIONS = "all", "ablations"
@@ -89,14 +88,7 @@ def _named(text, flag):
 
 
 def _label(name, settings):
-    return ":".join([name, *(f"{key}={_text(value)}" for key, value in settings.items())])
-
-
-def _text(value):
-    """A value as it is written."""
-    if isinstance(value, list):
-        return f"[{','.join(map(_text, value))}]"
-    return value if isinstance(value, str) else json.dumps(value)
+    return ":".join([name, *(f"{key}={text_of(value)}" for key, value in settings.items())])
 
 
 def _setting(word, part, flag):
@@ -119,36 +111,4 @@ def _value(text):
 def _created(label, name, settings, flag):
     """The method, its settings checked against what its class takes."""
     choose(name, {ALL: None, ABLATIONS: None, **METHODS}, "method")
-    known = {key: field.default for key, field in inspect.signature(method_class(name)).parameters.items()}
-    values = {}
-    for key, value in settings.items():
-        if key not in known:
-            have = f"its settings are: {', '.join(known)}" if known else "it has no settings"
-            raise UserError(f"{flag}: {label}: the method {name} has no setting '{key}'; {have}")
-        values[key] = _like(known[key], value, f"{flag}: {label}: {key}")
-    return create(name, **values)
-
-
-def _like(default, value, where):
-    """A value of its default's type; of a list with one entry the entry will do."""
-    if isinstance(default, (tuple, list)):
-        return [
-            _like(default[0] if default else None, each, where)
-            for each in (value if isinstance(value, list) else [value])
-        ]
-    for kind, accepted, what in _KINDS:
-        if isinstance(default, kind):
-            if isinstance(value, bool) != (kind is bool) or not isinstance(value, accepted):
-                raise UserError(f"{where} is {what}, not {_text(value)}")
-            break
-    if isinstance(value, list) or (isinstance(value, float) and not math.isfinite(value)):
-        raise UserError(f"{where} is one number or word, not {_text(value)}")
-    return value
-
-
-_KINDS = (  # type of the default, types that its value may have, in words; the first that fits
-    (bool, bool, "true or false"),
-    (int, int, "a whole number"),
-    (float, (int, float), "a number"),
-    (str, str, "a word"),
-)
+    return create(name, **checked(method_class(name), settings, f"{flag}: {label}"))

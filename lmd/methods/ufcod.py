@@ -13,6 +13,7 @@ from scipy.spatial.distance import cdist
 from scipy.special import logsumexp
 
 from basics import noise
+from basics.console import UserError
 from lmd.methods.densities import Density
 from lmd.methods.diffpath import DiffPath, split_moments
 from lmd.methods.fitted import DensityMethod
@@ -26,11 +27,17 @@ class UFCOD(DensityMethod):
         neighbours: the nearest of them that count.
         temperature: T, in standard deviations.
         reach, steps: as in `diffpath.DiffPath`.
+
+    Raises:
+        UserError: there are fewer references than neighbours.
     """
 
     name = "ufcod"
+    limits = {"steps": 2}
 
     def __init__(self, references=100, neighbours=10, temperature=0.5, reach=3.0, steps=10):
+        if references < neighbours:
+            raise UserError(f"ufcod: references are {references}; they must be as many as the {neighbours} neighbours")
         super().__init__({self.name: SoftNeighbours(references, neighbours, temperature)})
         self.reasons = {
             self.name: (
