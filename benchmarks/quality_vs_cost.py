@@ -8,7 +8,8 @@
 Every setting of `SETTINGS` (or those that --settings names) reconstructs the first --images of either side; the
 distances of every image and repetition are kept in {folder}/{pair}/{setting}/, a file a batch, so a run that was
 stopped continues, and several runs can share the work (--part 1/2 and --part 2/2).  benchmarks/scores/ has the
-distances that the README's table was made from; a report falls back on them, so the reference need not be run again.
+distances that the tables of docs/results.md were made from, of an earlier model and version; a report is of them where
+the folder holds nothing of the pair.
 The report gives, for each setting and number of repetitions:
 
 - evaluations of the network for an image, and the processor seconds they took;
@@ -265,7 +266,8 @@ def rows_of(folder, pair, metric, reference):
 def read(folder, pair, name, metric):
     """({side: distances (R, N)}, processor seconds an image) of a setting, or None where a side is missing.
 
-    What the folder does not hold is taken from the repository's `KEPT`.
+    Of a pair of which the folder holds nothing the repository's `KEPT` is read; the two are of different models, so
+    never mixed.
     """
     parts, seconds, images = {}, 0.0, 0
     for side in SIDES:
@@ -276,8 +278,10 @@ def read(folder, pair, name, metric):
             with np.load(path, allow_pickle=False) as arrays:
                 parts.setdefault(side, []).append(arrays[metric])
                 seconds, images = seconds + float(arrays["seconds"]), images + arrays[metric].shape[1]
-    if parts.keys() != SIDES.keys():
+    if not (Path(folder) / pair).is_dir():
         return _read_kept(KEPT / f"{pair}.npz", name, metric)
+    if parts.keys() != SIDES.keys():
+        return None
     return {side: np.concatenate(found, axis=1) for side, found in parts.items()}, seconds / images
 
 

@@ -1,6 +1,7 @@
 """How much training detection needs: tables of compare.py for models of one kind, as one table and one picture.
 
-    for k in 1 2 4 10 20 40; do    # checkpoints of a training with --config.training.snapshot_freq=250
+    for k in 1 4 10 20 40 80; do    # checkpoints of a training with --config.training.snapshot_freq=250,
+                                    # --config.training.n_iters=20000 and --config.optim.cooldown=0
         python compare.py --ckpt_path results/steps/checkpoints/checkpoint_$k.pth --fit F.npz --in_domain A.npz \\
             --out_of_domain B.npz,C.npz,shifts --methods combined --parts --output results/curves/steps_$((250 * k))
     done

@@ -1,6 +1,5 @@
 """What detect.py writes: the scores of single images (csv) and the summary (results.json)."""
 
-import csv
 import json
 from pathlib import Path
 
@@ -8,9 +7,8 @@ import numpy as np
 
 from basics.console import UserError
 from basics.files import write_json
-from storage.arrays import differences, shortened
+from storage.arrays import differences
 from storage.json_schema import COUNT, POSITIVE, SHARE, TABLE, check_fields, list_of, or_null, parse_json, table_of
-from storage.results_folder import SIDES
 from storage.tables import write_csv
 
 _RESULTS = {
@@ -57,44 +55,6 @@ def _score_rows(side, table, header):
     for index, (position, batch, row) in enumerate(zip(table["position"], table["batch"], numbers, strict=True)):
         values = (f"{value:.9g}" for value in row)  # 9 digits give a float32 back exactly
         yield [side, position, batch, *values, names[index] if names else ""][: len(header)]
-
-
-def read_scores(path):
-    """The tables that `write_scores` wrote, as NumPy arrays.
-
-    Raises:
-        UserError: the file cannot be read, or is no such table.
-    """
-    try:
-        with Path(path).open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        if unknown := {row["side"] for row in rows} - SIDES.keys():
-            raise ValueError(f"a side is {shortened(unknown.pop())}")
-        if not rows:
-            raise ValueError("it has no rows")
-        own = {
-            side: [row for row in rows if row["side"] == side] for side in dict.fromkeys(row["side"] for row in rows)
-        }
-        return {side: _score_table(own[side]) for side in own}
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); check the path") from error
-    except (ValueError, KeyError, TypeError, OverflowError, csv.Error) as error:
-        raise UserError(f"{path} is no table of scores ({error}); run detect.py again") from error
-
-
-def _score_table(rows):
-    names = [name for name in rows[0] if name and name.startswith("distance_rep")]
-    table = {
-        "position": np.array([int(row["position"]) for row in rows], dtype=np.int64),
-        "batch": np.array([int(row["batch"]) for row in rows], dtype=np.int64),
-        "score": np.array([float(row["score"]) for row in rows]),
-        "distances": np.array([[float(row[name]) for row in rows] for name in names]),
-    }
-    if min(table["position"].min(), table["batch"].min()) < 0:
-        raise ValueError("a position or batch is negative")
-    if not names or not all(np.isfinite(table[name]).all() for name in ("score", "distances")):
-        raise ValueError("there are no distances, or not all are finite numbers")
-    return table
 
 
 def read_results(folder):

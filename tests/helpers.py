@@ -1,5 +1,6 @@
 """What several test modules share: golden numbers, published configs at test size, a training-free score."""
 
+import csv
 import importlib.util
 from pathlib import Path
 
@@ -22,6 +23,20 @@ fill_, wave = _fill.fill_, _fill.wave
 def golden(name):
     """The arrays of tests/golden/{name}.npz."""
     return np.load(GOLDEN / f"{name}.npz")
+
+
+def read_scores(path):
+    """The tables of a scores_{metric}.csv by side, as `storage.scores.write_scores` takes them, but for the names."""
+    with Path(path).open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    tables = {}
+    for side in dict.fromkeys(row["side"] for row in rows):
+        own = [row for row in rows if row["side"] == side]
+        columns = {name: np.array([row[name] for row in own], float) for name in own[0] if name not in ("side", "file")}
+        distances = np.stack([values for name, values in columns.items() if name.startswith("distance_rep")])
+        numbers = {name: columns[name].astype(np.int64) for name in ("position", "batch")}
+        tables[side] = {**numbers, "score": columns["score"], "distances": distances}
+    return tables
 
 
 def tensor(array):

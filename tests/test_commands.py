@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from helpers import read_scores
 
 import command_line
 import recon
@@ -17,7 +18,7 @@ from basics.console import EXIT_USER_ERROR
 from configs.base import TREE
 from lmd.process import PRESETS
 from storage.checkpoints import read_checkpoint
-from storage.scores import read_results, read_scores
+from storage.scores import read_results
 
 COMMANDS = ("main.py", "recon.py", "detect.py")
 

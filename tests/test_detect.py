@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import read_scores
 from sklearn.metrics import roc_auc_score
 
 import metrics
@@ -25,7 +26,7 @@ from lmd.pictures import _groups, _read_pictures, shown_text
 from metrics import perceptual
 from storage import results_folder
 from storage.results_folder import ResultsFolder
-from storage.scores import read_results, read_scores
+from storage.scores import read_results
 from storage.tensors import read_tensors
 
 ROOT = Path(__file__).parent.parent

@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from helpers import load_config
+from helpers import load_config, read_scores
 from PIL import Image
 
 import datasets
 from basics.console import UserError
 from basics.pixels import crop, resize_bilinear
 from lmd import evaluation, training
-from storage.scores import read_scores
 
 CONFIG = "configs/ve/celebahq_256_ncsnpp_continuous.py"
 SMALL = {"model.nf": 8, "model.num_scales": 2}  # all seven levels, at 1/16 of the width

@@ -89,6 +89,8 @@ def test_measures_once_and_reports(monkeypatch, tmp_path, capsys):
     run(monkeypatch, "--report", "demo", "--folder", tmp_path, "--reference", "ddim_2", "--keep")
     kept = bench.read(tmp_path / "elsewhere", "demo", "ddim_2", "SSIM")
     assert str(kept) == str(bench.read(tmp_path, "demo", "ddim_2", "SSIM"))
+    (tmp_path / "part" / "demo").mkdir(parents=True)
+    assert bench.read(tmp_path / "part", "demo", "ddim_2", "SSIM") is None  # never the kept beside others
     with pytest.raises(UserError, match="holds no scores of the reference 'published_1000'"):
         run(monkeypatch, "--report", "demo", "--folder", tmp_path)
     with pytest.raises(UserError, match="made from something else"):

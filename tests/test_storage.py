@@ -34,7 +34,7 @@ from storage.checkpoints import (
     write_ema_weights,
 )
 from storage.results_folder import ResultsFolder, made_from
-from storage.scores import read_results, read_scores
+from storage.scores import read_results
 from storage.tensors import read_tensors
 
 PUBLISHED = GOLDEN / "train_small_checkpoint.pth"
@@ -902,38 +902,6 @@ def test_damaged_results(name, tmp_path):
         UserError, match=rf"results\.json cannot be read \(.*{message}.*\); delete it and run detect\.py"
     ):
         read_results(tmp_path)
-
-
-HEADER = "side,position,batch,score,distance_rep0"
-SCORES = {
-    "empty": ("", "it has no rows"),
-    "a header alone": (HEADER, "it has no rows"),
-    "another table": ("a,b\n1,2", "'side'"),
-    "another side": (f"{HEADER}\nleft,0,0,1,1", 'a side is "left"'),
-    "no distances": ("side,position,batch,score\npos,0,0,1", "there are no distances"),
-    "short row": (f"{HEADER}\npos,0,0", "must be a string or a real number"),
-    "text": (f"{HEADER}\npos,0,0,=1+1,1", "could not convert string to float"),
-    "a formula": (f"{HEADER}\npos,=A1,0,1,1", "invalid literal for int"),
-    "negative": (f"{HEADER}\npos,-1,0,1,1", "a position or batch is negative"),
-    "large": (f"{HEADER}\npos,{10**30},0,1,1", "too large|too big|out of bounds"),
-    "not finite": (f"{HEADER}\npos,0,0,nan,1", "not all are finite"),
-    "bytes": (b"\xff\xfe\x00", "can't decode byte"),
-    "a long field": (f"{HEADER}\npos,0,0,1,{'1' * 200_000}", "field larger than field limit"),
-}
-
-
-@pytest.mark.parametrize("name", SCORES)
-def test_damaged_scores(name, tmp_path):
-    text, message = SCORES[name]
-    path = tmp_path / "scores_MSE.csv"
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(UserError, match=rf"scores_MSE\.csv is no table of scores \(.*({message}).*\); run detect\.py"):
-        read_scores(path)
-
-
-def test_scores_that_are_not_there(tmp_path):
-    with pytest.raises(UserError, match=r"none\.csv cannot be read \(No such file or directory\); check the path"):
-        read_scores(tmp_path / "none.csv")
 
 
 @pytest.mark.parametrize(
