@@ -325,7 +325,7 @@ def test_nll(name):
 
 @pytest.mark.parametrize("name", ["vp", "ve"])
 def test_nll_agrees_with_the_adaptive_solver(name):
-    """On correlated pixels with the same images and probes: nats of 16 pixels; of third order in the step (VE: second)."""
+    """On correlated pixels with the same images and probes: nats of 16 pixels; of order 3 in the step (VE: 2)."""
     model, (pixels, keys) = gaussian_model(name), images(4)
     x = to_model_range(pixels, centered=True)
     probe = noise.KeyedNoise(keys, SHAPE)(1, "prior").sign()
