@@ -156,21 +156,24 @@ def progress(iterable=None, desc=None, **kwargs):
     return tqdm(iterable, **{**options, "disable": sys.stderr is None or not speaks(), **kwargs})
 
 
-def guard(main, args):
-    """Calls `main(args)`; a user's error or a full disk becomes its line and exit code 2."""
+_CONTINUES = "interrupted; the same command continues where this run stopped"
+
+
+def guard(main, args, interrupted=_CONTINUES):
+    """Calls `main(args)`; a user's error or a full disk becomes its line and exit code 2, Ctrl-C the line given."""
     try:
         code = main(args)
         if sys.stdout is not None:
             sys.stdout.flush()
         return code
     except Terminated:
-        _end_interrupted()
+        _end_interrupted(interrupted)
         return EXIT_TERMINATED
     except KeyboardInterrupt:
-        return _end_interrupted()
+        return _end_interrupted(interrupted)
     except Exception as error:
         if _interrupts:  # some library has made another error of it
-            return _end_interrupted()
+            return _end_interrupted(interrupted)
         if isinstance(error, BrokenPipeError) and _reader_gone():
             return EXIT_NO_READER
         if (line := _line_of(error)) is not None:
@@ -180,7 +183,6 @@ def guard(main, args):
         raise
 
 
-_INTERRUPTED = "interrupted; the same command continues where this run stopped"
 _interrupts = []  # the signals of this process's `run`
 
 
@@ -188,17 +190,17 @@ def on_interrupt(number, frame):
     """The first Ctrl-C ends the work in order; a second one leaves at once, for what is written is whole."""
     if _interrupts:
         if place()[2] == 1:
-            os.write(2, f"{_INTERRUPTED}\n".encode())  # `print` may be what was interrupted
+            os.write(2, f"{_CONTINUES}\n".encode())  # `print` may be what was interrupted
         os._exit(EXIT_INTERRUPTED)
     _interrupts.append(number)
     raise KeyboardInterrupt
 
 
-def _end_interrupted():
+def _end_interrupted(line):
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is on_interrupt:
         signal.signal(signal.SIGINT, lambda *_: os._exit(EXIT_INTERRUPTED))  # the line comes once
     if _fails_first():
-        _write(_INTERRUPTED, sys.stderr)
+        _write(line, sys.stderr)
     return EXIT_INTERRUPTED
 
 

@@ -208,4 +208,4 @@ PARTS = {"guarantee": guarantee, "patches": patches, "speed": speed, "methods": 
 
 
 if __name__ == "__main__":
-    guard(lambda _: main(), None)
+    guard(lambda _: main(), None, interrupted="interrupted")

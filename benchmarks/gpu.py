@@ -4,9 +4,10 @@ likelihood and start-up, the plain version and ours in the same run, and the lev
     python -m benchmarks.gpu --output results/gpu/
     python -m benchmarks.gpu --output results/gpu/ --rehearse    # every line, at the smallest size, on a CPU
 
-Trials come in the order in which they are most wanted, those that compile last.  A row is printed and appended to
+Trials come in the order in which they are most wanted, those that compile last.  A row is printed and written to
 {output}/rows.jsonl as soon as it is known; a trial that fails leaves its error there and the rest goes on; one that
-does not fit into --seconds any more is left out and told.  {output}/table.md has all rows at the end.
+by what it takes on an H100 does not fit into --seconds any more is left out and told.  {output}/table.md has all rows
+at the end, also of a run that is stopped.
 
 Times are those of the GPU's own events, medians after a call that warms up (`first s`, which compiles); shares are of
 the GPU's rate of matrix products in the same precision, measured first; operations are those of the plain network;
@@ -32,6 +33,7 @@ from basics.console import UserError, guard
 from benchmarks import levers, machine, plain, speed
 from models import create_model, inference, layers
 
+ROWS = "rows.jsonl"
 COPIED = 2**30  # bytes of the copy that shows the memory's rate
 LARGE, SMALL = "configs/subvp/cifar10_ddpm_continuous.py", "configs/subvp/fashion_mnist_small.py"
 SHIPPED = "pretrained/fashion_mnist_small.safetensors"
@@ -286,14 +288,14 @@ def run(plan, bench, output, seconds):
     Args:
         plan: `Trial`s in their order.
         bench: a `Bench`.
-        output: the folder of rows.jsonl, which exists.
+        output: the folder, which exists, and where no `ROWS` are yet.
         seconds: for all of them.
 
     Yields:
         Rows, column -> text or number.
     """
     end = time.perf_counter() + seconds
-    with (output / "rows.jsonl").open("a", encoding="utf-8") as file:
+    with (output / ROWS).open("x", encoding="utf-8") as file:
         for trial in plan:
             row = {"part": trial.part, "version": trial.version}
             left = end - time.perf_counter()
@@ -320,7 +322,7 @@ def _attempted(trial, bench):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", required=True, type=Path, help="folder of the rows and the table")
     parser.add_argument("--seconds", type=float, default=240, help="for everything")
     parser.add_argument("--parts", default="", help="only these, separated by commas")
@@ -335,13 +337,17 @@ def main(arguments=None):
             f"no part called {options.parts!r}; there are {', '.join(dict.fromkeys(t.part for t in trials()))}"
         )
     options.output.mkdir(parents=True, exist_ok=True)
+    if (options.output / ROWS).exists():
+        raise UserError(f"{options.output} holds the rows of an earlier run; give another --output")
     print(clock.describe())
     rows = []
-    for row in run(plan, rehearsal(clock) if options.rehearse else Bench(clock), options.output, options.seconds):
-        print("  ".join(f"{name} {_cell(name, value)}" for name, value in row.items()), flush=True)
-        rows.append({name: _cell(name, value) for name, value in row.items()})
-    files.write_text(options.output / "table.md", f"{clock.describe()}\n\n{_markdown(rows)}")
-    print(f"rows: {options.output / 'rows.jsonl'}, as a table: {options.output / 'table.md'}")
+    try:
+        for row in run(plan, rehearsal(clock) if options.rehearse else Bench(clock), options.output, options.seconds):
+            print("  ".join(f"{name} {_cell(name, value)}" for name, value in row.items()), flush=True)
+            rows.append({name: _cell(name, value) for name, value in row.items()})
+    finally:
+        files.write_text(options.output / "table.md", f"{clock.describe()}\n\n{_markdown(rows)}")
+        print(f"rows: {options.output / ROWS}, as a table: {options.output / 'table.md'}")
 
 
 def _markdown(rows):
@@ -360,4 +366,4 @@ def _cell(name, value):
 FORMATS = machine.FORMATS | {"batch": "d", "images/s": ",.0f", "error": ".1e", "TFLOP/s": ".1f"}
 
 if __name__ == "__main__":
-    guard(lambda _: main(), None)
+    guard(lambda _: main(), None, interrupted="interrupted")

@@ -79,4 +79,4 @@ def scores_of(options, names, device, precision):
 
 
 if __name__ == "__main__":
-    guard(lambda _: main(), None)
+    guard(lambda _: main(), None, interrupted="interrupted")

@@ -29,7 +29,7 @@ LITTLE = 4  # times less work in the run that the start is taken from
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--processes", default="1,2,4", help="numbers of them, separated by commas")
     parser.add_argument("--config", default="configs/subvp/fashion_mnist_small.py")
     parser.add_argument("--ckpt_path", default="pretrained/fashion_mnist_small.safetensors")
@@ -128,4 +128,4 @@ def _images(options, count, folder, name="images"):
 
 
 if __name__ == "__main__":
-    guard(lambda _: main(), None)
+    guard(lambda _: main(), None, interrupted="interrupted")

@@ -363,4 +363,4 @@ PARTS = {
 }
 
 if __name__ == "__main__":
-    guard(lambda _: main(), None)
+    guard(lambda _: main(), None, interrupted="interrupted")

@@ -26,6 +26,7 @@ from lmd.pictures import to_png
 
 METHODS = {"combined": "combined", "combined[lmd_ssim]": "LMD by SSIM", "combined[lmd_mse]": "LMD by MSE"}
 TITLES = {"steps": "training steps", "images": "training images"}
+MEANS = {"mean": "roc_auc", "low": "roc_auc_low", "high": "roc_auc_high"}
 SAME = "fit", "in_domain", "out_of_domain"  # what compare.json says of the images
 
 
@@ -48,7 +49,7 @@ def _rows(folders):
     """A row for each folder and method, column -> text or number.
 
     Raises:
-        UserError: a folder has no table or no such name, or scored other images than the first.
+        UserError: a folder has no table or no such name, lacks numbers, or scored other images than the first.
     """
     first = None
     for folder in folders:
@@ -62,11 +63,16 @@ def _rows(folders):
             raise UserError(f"{folder} scored other images than {folders[0]}; give folders of the same images")
         for method, label in METHODS.items():
             sets = [row for row in table["rows"] if row["method"] == method]
-            if sets:
-                columns = {"mean": "roc_auc", "low": "roc_auc_low", "high": "roc_auc_high"}
-                means = {name: mean(row[column] for row in sets) for name, column in columns.items()}
-                least = min(row["roc_auc"] for row in sets)
-                yield {"series": series, "number": int(number), "method": label, **means, "minimum": least}
+            if not sets and method != "combined":  # it was made without --parts
+                continue
+            if not sets or any(row[column] is None for row in sets for column in MEANS.values()):
+                raise UserError(
+                    f"{folder} lacks ROC-AUCs or intervals of {method}; run compare.py with --methods combined and "
+                    "sets of 2 images at least"
+                )
+            means = {name: mean(row[column] for row in sets) for name, column in MEANS.items()}
+            least = min(row["roc_auc"] for row in sets)
+            yield {"series": series, "number": int(number), "method": label, **means, "minimum": least}
 
 
 def draw(rows):

@@ -164,10 +164,10 @@ def blind_spots(detector, images, job, folder, origin, ranks=distributed.ALONE):
     chosen = images.part(torch.linspace(0, len(images) - 1, count).round().long())
     keys = content_keys_of(chosen)
     spots = {}
-    for kind in shifts.SHIFTS:
+    for number, kind in enumerate(shifts.SHIFTS, start=1):
         change = shifts.change_of(kind, chosen, keys)
         measurement = detector.measurement(chosen, folder / kind, {**origin, "shift": kind}, change=change)
-        measured = measurement.run(f"blind spots: {kind}", ranks)
+        measured = measurement.run(f"blind spots {number} of {len(shifts.SHIFTS)}: {kind}", ranks)
         decided = detector.decide(detector.method.score_statistics(statistics_of(measured)))
         caught = float(decided.is_outlier.mean())
         spots[kind] = {"kind": shifts.SHIFTS[kind][1], "caught": caught, "images": count, "rate": detector.rate}

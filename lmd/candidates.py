@@ -20,6 +20,7 @@ from lmd.methods.base import Examined
 from lmd.ranking import Candidate
 from lmd.trained_model import TrainedModel
 
+_MORE_TO_FIT = "give more as --fit (--max_images holds for these, too)"
 _CHUNK_EVALUATIONS = 100_000  # of the network at most for images that are measured together: what a kill loses
 
 
@@ -123,9 +124,9 @@ class Bench:
         named = ", ".join(f"{label} (which needs {fewest:,})" for label, fewest in lacking.items())
         have = f"there {are(count)} only {counted(count, 'image')} to learn from"
         if lacking and len(lacking) == len(chosen):
-            raise UserError(f"{have}, too few for {named}; give more as --fit, or choose other --methods")
+            raise UserError(f"{have}, too few for {named}; {_MORE_TO_FIT}, or choose other --methods")
         if lacking:
-            warn(f"{named} {are(len(lacking))} left out: {have}; give more as --fit")
+            warn(f"{named} {are(len(lacking))} left out: {have}; {_MORE_TO_FIT}")
         return set(lacking)
 
     def _bar(self, work):

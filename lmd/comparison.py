@@ -193,8 +193,10 @@ def _foreign(load, sources, known, learned):
             continue
         foreign[name] = Set(load(name))
         if shared := shared_with(foreign[name].images, in_domain):
-            those = f"{shared:,} of the {counted(len(foreign[name].images), 'image')} of"
-            warn(f"{those} --out_of_domain {name} {are(shared)} in-domain images, too; their ROC-AUC says little")
+            of = counted(len(foreign[name].images), "image")
+            warn(
+                f"{name}, out of domain, shares {shared:,} of its {of} with the in-domain ones; its ROC-AUC says little"
+            )
     return foreign
 
 

@@ -15,6 +15,7 @@ import torch
 
 from basics import files, noise
 from basics.console import UserError, choose, counted, progress, say
+from basics.image_lists import say_once
 from basics.pixels import dequantize, to_model_range
 from configs.base import to_dict
 from lmd import likelihood, samples, training
@@ -50,14 +51,24 @@ class Evaluation:
             self._images[split] = self.trainer.images(split)
         return self._images[split]
 
+    def _tell_of_other_images(self, path, trained_on):
+        here = self.config.data.dataset
+        if trained_on and trained_on["source"].rstrip("/") != here.rstrip("/"):
+            say_once(
+                f"{path} was trained on {trained_on['source']}, and is evaluated on {here}; "
+                f"--config.data.dataset={trained_on['source']} evaluates it on its own"
+            )
+
     def load(self, path):
         """Gives the network the EMA weights of a checkpoint; returns what all results of it depend on (JSON types)."""
         tree, net = to_dict(self.config), self.trainer.state.net
         with files.unchanged(path) as checkpoint:
             load_ema_weights(path, net, tree)
         net.eval()
+        trained_on = data_of(path)
+        self._tell_of_other_images(path, trained_on)
         if self.trainer.divides:
-            check_division(path, data_of(path), self.images("train"))
+            check_division(path, trained_on, self.images("train"))
         return {
             "checkpoint": checkpoint,
             "config": what_weights_depend_on(tree),

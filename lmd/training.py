@@ -337,6 +337,7 @@ def train(config, workdir, device, data_root, workers=None, ranks=ALONE):
     ranks.check_same(first, "checkpoints")
     if not resumed and ranks.is_main:
         _warn_of_a_new_start(trainer)
+        _warn_of_a_low_rate(config)
     if first > last and not ranks.on_main(lambda: _lacks_samples(trainer)):
         of = f" of {last}" if first == last + 1 else f", beyond config.training.n_iters={last}"
         say(f"already trained: {trainer.workdir / META_CHECKPOINT} is at step {first - 1}{of}")
@@ -359,6 +360,18 @@ def _warn_of_a_new_start(trainer):
         warn(
             f"there is no {meta}, so training starts anew at step 0; to go on after step {step} instead, stop this "
             f"run, copy {path} to {meta}, and run the same command again"
+        )
+
+
+def _warn_of_a_low_rate(config):
+    """Tells where a training is too short for the learning rate to come near the one that is set."""
+    optim, last = config.optim, config.training.n_iters
+    highest = max(losses.learning_rate(config, step) for step in range(0, last + 1, 1 + last // 1000))
+    if highest < optim.lr / 2:
+        warn(
+            f"of config.optim.lr={optim.lr:g} the learning rate reaches {highest:.2g} at most: {counted(last, 'step')} "
+            f"are few for a warm-up of {optim.warmup} and a cool-down of {optim.get('cooldown', 0)}; "
+            "lower config.optim.warmup and cooldown, too"
         )
 
 

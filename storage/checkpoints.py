@@ -120,7 +120,7 @@ def restore_state(path, state, config, seed):
     state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
     state.step = checkpoint["step"]
     if changes:
-        say(f"continuing with other settings than before: {'; '.join(changes)}")
+        say(f"settings that changed since {path}: {'; '.join(changes)}")
     return checkpoint.get("data")
 
 

@@ -150,6 +150,11 @@ def _read_description(path):
     except FileNotFoundError as error:
         if any((path / name).is_file() for name in (CALIBRATION, CARD)):
             raise UserError(f"{file} is missing: {_IN_PART}") from error
+        if Path(f"{path}.unfinished").is_dir():
+            raise UserError(
+                f"the detector {path} is not finished: its calibration is at work, or was stopped and continues with "
+                "the same calibrate.py command"
+            ) from error
         raise UserError(f"there is no detector in {path} (no {DESCRIPTION}); make one by calibrate.py") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read ({error}); copy the whole folder again") from error

@@ -217,6 +217,7 @@ def test_settings_arrive():
             "lmd:mask=center",
             "there is no setting 'mask'; the settings of lmd are: metrics, sampler, reps, mask_type, num_blocks",
         ),
+        ("ablations:reps=1", "ablations stands for several methods and has no settings"),
         ("lmd:reps", "'lmd:reps': settings are written name=value, not 'reps'"),
         ("lmd:mask_type=centre", "unknown mask_type of lmd 'centre'; choose one of: center, checkerboard, checker"),
         ("lmd:metrics=FOO", "unknown metric 'FOO'"),
@@ -521,7 +522,7 @@ def test_too_few_images_to_learn_from_are_told_first(data, tmp_path, brightness,
     assert few == "warning: 20 in-domain images to score are too few for the table to say much; give at least 50"
     assert left_out == (
         "warning: brightness:fewest=31 (which needs 31), brightness:fewest=99 (which needs 99) are left out: there are "
-        "only 30 images to learn from; give more as --fit"
+        "only 30 images to learn from; give more as --fit (--max_images holds for these, too)"
     )
     with pytest.raises(
         UserError, match=r"^there are only 2 images to learn from, too few for lmd:reps=1 \(which needs 3"
@@ -560,7 +561,7 @@ def test_images_that_must_not_be_the_same(data, tmp_path, capsys):
     run(foreign=str(tmp_path / "foreign.npz"))
     told = "warning: 7 of the 10 images of --out_of_domain "
     assert told in (err := capsys.readouterr().err)
-    assert "foreign.npz are in-domain images, too; their ROC-AUC says little" in err
+    assert " with the in-domain ones; its ROC-AUC says little" in err
 
 
 def test_other_files_are_not_mixed_with(data, tmp_path):

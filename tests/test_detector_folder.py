@@ -66,6 +66,8 @@ def test_missing_truncated_or_changed(name, copy):
 
 def test_no_folder(tmp_path):
     refused(tmp_path / "nowhere", r"^there is no detector in .*/nowhere \(no detector\.json\); make one by cali")
+    (tmp_path / "nowhere.unfinished").mkdir()
+    refused(tmp_path / "nowhere", r"^the detector .*/nowhere is not finished: .* continues with the same calibrate\.py")
     (tmp_path / "file").write_text("text")
     refused(tmp_path / "file", "file is a file; give the folder that calibrate.py wrote")
 

@@ -1,5 +1,6 @@
 """Evaluation of the numbered checkpoints of a training run."""
 
+import contextlib
 import shutil
 import sys
 
@@ -60,6 +61,16 @@ def test_evaluation(tree, whole, tmp_path, capsys):
     trainer.state.net.eval()
     x = trainer.images("test").read(8, 10).float() / 127.5 - 1
     assert saved[2]["all_losses"][2] == pytest.approx(trainer.loss_on(x, "evaluate", 2), rel=1e-5)
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_other_images_than_those_trained_on_are_told_before_they_are_loaded(other, data, whole, tmp_path, capsys):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    tree = tiny.config(data__dataset="CIFAR11" if other else f"{data}", eval__end_ckpt=1)
+    with pytest.raises(UserError, match="unknown data set") if other else contextlib.nullcontext():
+        evaluate(tree, workdir)
+    told = f"was trained on {data}, and is evaluated on CIFAR11; --config.data.dataset={data} evaluates it on its own"
+    assert (told in capsys.readouterr().out) == other
 
 
 def evaluate(tree, workdir, folder="eval"):

@@ -101,7 +101,7 @@ def test_what_may_change_is_told(run, data, capsys):
     changes = {"lr": 3e-5, "beta1": 0.8, "eps": 1e-6, "weight_decay": 0.01, "grad_clip": 2.0}
     tree = short(data, training__n_iters=3, training__log_freq=1, **{f"optim__{k}": v for k, v in changes.items()})
     tiny.train(tree, run)
-    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("continuing with other"))
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("settings that changed since"))
     for name in (*(f"optim.{name}" for name in changes), "training.n_iters", "training.log_freq"):
         assert f"{name}: " in line
     assert "training.n_iters: 2 before, 3 now" in line

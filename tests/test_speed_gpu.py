@@ -88,6 +88,21 @@ def test_command_rehearses_on_a_cpu_and_says_where_the_rows_are(bench, tmp_path,
     table = (tmp_path / "out" / "table.md").read_text().splitlines()
     assert [line.split(" | ")[0] for line in table[4:]] == ["| ceilings", "| fast", "| fast"]
     assert f"as a table: {tmp_path / 'out' / 'table.md'}" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"out holds the rows of an earlier run; give another --output"):
+        gpu.main([f"--output={tmp_path / 'out'}", "--rehearse", "--parts=fast"])
+
+
+def test_a_run_that_is_stopped_leaves_its_table(bench, tmp_path, monkeypatch, capsys):
+    def stopped(bench, trial):
+        raise KeyboardInterrupt
+
+    plan = [gpu.Trial("a", "b", 1, lambda *_: {"ms": 1}), gpu.Trial("c", "d", 1, stopped)]
+    monkeypatch.setattr(gpu, "trials", lambda: plan)
+    monkeypatch.setattr(gpu, "rehearsal", lambda clock: bench)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main([f"--output={tmp_path}", "--rehearse"])
+    assert (tmp_path / "table.md").read_text().splitlines()[-1] == "| a | b | 1.0 |"
+    assert [json.loads(line)["part"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == ["a"]
 
 
 def test_a_rehearsal_is_small():

@@ -244,6 +244,18 @@ def test_a_finished_run_says_so_and_changes_nothing(deleted, steps, told, tree, 
     assert tiny.snapshot(workdir) == before
 
 
+@pytest.mark.parametrize(
+    ("warmup", "cooldown", "highest"),
+    [(2, 0, None), (24, 0, "0.0005"), (25, 0, "0.00048"), (6, 12, "0.0005"), (20, 2500, "0.00015")],
+)
+def test_a_rate_that_is_never_reached_is_told(warmup, cooldown, highest, data, tmp_path, capsys):
+    """Of 0.001 after 12 steps; half of it passes."""
+    tree = tiny.config(data__dataset=str(data), optim__warmup=warmup, optim__cooldown=cooldown)
+    tiny.train(tree, tmp_path)
+    told = f"of config.optim.lr=0.001 the learning rate reaches {highest} at most: 12 steps are few"
+    assert (told in capsys.readouterr().err) == (highest not in (None, "0.0005"))
+
+
 def test_more_steps_continue_a_finished_run(tree, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "longer")
     tree.training.n_iters = 14

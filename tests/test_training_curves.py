@@ -1,6 +1,7 @@
 """benchmarks/training_curves.py: its table from tables of compare.py, and what it refuses."""
 
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -45,6 +46,20 @@ def test_what_is_no_such_folder_is_refused(name, tmp_path):
     folder = str(tmp_path / name) if name == "empty_3" else write(tmp_path / name, 0.9)
     with pytest.raises(UserError, match=r"is no output of compare\.py called SERIES_NUMBER"):
         training_curves.main([folder])
+
+
+@pytest.mark.parametrize("lacking", ["rows", "an interval"])
+def test_tables_without_numbers_are_refused(lacking, tmp_path):
+    """Such as those of other methods alone, and of a set of one image."""
+    file = Path(write(tmp_path / "steps_1", 0.9)) / "compare.json"
+    table = json.loads(file.read_text())
+    if lacking == "rows":
+        table["rows"] = [row for row in table["rows"] if row["method"] == "another"]
+    else:
+        table["rows"][0]["roc_auc_low"] = None
+    file.write_text(json.dumps(table))
+    with pytest.raises(UserError, match="steps_1 lacks ROC-AUCs or intervals of combined"):
+        training_curves.main([str(file.parent)])
 
 
 def test_tables_of_other_images_are_refused(tmp_path):

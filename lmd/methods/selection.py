@@ -110,5 +110,7 @@ def _value(text):
 
 def _created(label, name, settings, flag):
     """The method, its settings checked against what its class takes."""
+    if name in (ALL, ABLATIONS):
+        raise UserError(f"{flag}: {label}: {name} stands for several methods and has no settings")
     choose(name, {ALL: None, ABLATIONS: None, **METHODS}, "method")
     return create(name, **checked(method_class(name), settings, f"{flag}: {label}"))
