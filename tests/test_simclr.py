@@ -55,13 +55,16 @@ def test_published_names_and_shapes():
 
 
 def test_published_features_and_similarity(tmp_path):
-    """3e-5 of features up to 0.09: float32 sums in another order move these by 1e-5, an epsilon of 1.1e-5 by 4e-5."""
+    """3e-5 of features up to 0.09: float32 sums in another order move these by 1e-5, an epsilon of 1.1e-5 by 4e-5.
+
+    3e-6 of similarities near 1, which processors of different makers have moved by 1.3e-6.
+    """
     expected = golden("simclr_r50_1x_sk1")
     path = save(tmp_path / "r50_1x_sk1.pth", filled(simclr_resnet.infer(golden_shapes())))
     metric = simclr.SimCLR(CPU, path=path)
     x, y = (metric.prepare(images(expected[seed])) for seed in ("x_seed", "y_seed"))
     torch.testing.assert_close(x, tensor(expected["features"]), rtol=0, atol=3e-5)
-    torch.testing.assert_close(1 - metric.compare(x, y), tensor(expected["similarity"]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(1 - metric.compare(x, y), tensor(expected["similarity"]), rtol=0, atol=3e-6)
 
 
 @pytest.mark.parametrize(
