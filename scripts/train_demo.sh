@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains the demo's model from scratch; stopped and run again, it continues. Arguments go to main.py, such as
 # --data_root. The model that ships was made with --config.training.precision=bf16 --config.training.compile=on, which
-# is quicker on a CPU with AVX512-BF16 instructions and a C++ compiler, and much slower on one without.
+# is quicker on some CPUs (docs/performance.md), and much slower on one without AVX512-BF16 instructions.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 
