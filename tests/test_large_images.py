@@ -142,6 +142,7 @@ def test_workers_and_category_reach_the_loader(call, tmp_path, monkeypatch):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "checkpoint_1.pth").touch()
     monkeypatch.setattr(evaluation, "load_ema_weights", lambda *arguments: 0)
+    monkeypatch.setattr(evaluation, "data_of", lambda path: None)
     with pytest.raises(UserError, match=r"^LSUN church_outdoor 3 root$"):
         CALLS[call](tree, tmp_path)
 

@@ -101,7 +101,7 @@ def test_a_run_that_is_stopped_leaves_its_table(bench, tmp_path, monkeypatch, ca
     monkeypatch.setattr(gpu, "rehearsal", lambda clock: bench)
     with pytest.raises(KeyboardInterrupt):
         gpu.main([f"--output={tmp_path}", "--rehearse"])
-    assert (tmp_path / "table.md").read_text().splitlines()[-1] == "| a | b | 1.0 |"
+    assert (tmp_path / "table.md").read_text().splitlines()[-1] == "| a | b | 1.00 |"
     assert [json.loads(line)["part"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == ["a"]
 
 

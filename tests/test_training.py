@@ -306,7 +306,7 @@ def test_without_the_meta_checkpoint_training_starts_anew_and_says_how_to_go_on(
     tiny.train(tree, tmp_path)
     out, err = capsys.readouterr()
     newest, meta = tmp_path / "checkpoints" / "checkpoint_2.pth", tmp_path / META
-    (told,) = [line for line in err.splitlines() if line.startswith("warning: ")]
+    (told,) = [line for line in err.splitlines() if line.startswith("warning: there is no ")]
     assert f"there is no {meta}, so training starts anew at step 0; to go on after step 12 instead" in told
     assert f"copy {newest} to {meta}, " in told
     assert " starting: " in out
