@@ -9,16 +9,17 @@ standard output, standard error].
 import importlib
 import json
 import os
+import runpy
 import sys
 import tempfile
 import traceback
 from pathlib import Path
 
-import command_line
+from helpers import ROOT
 
 LATER = [
-    "torch", "lmd.training", "lmd.evaluation", "lmd.reconstruction", "lmd.detection", "models.inference",
-    "lmd.calibrating", "lmd.predicting",
+    "command_line", "torch", "lmd.training", "lmd.evaluation", "lmd.reconstruction", "lmd.detection",
+    "models.inference", "lmd.calibrating", "lmd.predicting",
 ]  # fmt: skip
 
 
@@ -42,10 +43,8 @@ def run(command, arguments, folder, encoding):
 def _leave(command, arguments, folder):
     os.chdir(folder)
     sys.argv = [f"{command}.py", *arguments]
-    module = importlib.import_module(command)
     try:
-        module.define_flags()
-        command_line.run(module.main)
+        runpy.run_path(str(ROOT / f"{command}.py"), run_name="__main__")
     except SystemExit as end:
         return end.code or 0
     except BaseException:

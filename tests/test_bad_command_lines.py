@@ -149,7 +149,7 @@ ROWS = {
     "no checkpoint of calibrate": (CALIBRATE, "there is no checkpoint at k.pth; check the path"),
     "its config": (["calibrate", "--ckpt_path=k.pth", *CALIBRATE[3:]], "there is no checkpoint at k.pth"),
     "unknown method": ([*CALIBRATE, "--method=lmx"], r"unknown method \(--method\) 'lmx'; choose one of: auto, "),
-    "unknown setting": ([*CALIBRATE, "--method=lmd:foo=3"], "error: --method: lmd:foo=3: there is no setting 'foo'; the settings of lmd are: metrics, "),
+    "unknown setting": ([*CALIBRATE, "--method=lmd:foo=3"], "--method: lmd:foo=3: there is no setting 'foo'; the set"),
     "half a setting": ([*CALIBRATE, "--method=lmd:reps"], "error: --method: 'lmd:reps': settings are written name="),
     "text for a setting": ([*CALIBRATE, "--method=lmd:num_blocks=x"], "--method: lmd:num_blocks=x: num_blocks is"),
     "settings of auto": ([*CALIBRATE, "--method=auto:reps=3"], "error: --method auto has no settings; leave them out"),

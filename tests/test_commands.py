@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from helpers import read_scores
+from helpers import ROOT, read_scores
 
 import command_line
 import recon
@@ -183,7 +183,7 @@ def test_a_model_is_opened_without_a_compiler():
 
 
 CALLED = """
-import json, types
+import json, os, sys, types
 import command_line, recon
 from basics import machine
 from configs import base
@@ -195,7 +195,11 @@ reconstruction.run = lambda job, device, ranks: print(json.dumps(
     {**described(vars(job).pop("config")), **vars(job), "device": device, "ranks": ranks}, default=vars
 ))
 machine.choose_device = lambda name: types.SimpleNamespace(type=name)
-command_line.run(recon.main)
+for line in json.loads(sys.argv[1]):
+    if os.fork() == 0:  # flags can be parsed once only
+        sys.argv = ["recon.py", *line]
+        command_line.run(recon.main)
+    os.wait()
 """
 REQUIRED = [f"--config={tiny.CONFIG_FILE}", "--workdir=w", "--ckpt_path=c.pth", "--in_domain=MNIST"]
 DEFAULTS = {
@@ -209,26 +213,29 @@ DEFAULTS = {
 }  # fmt: skip
 
 
-def called(*arguments):
-    """What recon.py's command line comes to."""
-    code, out, err = tiny.command("-c", CALLED, *REQUIRED, *arguments)
-    assert code == 0, err
-    return json.loads(out)
+def called(*lines):
+    """What recon.py's command lines, each a list of flags besides the required ones, come to."""
+    _, out, err = tiny.command("-c", CALLED, json.dumps([[*REQUIRED, *line] for line in lines]))
+    options = [json.loads(line) for line in out.splitlines()]
+    assert len(options) == len(lines), err
+    return options
 
 
 def test_recon_defaults_are_the_published_ones():
-    assert called() == DEFAULTS
+    assert called([]) == [DEFAULTS]
 
 
 def test_recon_flags_have_their_effects():
-    assert called(
+    flags = [
         "--config.model.nf=64", "--out_of_domain=SVHN", "--noid_center_crop", "--ood_center_crop=false",
         "--reps_per_image=10", "--batch_size=200", "--seed=7", "--device=cpu", "--max_images=3", "--data_root=d",
         "--workers=2", "--match_resolution", "--memory_gb=2.5", "--save_mask", "--mask_save_dir=m",
         "--mask_type=random", "--mask_patch_size=2", "--mask_ratio=0.3",
         "--mask_identifier=tag", "--sampler=ddim", "--steps=7", "--config.sampling.eta=0.5", "--precision=bf16",
         "--compile",
-    ) == {
+    ]  # fmt: skip
+    (options,) = called(flags)
+    assert options == {
         "sampling": {"sampler": "ddim", "steps": 7, "eta": 0.5},
         "precision": "bf16", "compiled": "on",
         "width": 64, "ckpt_path": "c.pth", "workdir": "w", "reps": 10, "batch_size": 200, "seed": 7,
@@ -270,12 +277,14 @@ def test_the_ways_to_write_compile(written, expected):
 @pytest.mark.parametrize("name", ["fast", "best"])
 def test_a_preset_brings_its_settings_and_repetitions_and_flags_win(name):
     values, reps = PRESETS[name]
-    options = called(f"--sampler={name}")
-    assert {**TREE["sampling"], **options["sampling"]} == {**TREE["sampling"], **values}
-    assert options["reps"] == reps
-    typed = ["--config.sampling.t_start=0.3", "--config.sampling.corrector=none", "--reps_per_image=1"]
-    for steps in ("--steps=33", "--config.sampling.steps=33"):
-        options = called(f"--sampler={name}", steps, *typed)
+    preset, typed = f"--sampler={name}", ["--config.sampling.t_start=0.3", "--config.sampling.corrector=none"]
+    alone, *overridden = called(
+        [preset],
+        *([preset, steps, *typed, "--reps_per_image=1"] for steps in ("--steps=33", "--config.sampling.steps=33")),
+    )
+    assert {**TREE["sampling"], **alone["sampling"]} == {**TREE["sampling"], **values}
+    assert alone["reps"] == reps
+    for options in overridden:
         assert {**TREE["sampling"], **options["sampling"]} == {
             **TREE["sampling"], **values, "t_start": 0.3, "steps": 33,
         }  # fmt: skip
@@ -284,12 +293,12 @@ def test_a_preset_brings_its_settings_and_repetitions_and_flags_win(name):
 
 def test_lifting_by_noise_knows_nothing():
     lifting = ["--sampler=ddim", "--config.sampling.lift=noise", "--config.sampling.t_start=0.5"]
-    assert called(*lifting)["mask_options"]["mask_type"] == "none"
-    assert called(*lifting, "--mask_type=none")["mask_options"]["mask_type"] == "none"
+    for options in called(lifting, [*lifting, "--mask_type=none"]):
+        assert options["mask_options"]["mask_type"] == "none"
 
 
 def test_a_mask_file_implies_its_type():
-    options = called("--mask_file_path=own.png", "--save_mask", "--config.seed=5")
+    (options,) = called(["--mask_file_path=own.png", "--save_mask", "--config.seed=5"])
     assert options["mask_options"] == {**DEFAULTS["mask_options"], "mask_type": "file", "file_path": "own.png"}
     assert options["mask_directory"] == ""  # below the results
     assert options["seed"] == 5
@@ -456,15 +465,26 @@ def one_line(err):
     return errors[0]
 
 
+@pytest.fixture(scope="module")
+def mistaken(tmp_path_factory):
+    """Where the mistaken commands were to write, and the outcome of each by its name."""
+    out = tmp_path_factory.mktemp("mistaken") / "out"
+    rows = [
+        [script.removesuffix(".py"), [argument.format(out=out) for argument in arguments], ROOT, "utf-8"]
+        for (script, *arguments), _ in MISTAKES.values()
+    ]
+    return out, dict(zip(MISTAKES, tiny.forked(rows, tmp_path_factory.mktemp("table")), strict=True))
+
+
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_on_the_command_line(name, tmp_path):
-    arguments, message = MISTAKES[name]
-    code, out, err = tiny.command(*(argument.format(out=tmp_path / "out") for argument in arguments))
+def test_mistakes_on_the_command_line(name, mistaken):
+    place, outcomes = mistaken
+    code, out, err = outcomes[name]
     assert code == EXIT_USER_ERROR
     assert out == ""
     assert err.count("\n") == 1
-    assert re.search(message, one_line(err))
-    assert not (tmp_path / "out").exists()
+    assert re.search(MISTAKES[name][1], one_line(err))
+    assert not place.exists()
 
 
 @pytest.mark.parametrize("command", ["main.py", "recon.py"])

@@ -318,7 +318,6 @@ def exit_codes(err):
 
 MISTAKES = {
     "data set": (["--config.data.dataset=nowhere"], "unknown data set 'nowhere'; choose one of"),
-    "mode": (["--mode=eval"], "--mode eval runs in one process; start it without torchrun"),
     "flag": (["--batchsize=3"], "Unknown command line flag 'batchsize'"),
 }
 
@@ -333,6 +332,24 @@ def test_a_users_error_is_told_once(name, data, tmp_path):
     assert message in errors[0]
     assert exit_codes(err) == {str(EXIT_USER_ERROR)}
     assert out == ""
+    assert not (tmp_path / "run").exists()
+
+
+EVALUATES = """
+import contextlib, types
+import command_line, main
+two = types.SimpleNamespace(world_size=2), types.SimpleNamespace(type="cpu")
+main.distributed.start = lambda device: contextlib.nullcontext(two)
+main.define_flags()
+command_line.run(main.main)
+"""
+
+
+def test_evaluation_runs_in_one_process(data, tmp_path):
+    flags = [*train_command(data, tmp_path / "run")[1:], "--mode=eval"]
+    code, out, err = tiny.command("-c", EVALUATES, *flags)
+    assert (code, out) == (EXIT_USER_ERROR, "")
+    assert err == "error: --mode eval runs in one process; start it without torchrun\n"
     assert not (tmp_path / "run").exists()
 
 

@@ -133,12 +133,12 @@ SAMPLERS = [
 
 @pytest.mark.parametrize(("sde_name", "predictor", "corrector"), SAMPLERS)
 def test_sampling_reproduces_a_gaussian(sde_name, predictor, corrector):
-    sde = SDES[sde_name](1000)
+    sde = SDES[sde_name](500)
     mean, cov = gaussian_data()
     scheme = Scheme(sampling.PREDICTORS[predictor](sde), corrector=sampling.CORRECTORS[corrector](sde, 0.16, 1, None))
     result = sampling.sample(GaussianScore(sde, mean, cov), keyed(COUNT), scheme)
     got_mean, got_cov = moments(result)
-    # 4 standard errors, plus the bias of 1000 steps (largest with Langevin, which moves by finite steps)
+    # 4 standard errors, plus the bias of 500 steps (largest with Langevin, which moves by finite steps)
     torch.testing.assert_close(got_mean, mean, rtol=0, atol=0.03)
     torch.testing.assert_close(got_cov, cov, rtol=0, atol=0.03)
 
