@@ -1,4 +1,4 @@
-"""The image files of the tables of detectors in docs/results.md: the first images of test splits.
+"""Image files for tables of detectors as in docs/results.md: the first images of test splits.
 
     python -m benchmarks.table_sets --data_root ./data
     python -m benchmarks.table_sets --images 100 --folder results/table_100
