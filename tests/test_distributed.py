@@ -249,7 +249,7 @@ import torch
 
 import command_line, main
 
-torch.compile = functools.partial(torch.compile, backend="aot_eager")  # without generating code
+torch.compile = functools.partial(torch.compile, backend="eager")  # without generating code
 main.define_flags()
 command_line.run(main.main)
 """
