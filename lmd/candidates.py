@@ -15,7 +15,7 @@ from basics import distributed
 from basics.console import UserError, are, counted, progress, say, some_are, warn
 from basics.image_sets import ImageSet
 from lmd.combination import FEWEST, combined
-from lmd.measurement import Measurement, statistics_of
+from lmd.measurement import Measurement, measure_together, statistics_of
 from lmd.methods.base import Examined
 from lmd.ranking import Candidate
 from lmd.trained_model import TrainedModel
@@ -147,6 +147,8 @@ class Bench:
         try:
             if evaluations is None:
                 self._agreed(lambda: method.evaluations(self.model))  # which fails: here it is told why
+            self._check_fit(method)
+            self._share(method, on_evaluations)
             reference = self._learn(method, measure)
             known = measure(self.sets.in_domain)
         except UserError as error:
@@ -164,17 +166,20 @@ class Bench:
             made.append(Candidate(*of, scores.pop(None), scores, faults))
         return made
 
+    def _check_fit(self, method):
+        """Raises UserError where there are too few images to learn from."""
+        least, count = _fewest(method), len(self.sets.fit.images)
+        if count < least:
+            raise UserError(f"it needs at least {least:,} in-domain images to learn from, not {count:,}")
+
     def _learn(self, method, measure):
         """What a method's parts are compared with (m, K), once it has learned; (0, K) where it needs nothing.
 
         Raises:
-            UserError: there are too few images to learn from, or what the method says.
+            UserError: what the method says.
         """
         if not _learns(method):
             return np.zeros((0, len(method.parts)))
-        least, count = _fewest(method), len(self.sets.fit.images)
-        if count < least:
-            raise UserError(f"it needs at least {least:,} in-domain images to learn from, not {count:,}")
         statistics = measure(self.sets.fit)
         return self._agreed(lambda: method.fit_statistics(statistics).score_statistics(statistics))
 
@@ -198,17 +203,35 @@ class Bench:
         It is not to lack images, nor to fail.  What is in `counted_already`, the folders of measurements, is left out,
         and what is counted here is added to it.
         """
-        needed = [*([self.sets.fit] if _learns(method) else []), self.sets.in_domain, *self.sets.foreign.values()]
         total, missing = 0, 0
-        for piece in method.pieces:
-            each = self._weight(piece)
-            for one in needed:
-                measurement = self._measurement(piece, one)
-                if measurement.folder not in counted_already:
-                    counted_already.add(measurement.folder)
-                    total += each * len(one.images)
-                    missing += each * measurement.missing
+        for piece, measurement in self._measurements(method):
+            if measurement.folder not in counted_already:
+                counted_already.add(measurement.folder)
+                total += self._weight(piece) * len(measurement.images)
+                missing += self._weight(piece) * measurement.missing
         return total, missing
+
+    def _measurements(self, method):
+        """All that a method needs: (piece, `Measurement`) of each of its pieces and the sets."""
+        needed = [*([self.sets.fit] if _learns(method) else []), self.sets.in_domain, *self.sets.foreign.values()]
+        return [(piece, self._measurement(piece, one)) for piece in method.pieces for one in needed]
+
+    def _share(self, method, on_evaluations):
+        """Several processes measure what a method lacks, of all sets together: one alone may not keep all of them busy.
+
+        Raises:
+            UserError: they see different images.
+        """
+        if self.ranks.world_size > 1:
+            work = {}  # by folder, so that nothing is measured twice
+            for piece, one in self._measurements(method):
+                work[one.folder] = one, self._follower(piece, on_evaluations)
+            self._agreed(lambda: measure_together(list(work.values()), self.ranks))
+
+    def _follower(self, method, on_evaluations):
+        """Tells on_evaluations of the images that this process measures, as if the others made as many."""
+        each = self._weight(method) * self.ranks.world_size
+        return lambda images: on_evaluations(images * each)
 
     def _weight(self, method):
         """What an image counts as in the bar: evaluations, 1 at least."""
@@ -232,9 +255,8 @@ class Bench:
         """
         seconds, found = 0.0, []
         for piece in method.pieces:
-            each, measurement = self._weight(piece) * self.ranks.world_size, self._measurement(piece, one)
-            on_images = lambda images, each=each: on_evaluations(images * each)
-            chunks = self._agreed(lambda m=measurement, follow=on_images: m.run(None, self.ranks, follow))
+            lacking, follow = self._measurement(piece, one), self._follower(piece, on_evaluations)
+            chunks = self._agreed(lambda lacking=lacking, follow=follow: lacking.run(None, self.ranks, follow))
             seconds += sum(float(chunk["seconds"]) for chunk in chunks)
             found.append(statistics_of(chunks))
         times.append((seconds, len(one.images)))

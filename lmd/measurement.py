@@ -207,6 +207,28 @@ class Measurement:
         return {**self.origin, "images": images.fingerprint, "chunk": list(rows)}
 
 
+def measure_together(work, ranks):
+    """Measures what several measurements lack; the ranks share the chunks of all of these, dealt out one by one.
+
+    By itself (`Measurement.run`) one may have fewer chunks than there are ranks, some of which then only wait.  What
+    cannot be measured stays missing: `Measurement.run` says why.
+
+    Args:
+        work: a list of (`Measurement` with a folder, on_images as of `Measurement.run`), alike on all ranks.
+        ranks: the processes, all of which call this.
+
+    Raises:
+        UserError: the ranks see different images.
+    """
+    ranks.check_same([one.images.fingerprint for one, _ in work], "images")
+    missing, dealt = ranks.on_main(lambda: [one._missing() for one, _ in work]), 0
+    with ranks.together():
+        for (one, on_images), numbers in zip(work, missing, strict=True):
+            with contextlib.suppress(UserError):
+                one._measure(numbers[(ranks.rank - dealt) % ranks.world_size :: ranks.world_size], {}, on_images)
+            dealt += len(numbers)
+
+
 def chunk_on(device):
     """Images at most that a torch.device had best examine together, see `Measurement.most`."""
     return _CHUNK_ON_CPU if device.type == "cpu" else _CHUNK

@@ -12,7 +12,7 @@ from basics.console import UserError
 from basics.distributed import ALONE
 from basics.image_sets import ImageSet, InMemory
 from lmd import measurement, open_model
-from lmd.measurement import Measurement, statistics_of
+from lmd.measurement import Measurement, measure_together, statistics_of
 from lmd.methods.base import Examined, Method
 from lmd.methods.lmd import LMD
 
@@ -206,3 +206,37 @@ def test_processes_share_what_the_first_saw_to_be_missing(method, tmp_path):
     assert method.seen == [8, 6]
     with pytest.raises(ValueError, match="share their chunks through a folder"):
         measure(method, None, ranks=Second([]))
+
+
+class First(Second):
+    rank = 0
+
+
+def test_chunks_of_several_sets_are_dealt_out_together(tmp_path):
+    """Where each has one alone, neither process waits for the other; what fails is left for `run`, which says why."""
+    broken = np.full((5, *PIXELS.shape[1:]), 7, np.uint8)
+
+    class Failing(Brightness):
+        def statistics(self, model, images, keys):
+            return super().statistics(model, images, keys) * (np.nan if bool((images == 7).all()) else 1)
+
+    sets = {"a": PIXELS[:6], "b": PIXELS[6:8], "broken": broken, "c": PIXELS[8:20], "d": PIXELS[20:21]}
+    missing, seen, told = [[0], [0], [0], [0, 1], [0]], {}, []
+    for ranks in (First(missing), Second(missing)):
+        method = Failing()
+        work = [
+            (Measurement(method, None, images_of(pixels), 0, folder=tmp_path / name), told.append)
+            for name, pixels in sets.items()
+        ]
+        measure_together(work, ranks)
+        seen[ranks.rank] = method.seen
+    assert seen == {0: [6, 5, 4], 1: [2, 8, 1]}
+    assert sum(told) == 21
+    for name, pixels in sets.items():
+        again = Brightness()
+        if name != "broken":
+            found = statistics_of(measure(again, tmp_path / name, pixels))[:, 0]
+            np.testing.assert_array_equal(found, pixels.mean(axis=(1, 2)))
+            assert again.seen == []
+    with pytest.raises(UserError, match="is NaN or infinite"):
+        measure(Failing(), tmp_path / "broken", broken)
