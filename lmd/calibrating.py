@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from basics import distributed
-from basics.console import UserError, choose, counted, percent, say, warn
+from basics.console import UserError, choose, counted, percent, progress, say, warn
 from lmd import calibration, shifts
 from lmd.card import bands, familiarity, histogram, rarest_first
 from lmd.detector import AUTO, Detector
 from lmd.held_out import content_keys_of, held_out
-from lmd.measurement import statistics_of
+from lmd.measurement import measure_together, statistics_of
 from lmd.methods import METHODS
 from lmd.methods.selection import select
 from lmd.trained_model import identity, open_model
@@ -163,10 +163,12 @@ def blind_spots(detector, images, job, folder, origin, ranks=distributed.ALONE):
     count = min(job.card_images, len(images))
     chosen = images.part(torch.linspace(0, len(images) - 1, count).round().long())
     keys = content_keys_of(chosen)
-    spots = {}
-    for number, kind in enumerate(shifts.SHIFTS, start=1):
+    spots, measurements = {}, {}
+    for kind in shifts.SHIFTS:
         change = shifts.change_of(kind, chosen, keys)
-        measurement = detector.measurement(chosen, folder / kind, {**origin, "shift": kind}, change=change)
+        measurements[kind] = detector.measurement(chosen, folder / kind, {**origin, "shift": kind}, change=change)
+    _share(list(measurements.values()), ranks)
+    for number, (kind, measurement) in enumerate(measurements.items(), start=1):
         measured = measurement.run(f"blind spots {number} of {len(shifts.SHIFTS)}: {kind}", ranks)
         decided = detector.decide(detector.method.score_statistics(statistics_of(measured)))
         caught = float(decided.is_outlier.mean())
@@ -175,6 +177,15 @@ def blind_spots(detector, images, job, folder, origin, ranks=distributed.ALONE):
     for spot in rarest_first(spots):
         say(f"  {spot['kind']:45} {percent(spot['caught']):>7}")
     return spots
+
+
+def _share(measurements, ranks):
+    """Several processes measure all kinds together: one kind may have fewer chunks than there are processes."""
+    if ranks.world_size > 1:
+        total, missing = sum(len(one.images) for one in measurements), sum(one.missing for one in measurements)
+        with progress(total=total, initial=total - missing, unit=" images", desc="blind spots") as bar:
+            follow = lambda images: bar.update(images * ranks.world_size)  # as if the others made as many
+            measure_together([(one, follow) for one in measurements], ranks)
 
 
 # ---------------------------------------------------------------------------------------------------- the folder

@@ -14,7 +14,7 @@ import tiny
 from PIL import Image
 
 from basics.console import UserError
-from lmd import Detector, calibration, measurement, predicting
+from lmd import Detector, calibration, measurement, predicting, shifts
 from lmd import report as reports
 from lmd.deciding import Rule, decide_again, overlay
 from lmd.methods.lmd import LMD
@@ -312,7 +312,7 @@ def test_nan_is_one_line_and_loses_nothing(data, copy, tmp_path, monkeypatch):
 
 
 SHARED = """
-import sys
+import os, sys
 import test_calibrate, test_predict
 from pathlib import Path
 from basics import distributed
@@ -321,6 +321,14 @@ from lmd.deciding import Rule
 
 measurement._CHUNK_ON_CPU = 8
 data, held, place = map(Path, sys.argv[1:])
+examine = measurement.Measurement._examine
+
+def noted(self, number, pixels):
+    with (place / ("rank " + os.environ["RANK"])).open("a") as file:
+        print(self.origin.get("shift", "-"), file=file)
+    return examine(self, number, pixels)
+
+measurement.Measurement._examine = noted
 
 def main():  # as in the commands, so that the process group is gone before the interpreter is
     with distributed.start("cpu") as (ranks, device):
@@ -342,6 +350,9 @@ def test_two_processes_write_the_same(made, data, tmp_path):
     code, out, err = tiny.command(*launch, tmp_path / "child.py", data, held, tmp_path)
     assert code == 0, err
     assert out.count("detector: ") == 1
+    measured = [set((tmp_path / f"rank {rank}").read_text().split()) - {"-"} for rank in (0, 1)]  # a chunk each
+    assert [len(kinds) for kinds in measured] == [len(shifts.SHIFTS) // 2] * 2
+    assert set().union(*measured) == set(shifts.SHIFTS)
     assert (tmp_path / "out" / "predictions.csv").read_bytes() == (made[0] / "predictions.csv").read_bytes()
     test_calibrate.calibrate(test_calibrate.job(held, tmp_path / "alone", card_images=4))
     assert tiny.snapshot(tmp_path / "mine") == tiny.snapshot(tmp_path / "alone")
