@@ -592,13 +592,14 @@ def _first_guess(data, mask, scheme):
 
 
 @torch.no_grad()
-def sample_ode(model, sde, prior, *, eps=None, rtol=1e-5, atol=1e-5):
+def sample_ode(model, sde, prior, *, noise_removal=False, eps=None, rtol=1e-5, atol=1e-5):
     """Sampling by the probability-flow ODE with an adaptive Runge-Kutta 4(5) (Score-SDE appendix D).
 
     Args:
         model: score(x, t).
         sde: the SDE.
         prior: (B, C, H, W), the start at T.
+        noise_removal: end with the mean of a step of reverse diffusion, without the noise of the last time.
         eps: the last time, by default the SDE's.
         rtol, atol: error tolerances of the solver, which controls the steps of each sample by itself.
 
@@ -612,7 +613,12 @@ def sample_ode(model, sde, prior, *, eps=None, rtol=1e-5, atol=1e-5):
     def velocity(x, t, rows):
         return probability_flow(model, sde, x.to(prior.dtype), t.to(prior.dtype))
 
-    return ode.solve(velocity, prior, (sde.T, sde.eps if eps is None else eps), rtol=rtol, atol=atol)
+    eps = sde.eps if eps is None else eps
+    x, evaluations = ode.solve(velocity, prior, (sde.T, eps), rtol=rtol, atol=atol)
+    if noise_removal:
+        t = x.new_full((1,), eps)
+        x, evaluations = x - sde.reverse_discretize(model(x, t), x, t)[0], evaluations + 1
+    return x, evaluations
 
 
 def probability_flow(model, sde, x, t):

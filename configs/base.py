@@ -88,7 +88,7 @@ TREE = {
         "corrector": "none",  # langevin, ald or none
         "n_steps_each": 1,  # corrector steps per predictor step
         "snr": 0.16,  # the corrector's target signal-to-noise ratio
-        "noise_removal": True,  # return the last step's mean, without its noise
+        "noise_removal": True,  # return the last step's mean, without its noise; after an ODE such a step's mean
         "probability_flow": False,  # follow the probability-flow ODE with the predictor
         # Of this program alone; the defaults are the published behaviour
         "sampler": "published",  # published (the predictor above), ddim, dpmpp_2m or sde_dpmpp_2m
@@ -225,11 +225,32 @@ def _check_together(values):
             f"config.model.ch_mult {values['model.ch_mult']} times config.model.nf {values['model.nf']} makes "
             f"{width:,} channels; a level has at most {WIDTH:,}, so lower one of them"
         )
+    _check_labels(values)
     scales, largest = values["model.num_scales"], values.get("model.beta_max", 0)
     if values["training.sde"].lower() == "vpsde" and not values["training.continuous"] and scales <= largest:
         raise UserError(
             f"config.model.num_scales is {scales}; discrete training on the VP SDE needs more than {largest:g} "
             "(config.model.beta_max)"
+        )
+
+
+def _check_labels(values):
+    """Refuses a network that cannot read what its training would tell it of the noise, see `ScoreModel`."""
+    continuous, fourier = values["training.continuous"], False
+    if values["model.name"] == "ncsnpp":
+        fourier = values["model.embedding_type"].lower() == "fourier"
+    if fourier and not continuous:
+        raise UserError(
+            "config.training.continuous is False: the network is told the number of a step, of which the embedding "
+            "'fourier' cannot take the logarithm; set config.model.embedding_type=positional or "
+            "config.training.continuous=True"
+        )
+    tells_sigma = continuous and values["training.sde"].lower() == "vesde"
+    if tells_sigma and values["model.scale_by_sigma"] and not fourier:
+        raise UserError(
+            "config.training.continuous is True: on the VE SDE the network is told the noise level, but this one "
+            "divides by that of a step whose number it is told (config.model.scale_by_sigma); set "
+            "config.training.continuous=False, or config.model.name=ncsnpp with config.model.embedding_type=fourier"
         )
 
 

@@ -28,7 +28,8 @@ from storage.checkpoints import check_division, data_of, load_ema_weights, what_
 
 PRECISION = "fp32"  # of everything that is computed here
 BPD_REPEATS = {"train": 1, "test": 5}  # dequantisations of each image, as published
-SOLVER = "RK45 for each image"  # of likelihoods and ODE sampling; earlier versions had one step size for a batch
+SOLVER = "RK45 for each image"  # of likelihoods and of `SAMPLER`; earlier versions had one step size for a batch
+SAMPLER = f"{SOLVER}, then noise_removal"  # of ODE sampling; earlier versions never removed the last time's noise
 ODE = {"solver": SOLVER, "eps": likelihood.EPS, "tolerance": likelihood.TOLERANCE}  # of likelihoods
 
 
@@ -299,7 +300,7 @@ def _samples_settings(run, origin, r):
     return {
         **origin,
         "sampling": tree["sampling"],
-        **({"solver": SOLVER} if tree["sampling"]["method"].lower() == "ode" else {}),
+        **({"solver": SAMPLER} if tree["sampling"]["method"].lower() == "ode" else {}),
         "num_scales": tree["model"]["num_scales"],  # the steps where sampling.steps is 0, and what steps are a part of
         "image_size": tree["data"]["image_size"],
         "count": min(run.batch_size, tree["eval"]["num_samples"] - r * run.batch_size),

@@ -213,7 +213,8 @@ def without_effect(options, sde):
         dict: reason -> names of fields; a reason reads on after the names.
     """
     if options.method.lower() == "ode":
-        return {"not with the method 'ode', which has nothing to choose; set method=pc": [*USUAL][1:]}
+        names = [name for name in USUAL if name not in ("method", "noise_removal")]
+        return {"not with the method 'ode', where noise_removal alone can be chosen; set method=pc": names}
     own = options.sampler != PUBLISHED
     rules = {
         f"not with the published sampler; choose one of {', '.join(SAMPLERS)}": (

@@ -56,7 +56,8 @@ def _predictor_corrector(config, sde):
 
 def _probability_flow(config, sde):
     check_effects(config.sampling, sde)
-    return lambda model, noise: sampling.sample_ode(model, sde, noise(0, "prior") * sde.prior_std)[0]
+    options = {"noise_removal": config.sampling.noise_removal}
+    return lambda model, noise: sampling.sample_ode(model, sde, noise(0, "prior") * sde.prior_std, **options)[0]
 
 
 METHODS = {"pc": _predictor_corrector, "ode": _probability_flow}  # config.sampling.method

@@ -204,10 +204,10 @@ class Trainer:
         with self.ranks.together(), self.ranks.unshared(shared):
             done = inference.attempt_compiled(work, required, "set --config.training.compile=off")
         self.state.optimizer.zero_grad(set_to_none=True)
-        if self.ranks.any(not done):
-            self._lay_out(compiled=False)
-        else:
+        if not self.ranks.any(not done):
             self.shared_model = compiled
+        elif self.ranks.world_size == 1:
+            self._lay_out(compiled=False)  # not of several: their gradients stay laid out as when `shared` was made
 
     def train_step(self, x):
         """One step on this rank's share x (B, C, H, W) of the batch; returns the share's part of the loss, a scalar.

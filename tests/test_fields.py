@@ -5,6 +5,7 @@ import re
 
 import pytest
 import tiny
+from helpers import load_config
 from ml_collections import ConfigDict
 from test_configs import LEAVES, fields, load
 
@@ -230,6 +231,27 @@ def test_discrete_training_of_too_few_scales():
         check(config)
     config.model.num_scales = 21
     check(config)
+
+
+@pytest.mark.parametrize(
+    ("path", "changes", "message"),
+    [
+        ("ve/cifar10_ncsnpp_continuous.py", {"training.continuous": False}, "the embedding 'fourier' cannot take the"),
+        ("ve/cifar10_ddpm.py", {"training.continuous": True}, "on the VE SDE the network is told the noise level, but"),
+        (
+            "ve/cifar10_ncsnpp_continuous.py",
+            {"model.embedding_type": "positional"},
+            "divides by that of a step whose number it is told (config.model.scale_by_sigma)",
+        ),
+    ],
+)
+def test_networks_that_cannot_read_their_labels(path, changes, message):
+    """The logarithm of the number 0, and a noise level taken for a place in the table of noise levels."""
+    config = load_config(path)
+    check(config)
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=re.escape(message)):
+        check(config)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 0.0, -1.0])

@@ -153,12 +153,27 @@ def test_probability_flow_reproduces_a_gaussian(sde_name):
     assert evaluations.min() > 10
     alone, _ = sampling.sample_ode(model, sde, prior[7:8])  # whose number of steps depends on float32 rounding
     torch.testing.assert_close(alone, by_ode[7:8], rtol=1e-4, atol=1e-4)
+    clean, more = sampling.sample_ode(model, sde, prior, noise_removal=True)
+    t = torch.tensor([sde.eps])
+    mean_of_step = by_ode - sde.reverse_discretize(model(by_ode, t), by_ode, t)[0]
+    torch.testing.assert_close(clean, mean_of_step, rtol=0, atol=0)
+    assert torch.equal(more, evaluations + 1)
+
     scheme = Scheme(sampling.ReverseDiffusion(sde, probability_flow=True))
     by_steps = sampling.integrate(model, prior, scheme, keyed(COUNT))
     for result in (by_ode, by_steps):
         got_mean, got_cov = moments(result)
         torch.testing.assert_close(got_mean, mean, rtol=0, atol=0.03)
         torch.testing.assert_close(got_cov, cov, rtol=0, atol=0.03)
+
+
+def test_noise_removal_takes_the_noise_of_the_last_time():
+    """What is left of VE's smallest noise, 0.01, where all images are the same one."""
+    sde, (mean, _) = SDES["ve"](1000), gaussian_data()
+    model, prior = GaussianScore(sde, mean, torch.zeros(4, 4)), keyed(8)(0, "prior") * sde.prior_std
+    for noise_removal, low, high in ((False, 3e-3, 3e-2), (True, 0, 1e-5)):
+        x, _ = sampling.sample_ode(model, sde, prior, noise_removal=noise_removal)
+        assert low <= (x.flatten(1) - mean).abs().max() <= high
 
 
 @pytest.mark.parametrize("sde_name", SDES)

@@ -486,6 +486,13 @@ def test_what_cannot_be_compiled_is_told_before_the_first_step(tree, whole, tmp_
     tiny.train(tree, tmp_path / "auto")
     assert laid_out == [(), (True,), "matched", (False,), "matched"], "of what is not compiled in the end"
     assert "cannot be compiled here (no C++ compiler found); going on without" in capsys.readouterr().err
+    several = types.SimpleNamespace(world_size=2, together=contextlib.nullcontext, any=bool)
+    several.unshared = lambda net: contextlib.nullcontext()
+    trainer = training.Trainer(tree, tmp_path / "several", tiny.CPU, "./data")
+    trainer.state.precision, trainer.ranks = "fp32", several
+    laid_out.clear()
+    trainer._compile(trainer.state.net, torch.zeros(4, 1, 8, 8), required=False)
+    assert laid_out == [], "torch keeps the layout of the gradients that several processes share"
     [(choice, network, evaluations, shape, least)] = asked
     assert (choice, network.device, shape) == ("auto", tiny.CPU, (1, 8, 8))
     assert (evaluations, least) == (3 * 13 * 4, inference.COMPILE_TRAINING_FROM)
@@ -624,7 +631,7 @@ BAD = {
     ),
     "an ODE with steps": (
         {"sampling__method": "ode", "sampling__steps": 5, "sampling__sampler": "ddim"},
-        r"config\.sampling: sampler, steps: not with the method 'ode', which has nothing to choose; set method=pc",
+        r"config\.sampling: sampler, steps: not with the method 'ode', where noise_removal alone can be chosen; set ",
     ),
     "method": ({"sampling__method": "dpm"}, r"unknown method \(config\.sampling\.method\) 'dpm'; choose one of: pc"),
 }
