@@ -77,12 +77,14 @@ def calibrate(job, device, ranks=distributed.ALONE):
     source, precision = model.source, model.score.net.precision
     detector = Detector(model, method, seed=job.seed, center_crop=job.center_crop)
     images = ranks.in_turn(lambda: _images(job, detector, source.path))
+    if job.card_images:
+        shifts.check_size(images, "set --card_images 0")
     detector.choose_method(len(images), job.fit_share)
     method = detector.method
     _check_rate(detector, len(images), job)
     evaluations, made_up = method.evaluations(model), len(shifts.SHIFTS) * min(job.card_images, len(images))
     say(f"method {method.name}: {counted(evaluations, 'network evaluation')} an image, {precision}")
-    to_come = evaluations * (len(images) + made_up) // ranks.world_size
+    to_come = method.compiled_evaluations(model) * (len(images) + made_up) // ranks.world_size
     model.score.net.compile_if_worth(job.compile, to_come, images.shape)
     origin = {"method": method.name, "settings": method.settings, **identity(job.config, source, job.seed, precision)}
     unfinished = Path(f"{job.detector.rstrip('/')}.unfinished")

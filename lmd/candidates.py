@@ -59,6 +59,21 @@ class _Timed:
         return {"seconds": np.array(self.seconds)}
 
 
+@dataclasses.dataclass
+class _Work:
+    """Evaluations that methods cost; an image counts as 1 at least.
+
+    Attributes:
+        total: in all.
+        missing: those of them that are still to be made.
+        compiled: and those of these that a compiled network would make.
+    """
+
+    total: int = 0
+    missing: int = 0
+    compiled: int = 0
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bench:
     """One model and the sets of images that all methods score.
@@ -93,17 +108,17 @@ class Bench:
         for label in order:
             if label not in lacking and costs[label] is not None:
                 work[label] = self._work(chosen[label], counted_already)
-        missing = sum(missing for _, missing in work.values())
-        self.model.score.net.compile_if_worth(
-            self.compile, missing // self.ranks.world_size, self.sets.fit.images.shape
-        )
+        compiled = sum(one.compiled for one in work.values()) // self.ranks.world_size
+        self.model.score.net.compile_if_worth(self.compile, compiled, self.sets.fit.images.shape)
         found = []
         with self._bar(work.values()) as bar:
             for label in order:
                 before = bar.n
                 bar.set_postfix_str(label)
                 made = self._made(label, chosen[label], costs[label], bar.update)
-                bar.total += bar.n - before - work.get(label, (0, 0))[1]  # what a fault left out is not waited for
+                bar.total += (
+                    bar.n - before - work.get(label, _Work()).missing
+                )  # what a fault left out is not waited for
                 if label not in lacking and any(one.faults for one in made):
                     bar.clear()  # so that the warning has its own line
                     for one in made:
@@ -131,7 +146,7 @@ class Bench:
 
     def _bar(self, work):
         """A bar of evaluations that begins at those that are kept, and says how many these are; `work` as `_work`."""
-        total, missing = sum(total for total, _ in work), sum(missing for _, missing in work)
+        total, missing = sum(one.total for one in work), sum(one.missing for one in work)
         if 0 < missing < total:
             say(f"comparing: {some_are(total - missing, total, 'network evaluation')} there already")
         options = {"unit": " evaluations", "unit_scale": True, "desc": "comparing"}
@@ -198,18 +213,19 @@ class Bench:
         return None if isinstance(outcome, UserError) else outcome
 
     def _work(self, method, counted_already):
-        """Evaluations that a method costs in all, and those of them that are still to be made; an image is 1 at least.
+        """The `_Work` of a method, which is not to lack images, nor to fail.
 
-        It is not to lack images, nor to fail.  What is in `counted_already`, the folders of measurements, is left out,
-        and what is counted here is added to it.
+        What is in `counted_already`, the folders of measurements, is left out, and what is counted here is added to it.
         """
-        total, missing = 0, 0
+        work = _Work()
         for piece, measurement in self._measurements(method):
             if measurement.folder not in counted_already:
                 counted_already.add(measurement.folder)
-                total += self._weight(piece) * len(measurement.images)
-                missing += self._weight(piece) * measurement.missing
-        return total, missing
+                missing = measurement.missing
+                work.total += self._weight(piece) * len(measurement.images)
+                work.missing += self._weight(piece) * missing
+                work.compiled += piece.compiled_evaluations(self.model) * missing
+        return work
 
     def _measurements(self, method):
         """All that a method needs: (piece, `Measurement`) of each of its pieces and the sets."""

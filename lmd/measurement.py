@@ -16,6 +16,7 @@ from basics import distributed, noise
 from basics.background import Background
 from basics.console import UserError, are, progress, say, some_are, warn
 from basics.image_sets import InMemory
+from models import inference
 from storage.arrays import OtherOrigin, read_arrays, write_arrays
 
 _CHUNK = 128  # images at most that are examined together
@@ -70,7 +71,7 @@ class Measurement:
 
     def compile_if_worth(self, choice, ranks=distributed.ALONE):
         """Compiles the network where that is worth it for what this process has to measure; see `Network`."""
-        evaluations = self.missing * self.method.evaluations(self.model) // ranks.world_size
+        evaluations = self.missing * self.method.compiled_evaluations(self.model) // ranks.world_size
         self.model.score.net.compile_if_worth(choice, evaluations, self.images.shape)
 
     def run(self, label, ranks=distributed.ALONE, on_images=None):
@@ -146,15 +147,16 @@ class Measurement:
                 pixels = pending.result()
                 if following is not None:
                     pending = reader.submit(self.images.read, *self.chunks[following])
-                with self._paced(len(pixels), on_images):
+                with self._at_work(len(pixels), on_images):
                     arrays = self._examine(number, pixels)
                 made[number] = self._light(arrays)
 
     @contextlib.contextmanager
-    def _paced(self, count, on_images):
+    def _at_work(self, count, on_images):
         """While a chunk of `count` images is measured, tells of them by how often the network was evaluated.
 
-        A chunk can take many seconds on a CPU.  What the evaluations do not tell follows at the end.
+        A chunk can take many seconds on a CPU.  What the evaluations do not tell follows at the end.  The network's
+        derivatives, which are computed outside of its calls, are in its precision, too.
         """
         evaluations, seen, told = self.method.evaluations(self.model), 0, 0
 
@@ -166,7 +168,11 @@ class Measurement:
                 on_images(done - told)
                 told = done
 
-        with self.model.score.net.watched(follow) if evaluations else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if evaluations:
+                net = self.model.score.net
+                stack.enter_context(net.watched(follow))
+                stack.enter_context(inference.arithmetic(net.precision))
             yield
         on_images(count - told)
 

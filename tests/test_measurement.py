@@ -11,7 +11,7 @@ import torch
 from basics.console import UserError
 from basics.distributed import ALONE
 from basics.image_sets import ImageSet, InMemory
-from lmd import measurement, open_model
+from lmd import measurement, methods, open_model
 from lmd.measurement import Measurement, measure_together, statistics_of
 from lmd.methods.base import Examined, Method
 from lmd.methods.lmd import LMD
@@ -66,6 +66,18 @@ def test_chunks_are_fixed_by_the_images(method, monkeypatch):
     monkeypatch.setattr(measurement, "_CHUNK", 256)
     monkeypatch.setattr(measurement, "_CHUNK_VALUES", 20 * 64)
     assert Measurement(method, None, images_of(PIXELS), 0).chunks == [(0, 20), (20, 30)]
+
+
+def test_derivatives_are_in_the_precision_of_the_network(tmp_path, monkeypatch):
+    """They are computed outside of its calls, where torch's convolutions on a GPU are in TF32 by themselves."""
+    model, seen = open_model(str(tiny.write_checkpoint(tmp_path / "checkpoint.pth")), tiny.config(), "cpu"), []
+    grad, switch = torch.autograd.grad, torch.backends.cudnn
+    monkeypatch.setattr(torch.autograd, "grad", lambda *given: seen.append(switch.allow_tf32) or grad(*given))
+    monkeypatch.setattr(switch, "allow_tf32", True)
+    for name in ("nll", "scoped"):
+        Measurement(methods.create(name), model, images_of(PIXELS[:2]), 0).run(None)
+    assert set(seen) == {False}
+    assert switch.allow_tf32
 
 
 def test_numbers_are_free_of_chunks_and_place(method, monkeypatch):

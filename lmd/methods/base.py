@@ -55,6 +55,10 @@ class Method(abc.ABC):
     def evaluations(self, model):
         """Evaluations of the network of a `trained_model.TrainedModel` for an image."""
 
+    def compiled_evaluations(self, model):
+        """Those of its `evaluations` that a compiled network makes: none that is differentiated or looked into."""
+        return self.evaluations(model)
+
     def suits(self, model):
         """Whether its numbers would be right on a `trained_model.TrainedModel`; else `statistics` refuses it."""
         return True

@@ -38,6 +38,9 @@ class CFS(DensityMethod):
     def evaluations(self, model):
         return 1
 
+    def compiled_evaluations(self, model):
+        return 0  # see `outputs`
+
     def statistics(self, model, images, keys):
         """Means, then standard deviations, of every channel of the encoder's block, then of the decoder's (B, F)."""
 

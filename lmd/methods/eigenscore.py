@@ -57,6 +57,9 @@ class EigenScore(DensityMethod):
         options = self.settings
         return 2 * options["levels"] * options["draws"] * options["eigenvalues"] * options["iterations"]
 
+    def compiled_evaluations(self, model):
+        return self.evaluations(model) if model.score.net.precision == "fp32" else 0  # see `Network.in_float32`
+
     def statistics(self, model, images, keys):
         """The mean of the largest eigenvalues (B, L), in squares of the model's range, from the noisiest level on."""
         options = self.settings

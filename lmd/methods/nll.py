@@ -72,6 +72,9 @@ class NLL(Method):
     def evaluations(self, model):
         return self.settings["steps"] + 1
 
+    def compiled_evaluations(self, model):
+        return 0  # all are differentiated
+
     def statistics(self, model, images, keys):
         """Bits per dimension by the model and of the shortest lossless file (B, 2).
 

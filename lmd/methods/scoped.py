@@ -33,6 +33,9 @@ class Scoped(DensityMethod):
     def evaluations(self, model):
         return len(self.densities)
 
+    def compiled_evaluations(self, model):
+        return 0  # all are differentiated
+
     def statistics(self, model, images, keys):
         """|s|^2 and v'(ds/dx)v at each level in turn (B, 2 L)."""
         keys = noise.seed_keys(self.name, keys)
