@@ -146,7 +146,7 @@ def load_any(source, split="test", **options):
 
 def _tensor(source):
     try:
-        return torch.as_tensor(source)
+        return torch.as_tensor(source).cpu()
     except (TypeError, ValueError) as error:  # text, objects
         kind = getattr(source, "dtype", type(source).__name__)
         raise UserError(f"{IN_MEMORY}, not {kind}") from error

@@ -26,6 +26,7 @@ from lmd.held_out import content_keys_of, held_out
 from lmd.measurement import Measurement, chunk_on, statistics_of
 from lmd.methods.base import Method
 from lmd.trained_model import TrainedModel, open_model
+from models import inference
 from storage import detector_folder
 from storage.checkpoints import write_network
 
@@ -409,8 +410,8 @@ def _checked(known, parts):
 
 def _precision_on(device, precision):
     """The precision that a detector was calibrated in, or fp32 on a device that does not have it, which is told."""
-    if precision == "tf32" and device.type == "cpu":
-        warn("calibrated in tf32, which a CPU does not have: scores are computed in fp32, and differ a little")
+    if precision == "tf32" and not inference.has_tf32(device):
+        warn(f"calibrated in tf32, which {device} does not have: scores are computed in fp32, and differ a little")
         return "fp32"
     return precision
 

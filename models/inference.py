@@ -39,12 +39,18 @@ def resolve(precision, device, setting="--precision"):
 
 
 def _has_bf16(device):
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):  # torch answers for the current GPU
+        return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def has_tf32(device):
     """Whether a torch.device can compute in TF32."""
-    return device.type == "cuda" and torch.cuda.is_tf32_supported()
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_tf32_supported()
 
 
 def _tf32(device, setting):
@@ -209,7 +215,7 @@ class Network(InPrecision):
         self._call = lambda x, labels: self._compiled(compiled, x, labels, required)
 
     def in_float32(self):
-        """The same network that computes in float32 and is not compiled; itself if it does.
+        """The same network that computes in float32: itself if it does, else a copy that is not compiled.
 
         Of one in bfloat16 the weights are those that were rounded, so both are approximations of the same function.
         """

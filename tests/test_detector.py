@@ -15,6 +15,7 @@ from basics.console import UserError
 from lmd import Detector, calibration, detector, methods, open_model
 from lmd.combination import combined
 from lmd.methods.lmd import LMD
+from models import inference
 
 HELD = tiny.pictures(100)
 NEW = np.concatenate([tiny.pictures(10, seed=7), 255 - tiny.pictures(6, seed=8), np.full((2, 8, 8), 90, np.uint8)])
@@ -296,7 +297,11 @@ def test_precision_that_another_machine_lacks(detector_folder, monkeypatch, caps
     monkeypatch.setattr(detector.detector_folder, "read", changed)
     found = Detector.load(detector_folder, device="cpu").predict(NEW)
     np.testing.assert_array_equal(found.p_value, predicted.p_value)
-    assert capsys.readouterr().err.startswith("warning: calibrated in tf32, which a CPU does not have: ")
+    assert capsys.readouterr().err.startswith("warning: calibrated in tf32, which cpu does not have: ")
+    monkeypatch.setattr(inference, "has_tf32", lambda device: device.type == "cuda")
+    assert detector._precision_on(torch.device("cuda"), "tf32") == "tf32"
+    monkeypatch.setattr(inference, "has_tf32", lambda device: False)
+    assert detector._precision_on(torch.device("cuda"), "tf32") == "fp32", "an older GPU"
 
 
 # ---------------------------------------------------------------------------------------------------- the import

@@ -1,5 +1,6 @@
 """The engine of reconstruction: precision, compilation, background threads, and going on with less memory."""
 
+import contextlib
 import threading
 import types
 import weakref
@@ -56,11 +57,14 @@ GPU = torch.device("cuda")
 def test_what_precisions_come_to(monkeypatch):
     """The manifest records this, so that a GPU does not continue in bfloat16 what a CPU began in float32."""
     assert [inference.resolve(name, CPU) for name in ("fp32", "bf16", "auto")] == ["fp32", "bf16", "fp32"]
+    asked = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: asked.append(device) or contextlib.nullcontext())
     for able, auto in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, able=able: able)
         monkeypatch.setattr(torch.cuda, "is_tf32_supported", lambda able=able: able)
         assert inference.resolve("auto", GPU) == auto
         assert inference.has_tf32(GPU) == able
+    assert asked == [GPU] * 4, "torch answers for the current GPU, which may be another"
     assert not inference.has_tf32(CPU)
     with pytest.raises(UserError, match="tf32 is arithmetic of newer GPUs, which cuda does not have; use --precision"):
         inference.resolve("tf32", GPU)
@@ -109,7 +113,7 @@ def test_distances_losses_and_training_say_what_they_compute_in(monkeypatch, tmp
 
     seen = []
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    distances.compare([Tool(CPU)], images(), [images()], CPU)
+    distances.distances_of([Tool(CPU)], images(), [images()], CPU)
     monkeypatch.setattr(inference, "has_tf32", lambda device: True)
     step = training.Trainer.train_step
     monkeypatch.setattr(training.Trainer, "train_step", lambda self, x: [step(self, x), switched()][0])
@@ -425,7 +429,7 @@ def test_running_out_of_memory_elsewhere_is_one_line(name, monkeypatch):
             raise failure(name)
 
     with pytest.raises(UserError, match="cpu has too little memory to compare these images; use --device cpu, or one"):
-        distances.compare([Tool(CPU)], images(), [images()], CPU)
+        distances.distances_of([Tool(CPU)], images(), [images()], CPU)
 
 
 def test_a_training_without_enough_memory_is_one_line(tmp_path):
