@@ -43,7 +43,7 @@ from basics.pixels import to_model_range
 from benchmarks import machine
 from benchmarks.machine import load_config
 from lmd import reconstruction, trained_model
-from lmd.distances import compare
+from lmd.distances import distances_of
 from lmd.process import create_process
 from lmd.reconstructor import MaskOptions, Reconstructor
 from models.inference import PRECISIONS, resolve
@@ -194,7 +194,7 @@ def measure_batch(config, model, setting, tools, seed, device, images, batch):
 
 def arrays_of(tools, orig, recons, device, seconds):
     """What is kept of a batch: orig (B, C, H, W), recons (R, B, C, H, W)."""
-    distances = compare(tools, orig, list(recons), device)
+    distances = distances_of(tools, orig, list(recons), device)
     return {**{tool.name: distances[i] for i, tool in enumerate(tools)}, "seconds": np.array(seconds)}
 
 

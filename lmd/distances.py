@@ -10,7 +10,7 @@ import torch
 from models import inference, memory
 
 
-def compare(metrics, orig, recons, device):
+def distances_of(metrics, orig, recons, device):
     """Distances between one batch and its reconstructions.
 
     Args:
@@ -27,10 +27,10 @@ def compare(metrics, orig, recons, device):
     """
     remedy = "to compare these images; use --device cpu, or one metric at a time"
     with memory.explained(device, remedy), inference.arithmetic("fp32"):
-        return _compare(metrics, orig, recons, device)
+        return _distances_of(metrics, orig, recons, device)
 
 
-def _compare(metrics, orig, recons, device):
+def _distances_of(metrics, orig, recons, device):
     distances = torch.empty(len(metrics), len(recons), len(orig), device=device)
     step = max(1, min(metric.pixels_at_once for metric in metrics) // (orig.shape[2] * orig.shape[3]))
     for start in range(0, len(orig), step):

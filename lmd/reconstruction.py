@@ -164,7 +164,7 @@ def claim_missing(folder, settings, entries, versions):
 def _missing_of(folder, side, entry):
     """The batches of a side to make; says what need not be made, and what is made again and why."""
     lacking, name = folder.lacking(side), SIDES[side]
-    taken = folder.adopt(side, lacking)
+    taken = set(folder.adopt(side, lacking))
     if taken:
         say(f"{name}: {counted(len(taken), 'batch')} taken over from an earlier run with the same settings")
     missing = [index for index in lacking if index not in taken]

@@ -56,10 +56,12 @@ class Reconstructor:
         device: torch.device.
         rows: trajectories in the network at once; the results do not depend on it.
         remedy: what the user can do where memory is too little even for the fewest.
+        shared_step: whether the images of a batch share Langevin's step size, as published; else each has its own.
     """
 
-    def __init__(self, config, model, device, rows, remedy="choose another --device"):
+    def __init__(self, config, model, device, rows, remedy="choose another --device", shared_step=True):
         self.config, self.model, self.device, self.rows, self.remedy = config, model, device, rows, remedy
+        self.shared_step = shared_step and config.sampling.corrector.lower() == "langevin"
 
     def __call__(self, images, keys, masks, on_step=None):
         """Reconstructs one batch, once for each mask.
@@ -125,9 +127,7 @@ class Reconstructor:
 
     def _rows_at_once(self, batch):
         """Trajectories per call; whole repetitions where Langevin's step size ties the images of a batch together."""
-        if self.config.sampling.corrector.lower() != "langevin":
-            return self.rows
-        return max(1, self.rows // batch) * batch
+        return max(1, self.rows // batch) * batch if self.shared_step else self.rows
 
     def _inpaint(self, data, masks, keys, rows, on_step):
         """Some trajectories of a batch.
@@ -146,9 +146,10 @@ class Reconstructor:
         image, rep = (rows % batch).to(device), (rows // batch).to(device)
         source = noise.KeyedNoise(keys[rows], data.shape[1:], device)
         step = on_step and (lambda: on_step(len(rows)))
-        filled = self.process(group=batch).inpaint(self.model, data[image], masks[rep], source, on_step=step)
+        group = batch if self.shared_step else 1
+        filled = self.process(group).inpaint(self.model, data[image], masks[rep], source, on_step=step)
         return to_data_range(filled, self.config.data.centered)
 
     def process(self, group=None):
-        """The `process.Process` of the config; `group` is the number of images in the batch."""
+        """The `process.Process` of the config; `group` is the number of images that share Langevin's step size."""
         return create_process(self.config, self.model.sde, group)

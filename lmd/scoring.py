@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 
 from basics import noise
 from basics.console import UserError, counted, progress
-from lmd.distances import compare, median_score
+from lmd.distances import distances_of, median_score
 from lmd.separation import aupr_in, aupr_out, fpr95
 from storage.results_folder import SIDES
 
@@ -97,7 +97,7 @@ def _measure_batch(folder, side, index, metrics, reps, device, shape):
     if not all(images.is_floating_point() for images in (orig, *recons)):
         raise UserError(f"{path} holds images of {orig.dtype}; numbers in [0, 1] are expected")
     finite = all(images.sum(dtype=torch.float32).isfinite() for images in (orig, *recons))  # one NaN makes the sum NaN
-    distances = compare(metrics, orig, recons, device) if finite else np.array(np.nan)
+    distances = distances_of(metrics, orig, recons, device) if finite else np.array(np.nan)
     if not np.isfinite(distances).all():
         raise UserError(
             f"{path} holds images that are not finite: the model's weights are broken or its training diverged; "

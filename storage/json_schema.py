@@ -22,7 +22,6 @@ SHARE = ("a number from 0 to 1", lambda value: is_number(value) and 0 <= value <
 FLAG = ("true or false", lambda value: type(value) is bool)
 TEXT = ("text", lambda value: isinstance(value, str))
 TABLE = ("a table", lambda value: isinstance(value, dict))
-LIST = ("a list", lambda value: isinstance(value, list))
 
 
 def list_of(kind, length=None):

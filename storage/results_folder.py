@@ -231,13 +231,13 @@ class ResultsFolder:
         Raises:
             UserError: a copy cannot be written.
         """
-        taken = []
+        taken = {}  # in order, and found at once
         for neighbour, their_side in self._neighbours(side):
             for index in [index for index in indices if index not in taken]:
                 source = neighbour.batch_path(their_side, index)
                 if neighbour._examine(their_side, index)[1] is None and _take(source, self.batch_path(side, index)):
-                    taken.append(index)
-        return taken
+                    taken[index] = None
+        return list(taken)
 
     def _neighbours(self, side):
         """(folder, side) of those whose batches are the same as this folder's of `side`."""

@@ -125,10 +125,10 @@ def test_images_are_compared_in_chunks(monkeypatch):
     orig = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     recons = [orig.roll(shift, 3) for shift in (1, 2)]
     tools = [metrics.create(name, CPU) for name in ("MSE", "SSIM")]
-    whole = distances.compare(tools, orig, recons, CPU)
+    whole = distances.distances_of(tools, orig, recons, CPU)
     monkeypatch.setattr(metrics.Metric, "pixels_at_once", 1)
     assert whole.shape == (2, 2, 5)
-    np.testing.assert_allclose(distances.compare(tools, orig, recons, CPU), whole, rtol=1e-6)
+    np.testing.assert_allclose(distances.distances_of(tools, orig, recons, CPU), whole, rtol=1e-6)
 
 
 def test_memory_holds_one_batch_at_a_time(made, monkeypatch):

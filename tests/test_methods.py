@@ -1,5 +1,7 @@
 """The methods' contract, held by every method in the table; LMD is the three commands' score."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import tiny
@@ -85,6 +87,54 @@ def test_lmd_is_what_recon_and_detect_say(model, checkpoint, tmp_path):
         table = tables[name]["pos"]
         np.testing.assert_allclose(statistics[:, number].T, table["distances"], rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(method.score(model, pixels, keys_of(pixels))[:, number], table["score"], rtol=1e-4)
+
+
+def test_lmd_with_a_langevin_corrector_depends_on_no_other_image(tmp_path):
+    """As published, and with recon.py, the corrector's step size is a mean over the batch."""
+    config = tiny.config(model__num_scales=24, sampling__corrector="langevin")
+    score, _ = load_model(config, tiny.write_checkpoint(tmp_path / "checkpoint.pth", config), tiny.CPU)
+    corrected = TrainedModel(config, score, tiny.CPU, rows=5)
+    method, pixels = methods.create("lmd", sampler="published", reps=2, num_blocks=4), images(4)
+    together, keys = method.statistics(corrected, pixels, keys_of(pixels)), keys_of(pixels)
+    np.testing.assert_allclose(method.statistics(corrected, pixels[2:3], keys[2:3]), together[2:3], rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["ddpm_ood", "projection_regret"])
+def test_metrics_are_made_once_and_before_anything_is_measured(name, model, monkeypatch):
+    """One may have to be downloaded, or be large."""
+    create, made = metrics.create, []
+    monkeypatch.setattr(metrics, "create", lambda name, device: made.append(name) or create(name, device))
+    method, pixels = methods.create(name), images(3)
+    method.evaluations(model)
+    assert made == ["MSE", "SSIM"]
+    for _ in range(2):
+        method.statistics(model, pixels, keys_of(pixels))
+    assert made == ["MSE", "SSIM"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_a_compiled_network_evaluates(precision, model, checkpoint, monkeypatch):
+    """The evaluations for which compiling may be worth it: those that `Network` hands to what was compiled."""
+    pixels, compiled, stances = images(3), [], []
+
+    def compile_(net, mode):
+        return lambda x, labels: (None if stances else compiled.append(len(x))) or net(x, labels)
+
+    @contextlib.contextmanager
+    def set_stance(stance):
+        stances.append(stance)
+        yield
+        stances.pop()
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(torch.compiler, "set_stance", set_stance)
+    score, _ = load_model(model.config, checkpoint, tiny.CPU, precision, compiled=True)
+    compiling = TrainedModel(model.config, score, tiny.CPU, rows=5)
+    for name in methods.METHODS:
+        method = methods.create(name)
+        method.statistics(compiling, pixels, keys_of(pixels))
+        assert sum(compiled) == 3 * method.compiled_evaluations(compiling), name
+        compiled.clear()
 
 
 def test_lmd_shows_where_an_image_differs(model):

@@ -15,7 +15,7 @@ from basics.pixels import to_model_range
 from lmd.methods import network
 from lmd.methods.densities import Average
 from lmd.methods.fitted import DensityMethod
-from lmd.methods.projection import END, Projection, distances
+from lmd.methods.projection import END, Distances, Projection
 from metrics import canonical
 
 
@@ -51,9 +51,10 @@ class DDPMOOD(DensityMethod):
             "levels": levels,
             "steps": steps,
         }
-        self._ratios = network.even_ratios(smallest, largest, levels)
+        self._ratios, self._distances = network.even_ratios(smallest, largest, levels), Distances(metrics)
 
     def evaluations(self, model):
+        self._distances.metrics_on(model.device)  # fetched before anything is measured
         return len(self._ratios) * self.settings["steps"]
 
     def statistics(self, model, images, keys):
@@ -62,7 +63,7 @@ class DDPMOOD(DensityMethod):
             Projection(model, ratio, self.settings["steps"])(images, noise.repetition_keys(keys, [level]))
             for level, ratio in enumerate(self._ratios)
         ]
-        found = distances(self.settings["metrics"], to_model_range(images, centered=False), denoised, model.device)
+        found = self._distances(to_model_range(images, centered=False), denoised, model.device)
         return np.ascontiguousarray(found.reshape(-1, len(images)).T)
 
     def features(self, statistics):

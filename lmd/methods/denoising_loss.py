@@ -35,7 +35,7 @@ class DenoisingLoss(DensityMethod):
     """
 
     name = "denoising_loss"
-    limits = {"fraction": (0, 1)}
+    limits = {"fraction": (0, 1), "levels": 2}
     reasons = {
         "denoising_loss": (
             "texture: the model tells its noise better or worse than that of the domain's images",

@@ -17,18 +17,19 @@ import numpy as np
 import metrics
 from basics.console import UserError, choose
 from basics.pixels import to_model_range
-from lmd.distances import compare, median_score
+from lmd.distances import distances_of, median_score
 from lmd.methods.base import Examined, Method
 from lmd.process import PRESETS, PUBLISHED, preset
 from lmd.reconstructor import MaskOptions, Reconstructor
 from masks import MASK_TYPES
 from metrics import canonical
+from sampling import LIFTS
 
 _FAR = 1e6  # a distance that no pixel reaches
 _CHOICES = {  # names of settings -> what they may be
     "sampler": {PUBLISHED: None, **PRESETS},
     "mask_type": {name: make for name, make in MASK_TYPES.items() if name not in ("none", "file")},
-    "lift": dict.fromkeys(["mask", "noise", "both"]),
+    "lift": dict.fromkeys(LIFTS),
 }
 _NOTHING = 1e-9  # what a sum of squared distances is divided by, where it is 0
 _LEAST_DOUBT = 0.2  # added to the standard deviation of a pixel's reconstructions; .1 to .3 find patches equally well
@@ -130,7 +131,7 @@ class LMD(Method):
         return to_model_range(images, centered=False), reconstruct(images, keys, masks), masks
 
     def _distances(self, model, orig, recons):
-        distances = compare(self._prepared(model)[2], orig, list(recons), model.device)  # (M, R, B)
+        distances = distances_of(self._prepared(model)[2], orig, list(recons), model.device)  # (M, R, B)
         return distances.reshape(-1, len(orig)).T.astype(np.float64)
 
     def _prepare(self, model):
@@ -143,7 +144,8 @@ class LMD(Method):
         kind = "none" if self.settings["lift"] == "noise" else self.settings["mask_type"]
         masks = MaskOptions(kind, num_blocks=blocks).stack(size, self.settings["reps"] or reps, "lmd", "mask")
         compared = [metrics.create(name, model.device) for name in self.settings["metrics"]]
-        return Reconstructor(config, model.score, model.device, model.rows), masks, compared
+        # An image's distances are to depend on no other image.
+        return Reconstructor(config, model.score, model.device, model.rows, shared_step=False), masks, compared
 
 
 def _misfit(bias, variance, times):

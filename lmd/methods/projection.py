@@ -1,12 +1,14 @@
 """Images noised to a level and denoised again in a few deterministic steps, and how far that takes them."""
 
+import functools
+
 import numpy as np
 
 import metrics
 import sampling
 from basics import noise
 from basics.pixels import to_data_range, to_model_range
-from lmd.distances import compare
+from lmd.distances import distances_of
 from lmd.methods import network
 
 END = 0.05  # the noise ratio b / a of the last evaluation, whose predicted clean image is the result
@@ -51,11 +53,16 @@ class Projection:
         return network.in_chunks(model, len(images), some)
 
 
-def distances(names, images, others, device):
-    """Distances between images (B, C, H, W) in [0, 1] and R others of each, by M metrics of `metrics.METRICS`.
+class Distances:
+    """Distances between images by some metrics, which are made once: some read large files.
 
-    Returns:
-        (M, R, B) float64.
+    Args:
+        names: of M metrics of `metrics.METRICS`.
     """
-    compared = [metrics.create(name, device) for name in names]
-    return compare(compared, images, others, device).astype(np.float64)
+
+    def __init__(self, names):
+        self.metrics_on = functools.lru_cache(maxsize=1)(lambda device: [metrics.create(n, device) for n in names])
+
+    def __call__(self, images, others, device):
+        """Of images (B, C, H, W) in [0, 1] from R others of each: (M, R, B) float64."""
+        return distances_of(self.metrics_on(device), images, others, device).astype(np.float64)

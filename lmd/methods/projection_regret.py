@@ -14,7 +14,7 @@ import numpy as np
 from basics import noise
 from basics.pixels import to_model_range
 from lmd.methods.base import Method
-from lmd.methods.projection import END, Projection, distances
+from lmd.methods.projection import END, Distances, Projection
 from metrics import canonical
 
 
@@ -44,6 +44,7 @@ class ProjectionRegret(Method):
             )
             for part, name in zip(self.parts, metrics, strict=True)
         }
+        self._distances = Distances(metrics)
         self.settings = {
             "metrics": metrics,
             "ratio_a": ratio_a,
@@ -54,6 +55,7 @@ class ProjectionRegret(Method):
         }
 
     def evaluations(self, model):
+        self._distances.metrics_on(model.device)  # fetched before anything is measured
         a, b = self.settings["draws_a"], self.settings["draws_b"]
         return (a * b + a + b) * self.settings["steps"]
 
@@ -75,4 +77,4 @@ class ProjectionRegret(Method):
         """Mean distances (M, B) between images (B, C, H, W) in [0, 1] and what they are projected to."""
         keys = noise.repetition_keys(noise.seed_keys("projected again", keys), range(self.settings["draws_b"]))
         projected = [project(images, own) for own in keys.view(-1, len(images))]
-        return distances(self.settings["metrics"], images, projected, model.device).mean(axis=1)
+        return self._distances(images, projected, model.device).mean(axis=1)
