@@ -17,6 +17,7 @@ from ml_collections.config_flags import config_flags
 from basics import distributed
 from basics.console import EXIT_INTERRUPTED, EXIT_TERMINATED, EXIT_USER_ERROR, UserError, are, fail, guard, on_interrupt
 from basics.files import expand_home
+from configs.fields import MOST_WORKERS
 
 flags.disclaim_key_flags()  # those defined through the functions below are the caller's, so its --help lists them
 
@@ -72,23 +73,42 @@ def define_compile(name, default, text, **options):
     flags.DEFINE_flag(flag, **options)
 
 
-def define_measuring(*names):
-    """Defines flags that the commands which measure images share, by name; see `_MEASURING`."""
+def define_shared(*names):
+    """Defines flags that several commands have, by name; see `_SHARED`."""
     for name in names:
-        kind, default, text, options = _MEASURING[name]
+        kind, default, text, options = _SHARED[name]
         kind(name, default, text, **options)
 
 
-_MEASURING = {  # flag: how it is defined, its default, its help, options
+_SHARED = {  # flag: how it is defined, its default, its help, options
     "center_crop": (flags.DEFINE_bool, True, "Crop files to their centre square; else squeeze them.", {}),
     "seed": (flags.DEFINE_integer, 0, "Key of the noise.", {"lower_bound": 0}),
     "max_images": (
-        flags.DEFINE_integer, None, "Take so many images of each source, evenly spread.", {"lower_bound": 1},
+        flags.DEFINE_integer,
+        None,
+        "Take so many images of each source, evenly spread, for a quick look.",
+        {"lower_bound": 1, "upper_bound": 10**9},
     ),
     "data_root": (define_path, "./data", "Where data sets lie, or are downloaded to.", {}),
-    "workers": (flags.DEFINE_integer, None, "Threads that decode images.", {"lower_bound": 1}),
-    "memory_gb": (flags.DEFINE_float, None, "Memory for the network's activations.", {"lower_bound": 0.0}),
-    "precision": (flags.DEFINE_string, "auto", "fp32, tf32, bf16, or auto: bf16 on a GPU that has it, else fp32.", {}),
+    "workers": (
+        flags.DEFINE_integer,
+        None,
+        "Threads that decode images; by default one a processor, up to 32.",
+        {"lower_bound": 1, "upper_bound": MOST_WORKERS},
+    ),
+    "memory_gb": (
+        flags.DEFINE_float,
+        None,
+        "Memory for the network's activations, which limits how many images it sees at once; by default 0.5 on a CPU "
+        "and 80 % of what is free on a GPU, where few images show first what one needs. The results are the same.",
+        {"lower_bound": 0.0},
+    ),
+    "precision": (
+        flags.DEFINE_string,
+        "auto",
+        "fp32, tf32 (GPUs), bf16 (faster, about the same scores), or auto: bf16 on a GPU that has it, else fp32.",
+        {},
+    ),
     "compile": (
         define_compile,
         "auto",
@@ -96,10 +116,10 @@ _MEASURING = {  # flag: how it is defined, its default, its help, options
         {},
     ),
     "device": (flags.DEFINE_string, "auto", "auto, cpu, cuda or cuda:i.", {}),
-}  # fmt: skip
+}
 
 
-MODEL = "ckpt_path", "in_domain", *(name for name in _MEASURING if name != "device")  # what `define_model` defines
+MODEL = "ckpt_path", "in_domain", *(name for name in _SHARED if name != "device")  # what `define_model` defines
 
 
 def define_model():
@@ -123,7 +143,7 @@ def define_model():
         "of a data set (its test images).",
         required=True,
     )
-    define_measuring(*_MEASURING)
+    define_shared(*_SHARED)
 
 
 def define_config(text, checkpoint, needed=True):

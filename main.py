@@ -9,9 +9,9 @@ from absl import flags
 
 from basics import distributed, machine
 from basics.console import UserError
-from command_line import define_config, define_path, run, value_of
+from command_line import define_config, define_path, define_shared, run, value_of
 from configs.base import check, typed
-from configs.fields import MOST_WORKERS, SEED, check_value
+from configs.fields import SEED, check_value
 
 FLAGS = flags.FLAGS
 
@@ -28,14 +28,7 @@ def define_flags():
         "mode", None, ["train", "eval"], "train: train; eval: evaluate the checkpoints as config.eval says."
     )
     flags.DEFINE_string("eval_folder", "eval", "Folder below workdir for the results of --mode eval.")
-    define_path("data_root", "./data", "Where data sets lie, or are downloaded to.")
-    flags.DEFINE_integer(
-        "workers",
-        None,
-        "Threads that decode images; by default one a processor, up to 32.",
-        lower_bound=1,
-        upper_bound=MOST_WORKERS,
-    )
+    define_shared("data_root", "workers")
     flags.DEFINE_string("device", None, "auto, cpu, cuda or cuda:i; by default the config's.")
     flags.DEFINE_integer("seed", None, "Key of everything random; by default the config's.")
     flags.mark_flags_as_required(["workdir", "mode"])

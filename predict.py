@@ -13,11 +13,11 @@ from absl import flags
 
 from basics import distributed, machine
 from basics.console import UserError, shell
-from command_line import define_measuring, define_path, run
+from command_line import define_path, define_shared, run
 
 EXIT_OUTLIER = 3
 FLAGS = flags.FLAGS
-_MEASURING = "max_images", "data_root", "workers", "memory_gb", "compile"  # fields of a `predicting.PredictionJob` too
+_SHARED = "max_images", "data_root", "workers", "memory_gb", "compile"  # fields of a `predicting.PredictionJob` too
 
 
 def define_flags():
@@ -35,9 +35,11 @@ def define_flags():
     flags.DEFINE_float(
         "false_discovery_rate", None, "Flag by Benjamini and Hochberg: share of the flagged that may be in domain."
     )
-    flags.DEFINE_bool("maps", False, "Write a picture of where each flagged image is unusual.")
+    flags.DEFINE_bool(
+        "maps", False, "Write pictures of where flagged images are unusual, of the 300 most suspicious at most."
+    )
     flags.DEFINE_bool("fail_on_outlier", False, f"Exit with {EXIT_OUTLIER} when an image is flagged, for pipelines.")
-    define_measuring(*_MEASURING, "device")
+    define_shared(*_SHARED, "device")
 
 
 def check_flags(options):
@@ -52,7 +54,7 @@ def check_flags(options):
         missing = "images" if options.images is None else "detector"
         raise UserError(f"--{missing} is missing; give both --detector and --images, or --output alone to decide anew")
     if options.detector is None:
-        for name in (*_MEASURING, "device"):
+        for name in (*_SHARED, "device"):
             if options[name].present:
                 raise UserError(f"--{name} has no effect without --detector and --images; leave it out")
 
@@ -70,7 +72,7 @@ def _measure(rule, values):
     """Measures the images and decides; the number of flagged ones.  `values` are the flags."""
     from lmd.predicting import PredictionJob, predict  # not before it is needed: deciding anew takes a second
 
-    options = {name: values[name].value for name in _MEASURING}
+    options = {name: values[name].value for name in _SHARED}
     command = shell("python", "predict.py", *sys.argv[1:])
     job = PredictionJob(values.detector, values.images, rule, command=command, **options)
     with distributed.start(values.device) as (ranks, device):

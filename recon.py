@@ -14,9 +14,9 @@ from absl import flags
 
 from basics import distributed, machine
 from basics.console import UserError, choose
-from command_line import define_config, define_measuring, define_path, run, value_of
+from command_line import define_config, define_path, define_shared, run, value_of
 from configs.base import check, typed
-from configs.fields import BATCH_SIZE, FIELDS, MOST_WORKERS, SEED, check_value
+from configs.fields import BATCH_SIZE, FIELDS, SEED, check_value
 
 _SOURCE = "a data set's name, a folder of images, a .txt list of image paths, or a .npz or .npy file of images"
 
@@ -71,13 +71,7 @@ def define_flags():
     flags.DEFINE_integer("batch_size", 100, "Images per batch file.", lower_bound=1, upper_bound=BATCH_SIZE.high)
     flags.DEFINE_integer("seed", None, "Key of the noise and the random masks; by default the config's.")
     flags.DEFINE_string("device", None, "auto, cpu, cuda or cuda:i; by default the config's.")
-    flags.DEFINE_float(
-        "memory_gb",
-        None,
-        "Memory for the network's activations, which limits how many images it sees at once; by default 0.5 on a CPU "
-        "and 80 % of what is free on a GPU, where few images show first what one needs. The results are the same.",
-        lower_bound=0.0,
-    )
+    define_shared("memory_gb")
     _define_image_flags()
     _define_mask_flags()
     _define_sampler_flags()
@@ -91,26 +85,12 @@ def _define_image_flags():
     )
     flags.DEFINE_bool("id_center_crop", True, "Crop in-domain files to their centre square; else squeeze them.")
     flags.DEFINE_bool("ood_center_crop", True, "Crop out-of-domain files to their centre square; else squeeze them.")
-    flags.DEFINE_integer(
-        "max_images",
-        None,
-        "Take so many images of each side, evenly spread, for a quick look.",
-        lower_bound=1,
-        upper_bound=10**9,
-    )
     flags.DEFINE_bool(
         "match_resolution",
         False,
         "Reduce both sides to the smallest native resolution of either first, so that blur cannot separate them.",
     )
-    define_path("data_root", "./data", "Where data sets lie, or are downloaded to.")
-    flags.DEFINE_integer(
-        "workers",
-        None,
-        "Threads that decode images; by default one a processor, up to 32.",
-        lower_bound=1,
-        upper_bound=MOST_WORKERS,
-    )
+    define_shared("max_images", "data_root", "workers")
 
 
 def _define_mask_flags():
@@ -132,12 +112,7 @@ def _define_sampler_flags():
         "ddim, dpmpp_2m, sde_dpmpp_2m. By default the config's. More: --config.sampling.t_start=0.6 and the like.",
     )
     flags.DEFINE_integer("steps", None, "Steps of the sampler; by default the config's.", lower_bound=1)
-    flags.DEFINE_string(
-        "precision",
-        "auto",
-        "fp32, tf32 (GPUs), bf16 (faster, about the same scores), or auto: bf16 on a GPU that has it, else fp32.",
-    )
-    define_measuring("compile")
+    define_shared("precision", "compile")
 
 
 def choose_sampler(options):

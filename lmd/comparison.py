@@ -20,7 +20,6 @@ from lmd.ranking import tabulate
 from lmd.trained_model import identity, open_model
 
 MADE_UP = "shifts"  # stands for all kinds of made-up foreign images; `shifts:blur` is one of them
-_SMALLEST = 8  # pixels an edge, of which `shifts` makes others
 FEWEST = 50  # in-domain images to score; of fewer even the first digit of a ROC-AUC is luck
 _KEPT = "measured"  # folder in the output
 
@@ -182,8 +181,8 @@ def _foreign(load, sources, known, learned):
         known: the in-domain images to score.
         learned: the content keys of those that methods learn from, a set.
     """
-    if known.shape[-1] < _SMALLEST and any(name.startswith(f"{MADE_UP}:") for name in sources):
-        raise UserError(f"foreign images are made up of images of {_SMALLEST} pixels at least; leave {MADE_UP} out")
+    if any(name.startswith(f"{MADE_UP}:") for name in sources):
+        shifts.check_size(known, f"leave {MADE_UP} out")
     keys = content_keys_of(known)
     in_domain, foreign = learned.union(keys.tolist()), {}
     for name in sources:

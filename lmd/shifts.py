@@ -9,11 +9,12 @@ import math
 import torch
 
 from basics import noise
-from basics.console import choose
+from basics.console import UserError, choose
 
 _NOISE = 0.1  # standard deviation, of the pixels' range
 _BLUR = 1.0  # standard deviation in pixels
 _LEVELS = 1 << 16  # noise levels and kernel weights are multiples of 1/65536
+SMALLEST = 8  # pixels an edge
 PAIRED = frozenset({"halves", "patch"})  # made of two images each
 
 
@@ -36,14 +37,24 @@ def make(name, images, keys, partners=None):
     """
     shift, _ = choose(name, SHIFTS, "made-up shift")
     edge = images.shape[-1]
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-2] != edge or edge < 8:
-        raise ValueError(f"images are (B, C, H, H) uint8, H >= 8, not {images.dtype} of {tuple(images.shape)}")
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-2] != edge or edge < SMALLEST:
+        raise ValueError(f"images are (B, C, H, H) uint8, H >= {SMALLEST}, not {images.dtype} of {tuple(images.shape)}")
     if len(keys) != len(images):
         raise ValueError(f"{len(keys)} keys for {len(images)} images")
     if name in PAIRED and (partners is None or partners.shape != images.shape):
         raise ValueError(f"'{name}' is made of two images each: partners of the images' shape are needed")
     own = noise.image_keys(f"shift {name}", keys, [0]).to(images.device)  # (B,), others for every shift
     return shift(images, own, partners).contiguous()
+
+
+def check_size(images, remedy):
+    """Refuses an `ImageSet` of which no foreign images can be made up.
+
+    Raises:
+        UserError: its images are too small; says what to do, the `remedy`.
+    """
+    if images.shape[-1] < SMALLEST:
+        raise UserError(f"foreign images are made up of images of {SMALLEST} pixels at least; {remedy}")
 
 
 def change_of(name, images, keys):

@@ -4,18 +4,7 @@ from basics.console import UserError, choose
 from models.ddpm import DDPM
 from models.ncsnpp import NCSNPP
 
-
-def _ddpm(config):
-
-    return DDPM(config)
-
-
-def _ncsnpp(config):
-
-    return NCSNPP(config)
-
-
-MODELS = {"ddpm": _ddpm, "ncsnpp": _ncsnpp}
+MODELS = {"ddpm": DDPM, "ncsnpp": NCSNPP}
 
 
 def create_model(config):

@@ -224,6 +224,16 @@ def test_refused_before_model_and_images_are_read(changes, message, data, tmp_pa
         calibrate(dataclasses.replace(job(data, tmp_path / "mine"), **changes))
 
 
+def test_images_too_small_to_make_foreign_ones_of(tmp_path, monkeypatch):
+    monkeypatch.setattr(LMD, "examine", None)
+    config, held = tiny.config(data__image_size=6), tiny.write_pictures(tmp_path / "held.npz", 50, size=6)
+    weights = tiny.write_checkpoint(tmp_path / "checkpoint.pth", config)
+    small = CalibrationJob(config, str(weights), str(held), str(tmp_path / "mine"), method="lmd")
+    with pytest.raises(UserError, match=r"^foreign images are made up of images of 8 pixels at least; set --card_im"):
+        calibrate(small)
+    assert not (tmp_path / "mine").exists()
+
+
 def test_a_model_that_gives_nan(data, tmp_path, monkeypatch):
     plain = LMD._distances
     monkeypatch.setattr(LMD, "_distances", lambda *arguments: plain(*arguments) * np.nan)
