@@ -204,7 +204,8 @@ class Network(InPrecision):
     def compile(self, required=True):
         """Compiles it, on a GPU with CUDA graphs; the first call of each shape takes long.
 
-        Calls that are differentiated are not compiled, and labels are one an image, so that there are fewer shapes.
+        Calls that are differentiated are not compiled, and labels are one an image, so that there are fewer shapes.  On
+        a GPU a result in float32 or TF32 is overwritten by the next call.
 
         Args:
             required: what cannot be compiled is an error; else it is told and goes on as it was.
