@@ -201,6 +201,8 @@ def _load_source(source, split, data_root, category, preparation):
         return load_files(_stem(source), preparation, [source], [Path(source)])
     kinds = "folder of images, image file, .txt list of image paths, or .npz or .npy file of images"
     names = f"choose one of: {', '.join(DATASETS)}"
+    if os.path.lexists(source) and not (is_file or is_folder):
+        raise UserError(f"{source} is neither a file nor a folder, or leads to none; give a {kinds}")
     if "/" in source and not (is_file or is_folder):
         raise UserError(f"there is no file or folder '{source}'; give a {kinds}, or the name of a data set: {names}")
     raise UserError(f"unknown data set '{source}'; {names}; or give the path of an existing {kinds}")

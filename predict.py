@@ -12,7 +12,7 @@ import sys
 from absl import flags
 
 from basics import distributed, machine
-from basics.console import UserError, shell
+from basics.console import UserError, place, shell, speaks
 from command_line import define_path, define_shared, run
 
 EXIT_OUTLIER = 3
@@ -50,6 +50,12 @@ def check_flags(options):
     """
     if options.false_alarm_rate is not None and options.false_discovery_rate is not None:
         raise UserError("--false_alarm_rate and --false_discovery_rate are two ways to flag; leave one out")
+    if options.fail_on_outlier and place()[2] > 1:
+        again = shell("python", "predict.py", "--output", options.output, "--fail_on_outlier")
+        raise UserError(
+            f"--fail_on_outlier cannot exit with {EXIT_OUTLIER} under torchrun, which has exit codes of its own; leave "
+            f"it out, and ask afterwards by {again}"
+        )
     if (options.detector is None) != (options.images is None):
         missing = "images" if options.images is None else "detector"
         raise UserError(f"--{missing} is missing; give both --detector and --images, or --output alone to decide anew")
@@ -64,7 +70,13 @@ def main(argv):
     from lmd.deciding import Rule, decide_again
 
     rule = Rule(FLAGS.output, FLAGS.false_alarm_rate, FLAGS.false_discovery_rate, FLAGS.maps)
-    flagged = decide_again(rule) if FLAGS.detector is None else _measure(rule, FLAGS)
+    if FLAGS.detector is None:
+        return _code(decide_again(rule)) if speaks() else 0  # of several processes one decides
+    return _code(_measure(rule, FLAGS))
+
+
+def _code(flagged):
+    """The exit code where so many images are flagged."""
     return EXIT_OUTLIER if flagged and FLAGS.fail_on_outlier else 0
 
 

@@ -123,7 +123,8 @@ def _abandoned(path, machine, process):
 def owned(folder):
     """Within it this process alone writes to the folder, which is made if it is not there, marked, and tidied.
 
-    The lock is the operating system's, on the folder's mark: it ends with the process, however that ends.
+    A folder that was made, and is still empty when an error ends it, is removed.  The lock is the operating system's,
+    on the folder's mark: it ends with the process, however that ends.
 
     Args:
         folder: a work or results folder; its own subfolders may have other owners.
@@ -132,6 +133,7 @@ def owned(folder):
         UserError: another run writes there, or the folder cannot be written to.
     """
     folder = Path(folder)
+    made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open_own(folder / MARK)
@@ -146,7 +148,20 @@ def owned(folder):
         file.write(f"{_NOTE}process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         remove_temporaries(folder)
-        yield
+        try:
+            yield
+        except BaseException:
+            _remove_empty(made)
+            raise
+
+
+def _remove_empty(folders):
+    """Removes folders of which the first holds a mark alone, and each of the others the one before."""
+    with contextlib.suppress(OSError):
+        if folders and [path.name for path in folders[0].iterdir()] == [MARK]:
+            (folders[0] / MARK).unlink()
+            for folder in folders:
+                folder.rmdir()
 
 
 def check_writable(folder):

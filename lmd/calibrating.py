@@ -186,8 +186,7 @@ def _share(measurements, ranks):
     if ranks.world_size > 1:
         total, missing = sum(len(one.images) for one in measurements), sum(one.missing for one in measurements)
         with progress(total=total, initial=total - missing, unit=" images", desc="blind spots") as bar:
-            follow = lambda images: bar.update(images * ranks.world_size)  # as if the others made as many
-            measure_together([(one, follow) for one in measurements], ranks)
+            measure_together([(one, 1) for one in measurements], ranks, bar.update)
 
 
 # ---------------------------------------------------------------------------------------------------- the folder

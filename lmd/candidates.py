@@ -103,10 +103,11 @@ class Bench:
         """
         lacking = self._lacking(chosen)
         costs = {label: self._cost(method) for label, method in chosen.items()}
-        order = sorted(chosen, key=lambda label: (costs[label] is None, costs[label]))
+        fails = {label for label, cost in costs.items() if isinstance(cost, UserError)}
+        order = sorted(chosen, key=lambda label: (True, 0) if label in fails else (False, costs[label]))
         work, counted_already = {}, set()
         for label in order:
-            if label not in lacking and costs[label] is not None:
+            if label not in lacking | fails:
                 work[label] = self._work(chosen[label], counted_already)
         compiled = sum(one.compiled for one in work.values()) // self.ranks.world_size
         self.model.score.net.compile_if_worth(self.compile, compiled, self.sets.fit.images.shape)
@@ -119,7 +120,8 @@ class Bench:
                 bar.total += (
                     bar.n - before - work.get(label, _Work()).missing
                 )  # what a fault left out is not waited for
-                if label not in lacking and any(one.faults for one in made):
+                hopeless = all(len(one.faults) == len(self.sets.foreign) for one in made)
+                if label not in lacking and any(one.faults for one in made) and not (hopeless and len(chosen) == 1):
                     bar.clear()  # so that the warning has its own line
                     for one in made:
                         self._tell(one)
@@ -153,15 +155,16 @@ class Bench:
         return progress(total=total, initial=total - missing, **options)
 
     def _made(self, label, method, evaluations, on_evaluations):
-        """The candidates of one method: itself, and its parts where these are asked for."""
+        """The candidates of one method: itself, and its parts where these are asked for; arguments as of `_cost`."""
         times = []  # (seconds, images)
         measure = lambda one: self._measure(method, one, times, on_evaluations)
         columns = {label: None}
         if self.parts and len(method.parts) > 1:
             columns |= {f"{label}[{part}]": k for k, part in enumerate(method.parts)}
         try:
-            if evaluations is None:
-                self._agreed(lambda: method.evaluations(self.model))  # which fails: here it is told why
+            if isinstance(evaluations, UserError):
+                evaluations, fault = None, evaluations
+                raise fault
             self._check_fit(method)
             self._share(method, on_evaluations)
             reference = self._learn(method, measure)
@@ -208,9 +211,8 @@ class Bench:
     # ---------------------------------------------------------------------------------------------- statistics
 
     def _cost(self, method):
-        """Evaluations of a method for an image, None where it fails; what it needs besides, as weights, is fetched."""
-        outcome = _outcome(self._agreed, lambda: self.ranks.in_turn(lambda: method.evaluations(self.model)))
-        return None if isinstance(outcome, UserError) else outcome
+        """Evaluations of a method for an image, or why it fails, a UserError; what it needs, as weights, is fetched."""
+        return _outcome(self._agreed, lambda: self.ranks.in_turn(lambda: method.evaluations(self.model)))
 
     def _work(self, method, counted_already):
         """The `_Work` of a method, which is not to lack images, nor to fail.
@@ -241,8 +243,8 @@ class Bench:
         if self.ranks.world_size > 1:
             work = {}  # by folder, so that nothing is measured twice
             for piece, one in self._measurements(method):
-                work[one.folder] = one, self._follower(piece, on_evaluations)
-            self._agreed(lambda: measure_together(list(work.values()), self.ranks))
+                work[one.folder] = one, self._weight(piece)
+            self._agreed(lambda: measure_together(list(work.values()), self.ranks, on_evaluations))
 
     def _follower(self, method, on_evaluations):
         """Tells on_evaluations of the images that this process measures, as if the others made as many."""

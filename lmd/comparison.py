@@ -191,6 +191,9 @@ def _foreign(load, sources, known, learned):
             foreign[name] = Set(known, kind, shifts.change_of(kind, known, keys))
             continue
         foreign[name] = Set(load(name))
+        for other, one in list(foreign.items())[:-1]:
+            if one.shift is None and one.images.fingerprint == foreign[name].images.fingerprint:
+                raise UserError(f"{other} and {name}, out of domain, are the same images; leave one out")
         if shared := shared_with(foreign[name].images, in_domain):
             of = counted(len(foreign[name].images), "image")
             warn(

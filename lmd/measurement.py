@@ -60,6 +60,11 @@ class Measurement:
         size = max(8, min(self.most or _CHUNK, _CHUNK, _CHUNK_VALUES // int(np.prod(self.images.shape))))
         return [(start, min(start + size, len(self.images))) for start in range(0, len(self.images), size)]
 
+    def count(self, numbers):
+        """How many images the chunks of some numbers have."""
+        chunks = self.chunks
+        return sum(stop - start for start, stop in (chunks[number] for number in numbers))
+
     @property
     def missing(self):
         """How many images are not in the folder yet."""
@@ -127,13 +132,12 @@ class Measurement:
 
         Says how many are there, where it is not all or none; without a label nothing is told.
         """
-        chunks, total = self.chunks, len(self.images)
-        count = lambda numbers: sum(stop - start for start, stop in (chunks[number] for number in numbers))
-        kept = total - count(missing)
+        total = len(self.images)
+        kept = total - self.count(missing)
         if label and 0 < kept < total:
             say(f"{label}: {some_are(kept, total, 'image')} measured already")
         if ranks.world_size > 1:
-            total, kept = count(missing[ranks.rank :: ranks.world_size]), 0
+            total, kept = self.count(missing[ranks.rank :: ranks.world_size]), 0
             label = label and f"{label}, process 1 of {ranks.world_size}"
         shown = {} if label and total else {"disable": True}
         return progress(total=total, initial=kept, unit=" images", desc=label, **shown)
@@ -213,26 +217,45 @@ class Measurement:
         return {**self.origin, "images": images.fingerprint, "chunk": list(rows)}
 
 
-def measure_together(work, ranks):
+def measure_together(work, ranks, on_progress):
     """Measures what several measurements lack; the ranks share the chunks of all of these, dealt out one by one.
 
     By itself (`Measurement.run`) one may have fewer chunks than there are ranks, some of which then only wait.  What
     cannot be measured stays missing: `Measurement.run` says why.
 
     Args:
-        work: a list of (`Measurement` with a folder, on_images as of `Measurement.run`), alike on all ranks.
+        work: a list of (`Measurement` with a folder, what an image of it counts), alike on all ranks.
         ranks: the processes, all of which call this.
+        on_progress: called with further counts of images measured, as if all ranks were equally far.
 
     Raises:
         UserError: the ranks see different images.
     """
     ranks.check_same([one.images.fingerprint for one, _ in work], "images")
-    missing, dealt = ranks.on_main(lambda: [one._missing() for one, _ in work]), 0
+    missing, dealt, mine = ranks.on_main(lambda: [one._missing() for one, _ in work]), 0, []
+    for numbers in missing:
+        mine.append(numbers[(ranks.rank - dealt) % ranks.world_size :: ranks.world_size])
+        dealt += len(numbers)
+    count = lambda parts: sum(one.count(numbers) * each for (one, each), numbers in zip(work, parts, strict=True))
+    follow = _in_proportion(count(mine), count(missing), on_progress)
     with ranks.together():
-        for (one, on_images), numbers in zip(work, missing, strict=True):
+        for (one, each), numbers in zip(work, mine, strict=True):
             with contextlib.suppress(UserError):
-                one._measure(numbers[(ranks.rank - dealt) % ranks.world_size :: ranks.world_size], {}, on_images)
-            dealt += len(numbers)
+                one._measure(numbers, {}, lambda images, each=each: follow(images * each))
+
+
+def _in_proportion(part, whole, on_progress):
+    """A function of further counts of a `part`, which tells on_progress of those of the `whole`."""
+    done, told = 0, 0
+
+    def follow(count):
+        nonlocal done, told
+        done += count
+        now = whole * done // part
+        on_progress(now - told)
+        told = now
+
+    return follow
 
 
 def chunk_on(device):

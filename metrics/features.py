@@ -44,7 +44,7 @@ class FeatureDistance(Metric):
         if min(height, width) < self.smallest or channels not in (1, 3):
             raise UserError(
                 f"{self.name} needs grey or RGB images of at least {self.smallest}x{self.smallest} pixels, these are "
-                f"{height}x{width} with {channels} channels; use --metric MSE,SSIM"
+                f"{height}x{width} with {channels} channels; use MSE and SSIM"
             )
         images = 2 * images.to(self.device).float().expand(-1, 3, -1, -1) - 1
         features = self.features(images.contiguous(memory_format=torch.channels_last))

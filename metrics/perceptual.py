@@ -80,7 +80,7 @@ def _backbone(name, trunk):
         what=f"the {trunk.title} weights",
         user=name,
         megabytes=trunk.megabytes,
-        instead="--metric MSE,SSIM",
+        instead="the metrics MSE and SSIM",
     )
 
 

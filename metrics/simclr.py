@@ -50,7 +50,7 @@ class SimCLR(Metric):
             UserError: the images have neither one nor three channels.
         """
         if images.shape[1] not in (1, 3):
-            raise UserError(f"SIMCLR needs grey or RGB images, not {images.shape[1]} channels; use --metric MSE,SSIM")
+            raise UserError(f"SIMCLR needs grey or RGB images, not {images.shape[1]} channels; use MSE and SSIM")
         pixels = images.shape[2] * images.shape[3] if self.resize is None else SIZE**2
         budget = _CHUNK_PIXELS["cpu" if self.device.type == "cpu" else "gpu"] * 64 // self.network.architecture.channels
         return torch.cat([self._features(chunk) for chunk in images.split(max(1, budget // pixels))])
@@ -76,7 +76,7 @@ def read_network(path):
         raise UserError(
             f"SIMCLR needs the weights of SimCLRv2, and there are none at {path}; copy Google's checkpoint by "
             f"`gsutil cp -r {SOURCE}/{WEIGHTS.stem} .` and convert it by `{_conversion(path)}`, or use what works "
-            "offline: --metric MSE,SSIM"
+            "offline: the metrics MSE and SSIM"
         )
     remedy = f"convert Google's checkpoint again by `{_conversion(path)}`"
     content = weights.read(path, "the SimCLRv2 weights", remedy)

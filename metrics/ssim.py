@@ -40,7 +40,7 @@ class SSIM(Metric):
         if min(images.shape[2:]) < WINDOW:
             raise UserError(
                 f"SSIM needs images of at least {WINDOW}x{WINDOW} pixels, these have "
-                f"{images.shape[2]}x{images.shape[3]}; use --metric MSE"
+                f"{images.shape[2]}x{images.shape[3]}; use MSE"
             )
         images = images.to(self.device).float()
         level = images.mean(dim=(2, 3), keepdim=True)  # (B, C, 1, 1)

@@ -4,6 +4,7 @@ import csv
 import inspect
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -227,6 +228,14 @@ def test_settings_arrive():
         ("lmd:num_blocks=2.5", "num_blocks is a whole number, not 2.5"),
         ("lmd:num_blocks=true", "num_blocks is a whole number, not true"),
         ("lmd:sampler=3", "sampler is a word, not 3"),
+        (
+            "lmd:mask_type=center:num_blocks=4",
+            "lmd: num_blocks has no effect with the mask type 'center'; leave it out",
+        ),
+        ("lmd:lift=noise:num_blocks=4", "lmd: num_blocks has no effect with the lift 'noise'; leave it out"),
+        ("lmd:lift=noise:mask_type=center", "lmd: mask_type has no effect with the lift 'noise', with which no pixel"),
+        ("lmd:reps=1:reps=2", "'lmd:reps=1:reps=2': reps is given twice; leave one out"),
+        ("lmd:metrics=[MSE,mse]", "metrics names one twice, [MSE,mse]; leave one out"),
         ("lmd:sampler=published:lift=both", "the lift 'both' is not of the published sampler"),
         ("brightness:power=[1,2]", r"power is a number, not \[1,2\]"),
         ("brightness:power=1e999", "power is one number or word, not Infinity"),
@@ -534,10 +543,11 @@ def test_too_few_images_to_learn_from_are_told_first(data, tmp_path, brightness,
     assert brightness == []
 
 
-def test_no_method_at_all(data, tmp_path):
+def test_no_method_at_all(data, tmp_path, capsys):
     with pytest.raises(UserError, match="no method could be scored: it has no cost"):
-        compared(data, tmp_path, "brightness:broken=cost")
-    assert not (tmp_path / "compare.csv").exists()
+        compared(data, tmp_path / "out", "brightness:broken=cost")
+    assert "it has no cost" not in capsys.readouterr().err, "told once, by the error"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_images_that_must_not_be_the_same(data, tmp_path, capsys):
@@ -561,6 +571,9 @@ def test_images_that_must_not_be_the_same(data, tmp_path, capsys):
     run(foreign=str(tmp_path / "foreign.npz"))
     told = "foreign.npz, out of domain, shares 7 of its 10 images with the in-domain ones; its ROC-AUC says little"
     assert told in capsys.readouterr().err
+    shutil.copy(data / "noise.npz", tmp_path / "copy.npz")
+    with pytest.raises(UserError, match=r"noise.npz and .*copy.npz, out of domain, are the same images; leave one out"):
+        run(foreign=f"noise.npz,{tmp_path / 'copy.npz'}")
 
 
 def test_other_files_are_not_mixed_with(data, tmp_path):

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import os
 import pickle
 import urllib.error
 import urllib.request
@@ -85,6 +86,8 @@ def test_one_picture_is_a_set(folder):
         ("gone_images.txt", {}, "was read as a list of .*, and none of these files is there; the first is 'gone.png'"),
         ("x" * 5000, {}, "unknown data set"),
         ("null\0byte", {}, "unknown data set"),
+        ("pipe.png", {}, "^pipe.png is neither a file nor a folder, or leads to none; give a folder of images, image"),
+        ("astray.npz", {}, "^astray.npz is neither a file nor a folder, or leads to none; give"),
     ],
 )
 def test_sources_that_cannot_be_loaded(source, options, message, tmp_path, monkeypatch):
@@ -93,6 +96,8 @@ def test_sources_that_cannot_be_loaded(source, options, message, tmp_path, monke
     (tmp_path / "gone_images.txt").write_text("gone.png\n")
     (tmp_path / "empty.txt").write_text("\n# nothing\n\n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\xff\x00")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "astray.npz").symlink_to("nowhere")
     with pytest.raises(UserError, match=message):
         load(source, **options)
 

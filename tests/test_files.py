@@ -159,6 +159,32 @@ def test_a_folder_has_one_owner_until_it_ends_or_is_killed(holder, tmp_path):
         pass
 
 
+def test_an_owner_that_fails_leaves_no_empty_folders(tmp_path):
+    """But those that were there, and those in which something was made."""
+
+    def owned(folder, make=None):
+        with files.owned(folder):
+            if make:
+                (folder / make).touch()
+            raise UserError("no")
+
+    def fail(*arguments):
+        with pytest.raises(UserError, match="no"):
+            owned(*arguments)
+
+    fail(tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "there").mkdir()
+    fail(tmp_path / "there" / "c")
+    fail(tmp_path / "there")
+    assert (tmp_path / "there" / files.MARK).exists()
+    fail(tmp_path / "d", "result")
+    assert (tmp_path / "d" / "result").exists()
+    with files.owned(tmp_path / "e"):
+        pass
+    assert (tmp_path / "e" / files.MARK).exists()
+
+
 def test_an_owner_removes_what_killed_writes_left_but_not_what_others_are_writing(holder, tmp_path):
     ended = subprocess.Popen(["true"])
     ended.wait()

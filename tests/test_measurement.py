@@ -237,13 +237,14 @@ def test_chunks_of_several_sets_are_dealt_out_together(tmp_path):
     for ranks in (First(missing), Second(missing)):
         method = Failing()
         work = [
-            (Measurement(method, None, images_of(pixels), 0, folder=tmp_path / name), told.append)
+            (Measurement(method, None, images_of(pixels), 0, folder=tmp_path / name), 10)
             for name, pixels in sets.items()
         ]
-        measure_together(work, ranks)
-        seen[ranks.rank] = method.seen
-    assert seen == {0: [6, 5, 4], 1: [2, 8, 1]}
-    assert sum(told) == 21
+        measure_together(work, ranks, told.append)
+        seen[ranks.rank] = method.seen, sum(told)
+        told.clear()
+    # each image counts 10; the first tells of 10 of its 15, the second of its 11, as shares of all 26
+    assert seen == {0: ([6, 5, 4], 173), 1: ([2, 8, 1], 260)}
     for name, pixels in sets.items():
         again = Brightness()
         if name != "broken":

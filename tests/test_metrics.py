@@ -130,7 +130,7 @@ def test_a_metric_of_whole_images_has_no_map():
 
 
 def test_ssim_needs_seven_pixels():
-    with pytest.raises(UserError, match="at least 7x7 pixels, these have 6x9; use --metric MSE"):
+    with pytest.raises(UserError, match="at least 7x7 pixels, these have 6x9; use MSE"):
         metrics.create("SSIM", CPU)(torch.zeros(1, 3, 6, 9), torch.zeros(1, 3, 6, 9))
 
 
@@ -272,7 +272,7 @@ def test_lpips_takes_grey_images(lpips_metric):
 
 @pytest.mark.parametrize("shape", [(1, 3, 30, 32), (1, 3, 32, 30), (1, 4, 32, 32)])
 def test_lpips_refuses_other_images(lpips_metric, shape):
-    with pytest.raises(UserError, match=r"grey or RGB images of at least 31x31 pixels.*use --metric MSE,SSIM"):
+    with pytest.raises(UserError, match=r"grey or RGB images of at least 31x31 pixels.*use MSE and SSIM"):
         lpips_metric(torch.zeros(shape), torch.zeros(shape))
 
 

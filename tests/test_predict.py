@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import test_calibrate
 import tiny
 from PIL import Image
 
+import predict as command
 from basics.console import UserError
 from lmd import Detector, calibration, measurement, predicting, shifts
 from lmd import report as reports
@@ -504,6 +506,21 @@ def test_the_command_decides_anew_without_torch_and_matplotlib(copy):
     assert out.splitlines()[-1] == "code 3 set()", err
     (copy / "outcome.json").rename(copy / "gone")
     assert "predict.py with --detector and --images again" in tiny.command(*again)[2]
+
+
+def test_one_of_several_processes_decides_anew(copy, monkeypatch):
+    """Each would want to write; and torchrun's exit code cannot say what was found."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "10":
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        before = tiny.snapshot(copy)
+        _, out, err = tiny.command("-c", LIGHT, f"--output={copy}", "--false_alarm_rate=0.3")
+        assert out.splitlines()[-1:] == ["code 0 set()"], err
+        assert (tiny.snapshot(copy) == before) == (rank == "1")
+    options = types.SimpleNamespace(fail_on_outlier=True, output="out", false_alarm_rate=None)
+    with pytest.raises(UserError, match=r"ask afterwards by python predict\.py --output out --fail_on_outlier$"):
+        command.check_flags(options)
 
 
 def test_the_command_measures(made, data, tmp_path):

@@ -136,7 +136,7 @@ def test_grey_images(package):
 
 @pytest.mark.parametrize("shape", [(1, 3, 20, 32), (1, 3, 32, 20), (1, 4, 32, 32)])
 def test_other_images(package, shape):
-    with pytest.raises(UserError, match=r"grey or RGB images of at least 21x21 pixels.*use --metric MSE,SSIM"):
+    with pytest.raises(UserError, match=r"grey or RGB images of at least 21x21 pixels.*use MSE and SSIM"):
         ShiftTolerantLPIPS(CPU).prepare(torch.zeros(shape))
 
 

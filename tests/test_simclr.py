@@ -183,7 +183,7 @@ def test_grey_images(small_file):
     metric = simclr.SimCLR(CPU, resize_type="none", path=small_file)
     grey = images(0.5, (2, 1, 16, 16))
     torch.testing.assert_close(metric.prepare(grey), metric.prepare(grey.expand(-1, 3, -1, -1)))
-    with pytest.raises(UserError, match="grey or RGB images, not 4 channels; use --metric MSE,SSIM"):
+    with pytest.raises(UserError, match="grey or RGB images, not 4 channels; use MSE and SSIM"):
         metric.prepare(torch.zeros(1, 4, 16, 16))
 
 
@@ -220,7 +220,7 @@ def test_missing_file_says_how_to_get_it(monkeypatch, tmp_path):
         str(missing),
         "gsutil cp -r gs://simclr-checkpoints/simclrv2/pretrained/r50_1x_sk1 .",
         f"python -m scripts.convert_simclr r50_1x_sk1 {missing}",
-        "--metric MSE,SSIM",
+        "the metrics MSE and SSIM",
     ):
         assert part in str(error.value)
     assert "\n" not in str(error.value)

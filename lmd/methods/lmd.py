@@ -31,6 +31,7 @@ _CHOICES = {  # names of settings -> what they may be
     "mask_type": {name: make for name, make in MASK_TYPES.items() if name not in ("none", "file")},
     "lift": dict.fromkeys(LIFTS),
 }
+_MASK, _BLOCKS = "checkerboard_alt", 8  # the defaults
 _NOTHING = 1e-9  # what a sum of squared distances is divided by, where it is 0
 _LEAST_DOUBT = 0.2  # added to the standard deviation of a pixel's reconstructions; .1 to .3 find patches equally well
 
@@ -43,11 +44,12 @@ class LMD(Method):
         sampler: a key of `lmd.process.PRESETS`, or 'published' for the sampling of the model's config.
         reps: repetitions of each image; by default the sampler's, 10 for the published one.
         mask_type: as --mask_type, but 'none' and 'file'; random masks are the same for every image.
-        num_blocks: blocks an edge of checkerboards; where it does not divide the image, the next lower that does.
-        lift: as --lift: 'mask'; 'noise', with which no pixel is known, whatever the mask type; or 'both'.
+        num_blocks: blocks an edge of checkerboards; 8, the default, where it does not divide the image, is the next
+            lower that does.
+        lift: as --lift: 'mask'; 'noise', with which no pixel is known; or 'both'.
 
     Raises:
-        UserError: an unknown name, or a number out of range.
+        UserError: an unknown name, a number out of range, or a setting that has no effect with the others.
     """
 
     name = "lmd"
@@ -57,8 +59,8 @@ class LMD(Method):
         metrics=("MSE", "SSIM"),
         sampler="fast",
         reps=None,
-        mask_type="checkerboard_alt",
-        num_blocks=8,
+        mask_type=_MASK,
+        num_blocks=_BLOCKS,
         lift="mask",
     ):
         metrics = [canonical(name) for name in metrics]
@@ -89,6 +91,12 @@ class LMD(Method):
             raise UserError(
                 f"lmd: the lift '{options['lift']}' is not of the published sampler; choose another sampler"
             )
+        held, checkered = options["lift"] != "noise", options["mask_type"].startswith("checkerboard")
+        if options["mask_type"] != _MASK and not held:
+            raise UserError("lmd: mask_type has no effect with the lift 'noise', with which no pixel is known")
+        if options["num_blocks"] != _BLOCKS and not (held and checkered):
+            cause = f"the mask type '{options['mask_type']}'" if held else "the lift 'noise'"
+            raise UserError(f"lmd: num_blocks has no effect with {cause}; leave it out")
         reps = options["reps"]
         if reps is not None and not (isinstance(reps, int) and reps >= 1):
             raise UserError(f"lmd: reps is {reps}; it must be a whole number of 1 at least")
@@ -140,7 +148,11 @@ class LMD(Method):
         if self.settings["sampler"] != PUBLISHED:
             values, reps = preset(self.settings["sampler"], config)
             config.sampling.update({**values, "lift": self.settings["lift"]})
-        blocks = next(n for n in range(self.settings["num_blocks"], 0, -1) if size % n == 0)
+        blocks = self.settings["num_blocks"]
+        if blocks == _BLOCKS:
+            blocks = next(n for n in range(_BLOCKS, 0, -1) if size % n == 0)
+        elif size % blocks:
+            raise UserError(f"lmd: num_blocks is {blocks}, which does not divide images of {size} pixels")
         kind = "none" if self.settings["lift"] == "noise" else self.settings["mask_type"]
         masks = MaskOptions(kind, num_blocks=blocks).stack(size, self.settings["reps"] or reps, "lmd", "mask")
         compared = [metrics.create(name, model.device) for name in self.settings["metrics"]]

@@ -83,7 +83,11 @@ def _named(text, flag):
             yield from ((_label("lmd", settings), "lmd", settings) for settings in ablations())
         else:
             name, *given = re.split(":" + _REST_OF_LIST, word)
-            settings = dict(_setting(word, part, flag) for part in given)
+            settings = {}
+            for key, value in (_setting(word, part, flag) for part in given):
+                if key in settings:
+                    raise UserError(f"{flag}: '{word}': {key} is given twice; leave one out")
+                settings[key] = value
             yield _label(name, settings), name, settings
 
 

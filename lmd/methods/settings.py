@@ -61,10 +61,12 @@ def _like(default, value, where):
 
 
 def _check_range(default, value, limits, where):
-    """Raises UserError for an empty list, and for a number beyond `limits`, by default below 1 or not above 0."""
+    """Raises UserError for a list that is empty or repeats itself, and for a number beyond `limits`, see `Method`."""
     if isinstance(value, list):
         if not value:
             raise UserError(f"{where} is empty; give one at least")
+        if len({text_of(each).lower() for each in value}) < len(value):
+            raise UserError(f"{where} names one twice, {text_of(value)}; leave one out")
         for each in value:
             _check_range(default[0], each, limits, where)
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
