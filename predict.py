@@ -51,10 +51,9 @@ def check_flags(options):
     if options.false_alarm_rate is not None and options.false_discovery_rate is not None:
         raise UserError("--false_alarm_rate and --false_discovery_rate are two ways to flag; leave one out")
     if options.fail_on_outlier and place()[2] > 1:
-        again = shell("python", "predict.py", "--output", options.output, "--fail_on_outlier")
         raise UserError(
             f"--fail_on_outlier cannot exit with {EXIT_OUTLIER} under torchrun, which has exit codes of its own; leave "
-            f"it out, and ask afterwards by {again}"
+            "it out here, and give it to predict.py by itself afterwards, with the same rate and --output alone"
         )
     if (options.detector is None) != (options.images is None):
         missing = "images" if options.images is None else "detector"

@@ -114,21 +114,20 @@ class Bench:
         found = []
         with self._bar(work.values()) as bar:
             for label in order:
-                before = bar.n
+                before, missing = bar.n, work.get(label, _Work()).missing
                 bar.set_postfix_str(label)
                 made = self._made(label, chosen[label], costs[label], bar.update)
-                bar.total += (
-                    bar.n - before - work.get(label, _Work()).missing
-                )  # what a fault left out is not waited for
-                hopeless = all(len(one.faults) == len(self.sets.foreign) for one in made)
-                if label not in lacking and any(one.faults for one in made) and not (hopeless and len(chosen) == 1):
-                    bar.clear()  # so that the warning has its own line
-                    for one in made:
-                        self._tell(one)
+                bar.total += bar.n - before - missing  # what a fault left out is not waited for
                 found += made
-        if all(len(one.faults) == len(self.sets.foreign) for one in found):
+                if label not in lacking and not (len(chosen) == 1 and self._all_fail(made)):
+                    self._tell(made, bar)
+        if self._all_fail(found):
             raise UserError(f"no method could be scored: {next(iter(found[0].faults.values()))}")
         return found
+
+    def _all_fail(self, candidates):
+        """Whether none of them has scores of any set."""
+        return all(len(one.faults) == len(self.sets.foreign) for one in candidates)
 
     def _lacking(self, chosen):
         """The labels of the methods for which there are too few images to learn from; names them.
@@ -201,12 +200,14 @@ class Bench:
         statistics = measure(self.sets.fit)
         return self._agreed(lambda: method.fit_statistics(statistics).score_statistics(statistics))
 
-    def _tell(self, one):
-        """Warns of what a candidate lacks."""
-        for reason in dict.fromkeys(one.faults.values()):
-            names = [name for name, other in one.faults.items() if other == reason]
-            where = "" if len(names) == len(self.sets.foreign) else f" on {', '.join(names)}"
-            warn(f"{one.label} is left out{where}: {reason}")
+    def _tell(self, candidates, bar):
+        """Warns of what candidates lack, on lines of their own."""
+        for one in candidates:
+            for reason in dict.fromkeys(one.faults.values()):
+                names = [name for name, other in one.faults.items() if other == reason]
+                where = "" if len(names) == len(self.sets.foreign) else f" on {', '.join(names)}"
+                bar.clear()
+                warn(f"{one.label} is left out{where}: {reason}")
 
     # ---------------------------------------------------------------------------------------------- statistics
 

@@ -235,7 +235,7 @@ def test_settings_arrive():
         ("lmd:lift=noise:num_blocks=4", "lmd: num_blocks has no effect with the lift 'noise'; leave it out"),
         ("lmd:lift=noise:mask_type=center", "lmd: mask_type has no effect with the lift 'noise', with which no pixel"),
         ("lmd:reps=1:reps=2", "'lmd:reps=1:reps=2': reps is given twice; leave one out"),
-        ("lmd:metrics=[MSE,mse]", "metrics names one twice, [MSE,mse]; leave one out"),
+        ("lmd:metrics=[MSE,mse]", r"metrics names one twice, \[MSE,mse\]; leave one out"),
         ("lmd:sampler=published:lift=both", "the lift 'both' is not of the published sampler"),
         ("brightness:power=[1,2]", r"power is a number, not \[1,2\]"),
         ("brightness:power=1e999", "power is one number or word, not Infinity"),
