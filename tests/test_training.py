@@ -486,7 +486,7 @@ def test_what_cannot_be_compiled_is_told_before_the_first_step(tree, whole, tmp_
     tiny.train(tree, tmp_path / "auto")
     assert laid_out == [(), (True,), "matched", (False,), "matched"], "of what is not compiled in the end"
     assert "cannot be compiled here (no C++ compiler found); going on without" in capsys.readouterr().err
-    several = types.SimpleNamespace(world_size=2, together=contextlib.nullcontext, any=bool)
+    several = types.SimpleNamespace(rank=0, world_size=2, together=contextlib.nullcontext, any=bool)
     several.unshared = lambda net: contextlib.nullcontext()
     trainer = training.Trainer(tree, tmp_path / "several", tiny.CPU, "./data")
     trainer.state.precision, trainer.ranks = "fp32", several
