@@ -10,7 +10,7 @@ from basics.console import UserError
 from basics.image_sets import SAMPLED, InMemory, OnDemand, content_digest
 from basics.images import array_headers, array_names, first_line, on_white, read_array, upright
 from basics.pixels import crop_all, resize_bilinear, to_grey
-from basics.preparation import spread
+from basics.preparation import SMALL, spread
 
 IN_MEMORY = "images in memory are (N, H, W), (N, 1 or 3, H, W) or (N, H, W, 1 or 3) uint8"
 
@@ -29,7 +29,7 @@ def load_array_file(name, path, array_name, preparation):
     """
     values = _read(path, array_name)  # (N, H, W) or (N, H, W, C), uint8 or bool
     rows = preparation.choose(name, len(values))
-    like_mnist = values.shape[1:] in ((28, 28), (28, 28, 1))
+    like_mnist = values.shape[1:] in ((SMALL, SMALL), (SMALL, SMALL, 1))
     opaque = values.shape[3:] != (4,)
     fits = preparation.fits_in_memory(len(rows))
     if like_mnist or (values.shape[1:3] == preparation.shape[1:] and opaque and fits):
@@ -59,7 +59,8 @@ def load_memory(name, stored, preparation):
     if grey and (stored.shape[2] == 3 or (len(stored) == 3 and preparation.num_channels == 3)):
         raise UserError(f"images of shape {tuple(stored.shape)} may be one in colour; give (1, 3, H, W) for that")
     planes = stored[:, None] if grey else stored
-    if planes.shape[2] == planes.shape[3] and planes.shape[2] in (28, preparation.image_size):
+    like_mnist = planes.shape[1:] == (1, SMALL, SMALL)
+    if like_mnist or planes.shape[2:] == preparation.shape[1:]:
         return load_small_images(name, planes, preparation)  # as an array file of that size
     rows = planes.permute(0, 2, 3, 1).squeeze(3).contiguous().numpy()  # (N, H, W) or (N, H, W, 3)
     return load_pictures(name, [Image.fromarray(row) for row in rows], preparation)

@@ -14,6 +14,8 @@ from basics.image_lists import say_once
 from basics.images import decode
 from basics.pixels import crop, cut_centre, resize_bilinear
 
+SMALL = 28  # pixels an edge of MNIST and its kin, which torchvision's resize makes larger
+
 
 @dataclasses.dataclass(frozen=True)
 class Preparation:
@@ -76,8 +78,9 @@ class Preparation:
         return made
 
     def pixels(self, picture):
-        """A PIL image as (C, H, W) uint8."""
-        size = self.reduced_to or self.image_size
+        """A PIL image as (C, H, W) uint8; a user's own of 28x28 is resized as an array of that size, bilinearly."""
+        small = self.own and picture.size == (SMALL, SMALL)
+        size = self.reduced_to or (SMALL if small else self.image_size)
         if self.center_crop:
             picture = crop(picture, size)
         else:

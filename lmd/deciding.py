@@ -100,7 +100,7 @@ def decide(rule):
     write_csv(output / SKIPPED, ["file", "reason"], description["skipped"])
     write_summary(output, _summary(rule, rate, flagged, description, sentences))
     if (output / "maps").exists() and not rule.maps:
-        say(f"{output / 'maps'}: removed, since it was of another decision; --maps makes those of this one")
+        say(f"{output / 'maps'}: removed, since it may be of another decision; --maps makes those of this one")
     shutil.rmtree(output / "maps", ignore_errors=True)
     if rule.maps:
         _write_maps(output / "maps", arrays, flagged, description["files"])

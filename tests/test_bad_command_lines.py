@@ -42,6 +42,7 @@ LONG = "n" * 300
 SMALL = ROOT / "tests" / "golden" / "results_small"
 
 ROWS = {
+    "two seeds": ([*TRAIN, CONFIG, "--seed=1", "--config.seed=2"], r"error: --seed and --config.seed say the same"),
     # config files
     "syntax": ([*TRAIN, "--config=syntax.py"], r"the config syntax\.py fails with SyntaxError in line 1: .*correct it"),
     "raises": ([*TRAIN, "--config=raises.py"], r"raises\.py fails with ValueError in line 5: math domain error; corr"),

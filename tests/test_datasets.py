@@ -321,6 +321,32 @@ def test_arrays_of_28x28_are_treated_as_mnist_is(shape, tmp_path):
         assert torch.equal(read_all(packed), read_all(load("MNIST", data_root=tmp_path, image_size=size)))
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("center_crop", [True, False])
+def test_pictures_of_28x28_are_the_same_in_whatever_form_they_come(channels, mode, center_crop, tmp_path):
+    """As files, in memory and in arrays, or scores of one form could not be judged by those of another."""
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 256, (5, 28, 28, 3)[: 3 if mode == "L" else 4], dtype=np.uint8)
+    pictures = [Image.fromarray(each) for each in values]
+    (tmp_path / "files").mkdir()
+    for number, picture in enumerate(pictures):
+        picture.save(tmp_path / "files" / f"{number}.png")
+    np.savez(tmp_path / "array.npz", images=values)
+    for size in (32, 28, 40, 20):
+        options = {"image_size": size, "num_channels": channels, "center_crop": center_crop}
+        forms = [tmp_path / "files", tmp_path / "array.npz", values, torch.from_numpy(values), pictures]
+        first, *others = [read_all(datasets.load_any(form, **options)) for form in forms]
+        for other in others:
+            assert torch.equal(other, first)
+    grey = read_all(
+        datasets.load_any(np.stack([np.array(p.convert("L")) for p in pictures]), image_size=32, num_channels=1)
+    )
+    if channels == 1:
+        options = {"image_size": 32, "num_channels": 1, "center_crop": center_crop}
+        assert torch.equal(read_all(datasets.load_any(tmp_path / "files", **options)), grey)
+
+
 # -------------------------------------------------------------------------------------------------- named sets of files
 
 FILE_SETS = {"CELEBA": "CelebA", "celebahq": "CelebAHQ", "FFHQ": "FFHQ", "ImageNet": "ImageNet", "LSUN": "LSUN_tower"}
