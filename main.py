@@ -36,10 +36,9 @@ def define_flags():
 
 def main(_):
     config = FLAGS.config
-    for name in ("seed", "device"):
-        if FLAGS[name].present and name in typed(FLAGS["config"]):
-            raise UserError(f"--{name} and --config.{name} say the same; leave one out")
     if FLAGS.seed is not None:
+        if "seed" in typed(FLAGS["config"]):
+            raise UserError("--seed and --config.seed say the same; leave one out")
         check_value("--seed", FLAGS.seed, SEED)
         config.seed = FLAGS.seed
     check(config)

@@ -69,13 +69,11 @@ def main(argv):
     from lmd.deciding import Rule, decide_again
 
     rule = Rule(FLAGS.output, FLAGS.false_alarm_rate, FLAGS.false_discovery_rate, FLAGS.maps)
-    if FLAGS.detector is None:
-        return _code(decide_again(rule)) if speaks() else 0  # of several processes one decides
-    return _code(_measure(rule, FLAGS))
-
-
-def _code(flagged):
-    """The exit code where so many images are flagged."""
+    flagged = 0
+    if FLAGS.detector is not None:
+        flagged = _measure(rule, FLAGS)
+    elif speaks():  # of several processes one decides
+        flagged = decide_again(rule)
     return EXIT_OUTLIER if flagged and FLAGS.fail_on_outlier else 0
 
 

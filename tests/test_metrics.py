@@ -292,7 +292,7 @@ def test_lpips_without_network_says_where_the_file_goes(hub, name):
     trunk = TRUNKS[name][0].trunk
     with pytest.raises(UserError) as error:
         metrics.create(name, CPU)
-    for part in (f"{name} needs the {trunk.title} weights", hub / trunk.file, trunk.url, "MSE,SSIM", "no network"):
+    for part in (f"{name} needs the {trunk.title} weights", hub / trunk.file, trunk.url, "MSE and SSIM", "no network"):
         assert str(part) in str(error.value)
     assert list(hub.iterdir()) == []
 
