@@ -92,7 +92,8 @@ def load(
         num_channels: 3, or 1 for grey (ITU-R 601-2 luma, as Pillow's mode L).
         data_root: where named sets lie; torchvision's are downloaded to it on demand, for the others see `_find`.
         center_crop: False resizes files and arrays bicubically to image_size x image_size, whatever their proportions,
-            instead of the crop (and of a named set's own cut); as published.
+            instead of the crop (and of a named set's own cut); as published.  A user's own of 28x28 pixels are
+            resized bilinearly either way, as MNIST's are.
         max_images: take only so many usable images, evenly spread.
         workers: decoding threads, by default one a processor up to 32; the images do not depend on it.
         category: of a set that has categories, where `source` names none.

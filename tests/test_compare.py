@@ -243,6 +243,7 @@ def test_settings_arrive():
         ("ddpm_ood:smallest=0.05", "smallest is 0.05; it must be above 0.05"),
         ("projection_regret:ratio_b=0.01", "ratio_b is 0.01; it must be above 0.05"),
         ("denoising_loss:fraction=1", "fraction is 1; it must be above 0 and below 1"),
+        ("denoising_loss:levels=1", "levels is 1; it must be a whole number of 2 at least"),
         ("diffpath:steps=1", "steps is 1; it must be a whole number of 2 at least"),
         ("scoped:ratios=[1,0]", "ratios is 0; it must be above 0"),
         ("ufcod:references=5", "references are 5; they must be as many as the 10 neighbours"),
