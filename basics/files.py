@@ -174,8 +174,9 @@ def check_writable(folder):
     there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     trial = there / _temporary()
     try:
-        trial.mkdir()
-        trial.rmdir()
+        with contextlib.ExitStack() as after, trial.open("xb") as file:
+            after.callback(trial.unlink)
+            file.write(bytes(4096))  # a full disk takes a name, but no content
     except OSError as error:
         raise _not_writable(folder, error) from error
 

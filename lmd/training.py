@@ -33,7 +33,7 @@ from lmd.numbering import Numbering, newest
 from lmd.training_log import Log, Pace
 from models import inference
 from models.score import ScoreModel
-from storage.checkpoints import check_data, restore_state, write_checkpoint
+from storage.checkpoints import check_data, check_start, restore_state, write_checkpoint
 
 META_CHECKPOINT = Path("checkpoints-meta") / "checkpoint.pth"
 AGREE_EVERY = 10  # steps between two questions whether a rank was interrupted
@@ -74,7 +74,8 @@ class Trainer:
         self.loss = losses.create_loss(config, self.sde)
         self.state = losses.create_state(config, net)
         self.numbering = Numbering(self.workdir / "checkpoints", config.training)
-        self.trained_on = None  # what the checkpoints say of the training images, see `checkpoints.write_checkpoint`
+        # what the checkpoints in the work folder say of the training images (`checkpoints.write_checkpoint`), and which
+        self.trained_on, self.found = None, self.workdir / META_CHECKPOINT
 
     def images(self, split, check=True):
         """The config's images to train on ('train') or to measure the loss on ('test').
@@ -275,13 +276,13 @@ class Trainer:
         return path.is_file()
 
     def check_images(self, images):
-        """Notes the training images for the checkpoints; refuses others than the checkpoint resumed from names."""
+        """Notes the training images for the checkpoints; refuses others than the checkpoint that was found names."""
         here = {
             "fingerprint": images.fingerprint,
             "images": len(images),
             "source": str(self.config.data.dataset),
         }
-        check_data(self.workdir / META_CHECKPOINT, self.trained_on, here)
+        check_data(self.found, self.trained_on, here)
         self.trained_on = here
 
 
@@ -335,12 +336,10 @@ def train(config, workdir, device, data_root, workers=None, ranks=ALONE):
     found, resumed = _stamp(trainer), trainer.resume()
     first, last = trainer.state.step, config.training.n_iters
     ranks.check_same(first, "checkpoints")
-    if not resumed and ranks.is_main:
-        _warn_of_a_new_start(trainer)
-        _warn_of_a_low_rate(config)
+    if not resumed:
+        ranks.on_main(lambda: _start_anew(trainer))
     if first > last and not ranks.on_main(lambda: _lacks_samples(trainer)):
-        of = f" of {last}" if first == last + 1 else f", beyond config.training.n_iters={last}"
-        say(f"already trained: {trainer.workdir / META_CHECKPOINT} is at step {first - 1}{of}")
+        ranks.on_main(lambda: _tell_finished(trainer))
         return
     ranks.on_main(lambda: files.check_writable(trainer.workdir))  # before the images are read
     if config.training.snapshot_sampling:
@@ -353,10 +352,25 @@ def train(config, workdir, device, data_root, workers=None, ranks=ALONE):
     say(f"trained: checkpoints are in {trainer.workdir / 'checkpoints'}, the log in {trainer.workdir / 'stdout.txt'}")
 
 
-def _warn_of_a_new_start(trainer):
-    """Tells of numbered checkpoints that training does not go on from, for want of the meta checkpoint."""
+def _tell_finished(trainer):
+    """Tells that the last step is done; refuses images from elsewhere that are not those of the checkpoint."""
+    first, last, theirs = trainer.state.step, trainer.config.training.n_iters, trainer.trained_on
+    if theirs is not None and theirs["source"] != trainer.config.data.dataset:
+        trainer.check_images(trainer.batches("train").images)
+    of = f" of {last}" if first == last + 1 else f", beyond config.training.n_iters={last}"
+    on = "" if theirs is None else f", trained on {counted(theirs['images'], 'image')} of {theirs['source']}"
+    say(f"already trained: {trainer.workdir / META_CHECKPOINT} is at step {first - 1}{of}{on}")
+
+
+def _start_anew(trainer):
+    """Tells of numbered checkpoints that training does not go on from, for want of the meta checkpoint.
+
+    Those of another training are refused: the new one would replace some and leave others.
+    """
+    _warn_of_a_low_rate(trainer.config)
     if found := newest(trainer.workdir / "checkpoints"):
         (path, step), meta = found, trainer.workdir / META_CHECKPOINT
+        trainer.found, trainer.trained_on = path, check_start(path, to_dict(trainer.config), trainer.config.seed)
         warn(
             f"there is no {meta}, so training starts anew at step 0; to go on after step {step} instead, stop this "
             f"run, copy {path} to {meta}, and run the same command again"
@@ -423,7 +437,7 @@ def _train(trainer, train_batches, resumed):
                     pace.steps += 1
                     _after_step(trainer, log, test_batches, step, value, pace)
                     if _all_stop(ranks, interrupted, step):
-                        ranks.on_main(lambda: trainer.save(META_CHECKPOINT))
+                        ranks.on_main(lambda: _save_and_tell(trainer, log))
                         raise Terminated if signal.SIGTERM in interrupted else KeyboardInterrupt
     finally:
         bar.close()
@@ -431,6 +445,11 @@ def _train(trainer, train_batches, resumed):
             if count := len(train_batches.images.skipped):
                 log.line(f"images left out because they could not be used: {count}")
             log.close()
+
+
+def _save_and_tell(trainer, log):
+    trainer.save(META_CHECKPOINT)
+    log.line(f"stopped: step {trainer.state.step - 1} is saved in {trainer.workdir / META_CHECKPOINT}")
 
 
 @contextlib.contextmanager
@@ -505,17 +524,19 @@ def _after_step(trainer, log, test_batches, step, part, pace):
         pace: the `Pace`, which goes on to count after it.
     """
     ranks, due, value = trainer.ranks, _due(trainer.config.training, step), None
-    if due - {"evaluate"}:
+    if due:  # reading it waits for the step, so that what follows is not counted as its time
         value = ranks.mean(part.item())
         if not math.isfinite(value):
             raise UserError(f"the loss is {value} at step {step}: {trainer.diverged()}")
-    if due:
+        pace.pause()
         with ranks.together():
             if ranks.is_main:
                 if "log" in due:
                     log.scalar("training_loss", value, step, pace)
                 _write_due(trainer, log, test_batches, step, due)
-        pace.restart()
+        if "log" in due:
+            pace.restart()
+        pace.go_on()
 
 
 def _write_due(trainer, log, test_batches, step, due):

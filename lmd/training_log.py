@@ -1,5 +1,6 @@
 """What training tells as it goes: lines in the console and in `stdout.txt`, scalars in TensorBoard, and its pace."""
 
+import os
 import time
 
 from torch.utils.tensorboard import SummaryWriter
@@ -12,9 +13,10 @@ class Log:
     """Lines to the console and `stdout.txt`, scalars also to TensorBoard."""
 
     def __init__(self, workdir, first_step):
-
+        self._path = workdir / "stdout.txt"
         try:
-            self.file = files.open_own(workdir / "stdout.txt")
+            self.file = files.open_own(self._path)
+            _end_line(self.file)
             self.writer = SummaryWriter(workdir / "tensorboard", purge_step=first_step or None)
         except UnicodeEncodeError:
             self.writer = None
@@ -26,7 +28,11 @@ class Log:
         """Writes a line with the time of day."""
         stamped = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}"
         log(stamped)
-        print(printable(stamped), file=self.file, flush=True)
+        try:
+            print(printable(stamped), file=self.file, flush=True)
+        except OSError as error:
+            error.filename = self._path  # writing does not tell it
+            raise
 
     def scalar(self, name, value, step, *notes):
         """Writes `step: N, name: value`, and the notes behind it."""
@@ -41,26 +47,43 @@ class Log:
         self.file.close()
 
 
+def _end_line(file):
+    """Ends the last line of a text file open for appending, which a full disk may have cut off."""
+    size = os.fstat(file.fileno()).st_size
+    if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
+        print(file=file, flush=True)
+
+
 class Pace:
-    """How fast training goes, since it was last measured or interrupted by other work.
+    """How fast training goes, other work between the steps not counted.
 
     Args:
         batches: the `TrainingBatches`.
         batch_size: images of a step, of all ranks together.
 
     Attributes:
-        steps: done since then, to be counted by the caller.
+        steps: done since the start, to be counted by the caller.
     """
 
     def __init__(self, batches, batch_size):
         self.batches, self.batch_size = batches, batch_size
         self.restart()
+        self.go_on()
 
     def restart(self):
+        """Forgets what was measured."""
+        self.steps, self.seconds, self.waited = 0, 0.0, 0.0
+
+    def go_on(self):
         """From here on it is measured."""
-        self.steps, self.begun, self.waited = 0, time.perf_counter(), self.batches.waited
+        self._since = time.perf_counter(), self.batches.waited
+
+    def pause(self):
+        """Here other work begins, until `go_on`."""
+        begun, waited = self._since
+        self.seconds += time.perf_counter() - begun
+        self.waited += self.batches.waited - waited
 
     def __str__(self):
-        seconds = time.perf_counter() - self.begun
-        share = percent(round((self.batches.waited - self.waited) / seconds, 2))
-        return f"{self.steps * self.batch_size / seconds:,.1f} images/s, {share} of the time waiting for data"
+        rate, share = self.steps * self.batch_size / self.seconds, percent(round(self.waited / self.seconds, 2))
+        return f"{rate:,.1f} images/s, {share} of the time waiting for data"

@@ -97,11 +97,7 @@ def restore_state(path, state, config, seed):
     checkpoint = read_checkpoint(path)
     if "optimizer" not in checkpoint or checkpoint["ema"] is None:
         raise UserError(f"{path} lacks the optimizer's state, so training cannot continue from it; choose another")
-    their_seed = checkpoint.get("randomness", {}).get("seed", seed)
-    if their_seed != seed:
-        raise UserError(f"{path} was trained with seed {their_seed}, not {seed}; use --config.seed={their_seed}")
-    _check_config(path, checkpoint.get("config"), config, "continue with its own, or start anew in another --workdir")
-    changes = _check_shaping(path, checkpoint.get("config"), config)
+    changes = _check_run(path, checkpoint, config, seed)
     before, now = checkpoint.get("precision", state.precision), state.precision
     if now is not None and before != now:  # the config may be the same: 'auto' depends on the device
         changes.append(f"computed in {before} before, in {now} now")
@@ -340,12 +336,26 @@ def _check_sizes(config):
                 check_value(f"config.{section}.{name}", value, FIELDS[section][name])
 
 
+def check_start(path, config, seed):
+    """Refuses to start anew beside a checkpoint of another training; arguments as `write_checkpoint`.
+
+    Returns:
+        dict: what that was trained on, see `write_checkpoint`; None where it does not say.
+
+    Raises:
+        UserError: as `read_checkpoint`, or it is of another network, config or seed.
+    """
+    checkpoint = read_checkpoint(path, lazily=True)
+    _check_run(path, checkpoint, config, seed)
+    return checkpoint.get("data")
+
+
 def check_data(path, theirs, mine):
-    """Refuses to continue a run on other images than it was trained on.
+    """Refuses to continue a run, or to start anew beside it, on other images than it was trained on.
 
     Args:
         path: the checkpoint.
-        theirs: what `restore_state` returned.
+        theirs: what `restore_state` or `check_start` returned.
         mine: the same of the images at hand, see `write_checkpoint`.
 
     Raises:
@@ -383,6 +393,16 @@ def data_of(path):
     """What a checkpoint says of its training images, see `write_checkpoint`; None where it does not."""
     read = lambda path: tensor_files.read_torch(path, lazily=True)
     return read_or_refuse(path, "checkpoint", read, "copy it again").get("data")
+
+
+def _check_run(path, checkpoint, config, seed):
+    """The settings that differ from a checkpoint's and may; refuses a seed, config or settings of another training."""
+    their_seed = checkpoint.get("randomness", {}).get("seed", seed)
+    if their_seed != seed:
+        remedy = f"use --config.seed={their_seed}, or start anew in another --workdir"
+        raise UserError(f"{path} was trained with seed {their_seed}, not {seed}; {remedy}")
+    _check_config(path, checkpoint.get("config"), config, "continue with its own, or start anew in another --workdir")
+    return _check_shaping(path, checkpoint.get("config"), config)
 
 
 def _check_config(path, theirs, mine, remedy="leave --config and its values out: the checkpoint's own is used then"):

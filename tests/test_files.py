@@ -1,5 +1,6 @@
 """Files are whole or not there, and a folder has one run that writes to it."""
 
+import contextlib
 import errno
 import json
 import os
@@ -67,17 +68,23 @@ def test_a_failing_write_leaves_the_old_file_alone(step, name, tmp_path, monkeyp
     assert listing(tmp_path) == ["file"]
 
 
-def test_a_write_that_the_system_refuses_midway(tmp_path):
-    """A limit on the size of files: the kernel itself takes the first part and refuses the rest."""
-    path = tmp_path / "file"
-    files.write_bytes(path, b"old")
+@contextlib.contextmanager
+def no_larger_than(size):
+    """Within it the system refuses to write beyond so many bytes of a file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
-        with pytest.raises(UserError, match="cannot write"):
-            files.write_bytes(path, bytes(5000))
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_write_that_the_system_refuses_midway(tmp_path):
+    """The kernel itself takes the first part and refuses the rest."""
+    path = tmp_path / "file"
+    files.write_bytes(path, b"old")
+    with no_larger_than(1000), pytest.raises(UserError, match="cannot write"):
+        files.write_bytes(path, bytes(5000))
     assert path.read_bytes() == b"old"
     assert listing(tmp_path) == ["file"]
 
@@ -226,6 +233,13 @@ def test_trying_a_folder_out_leaves_nothing(tmp_path):
     for folder in tmp_path / "file", tmp_path / "file" / "a" / "b":
         with pytest.raises(UserError, match=rf"^cannot write to {folder}: Not a directory; a file stands where"):
             files.check_writable(folder)
+
+
+def test_a_folder_that_takes_names_but_no_content_is_found_out(tmp_path):
+    """As on a full disk; here by a limit on the size of files."""
+    with no_larger_than(1000), pytest.raises(UserError, match=rf"^cannot write to {tmp_path}: File too large; "):
+        files.check_writable(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_owned(tmp_path):

@@ -192,7 +192,9 @@ def heeded():
 def test_ctrl_c_and_sigterm_lose_nothing(number, tree, whole, tmp_path, monkeypatch, capsys):
     interrupting(7, [number], monkeypatch)
     assert guard(lambda _: tiny.train(tree, tmp_path), None) == SIGNALS[number]
-    assert "the same command continues where this run stopped" in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert "the same command continues where this run stopped" in err
+    assert f"stopped: step 7 is saved in {tmp_path / META}\n" in out
     assert read_checkpoint(tmp_path / META)["step"] == 8  # step 7 was finished, and saved though not due
     monkeypatch.undo()
     tiny.train(tree, tmp_path)
@@ -240,7 +242,8 @@ def test_a_finished_run_says_so_and_changes_nothing(deleted, steps, told, tree, 
     tree.training.n_iters = steps
     tiny.train(tree, workdir)
     *_, line = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(rf"already trained: .*checkpoint\.pth is at step 12{told}", line)
+    on = f", trained on {IMAGES} images of {tree.data.dataset}"
+    assert re.fullmatch(rf"already trained: .*checkpoint\.pth is at step 12{told}{on}", line)
     assert tiny.snapshot(workdir) == before
 
 
@@ -318,6 +321,39 @@ def test_without_the_meta_checkpoint_training_starts_anew_and_says_how_to_go_on(
     assert " resuming at step 13: " in out
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("data__dataset", "others", f"was trained on other images .{IMAGES} of "),
+        ("seed", 1, "was trained with seed 42, not 1"),
+        ("model__nf", 64, "was trained with another config"),
+        ("training__batch_size", 2, "was trained with other settings"),
+    ],
+)
+def test_no_training_starts_anew_beside_checkpoints_of_another(field, value, message, tree, whole, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(whole / "checkpoints", workdir / "checkpoints")
+    before = tiny.snapshot(workdir)
+    if value == "others":
+        value = str(tiny.write_pictures(tmp_path / "others.npz", IMAGES, seed=1))
+    section, _, name = field.rpartition("__")
+    setattr(tree[section] if section else tree, name, value)
+    with pytest.raises(UserError, match=rf"checkpoint_2\.pth {message}.* --workdir"):
+        tiny.train(tree, workdir)
+    assert tiny.snapshot(workdir) == before
+
+
+def test_a_finished_run_is_not_taken_for_one_of_other_images(tree, whole, data, tmp_path, capsys):
+    before = tiny.snapshot(whole)
+    tree.data.dataset = str(shutil.copy(data, tmp_path / "the same.npz"))
+    tiny.train(tree, whole)
+    assert "already trained: " in capsys.readouterr().out
+    tree.data.dataset = str(tiny.write_pictures(tmp_path / "others.npz", IMAGES, seed=1))
+    with pytest.raises(UserError, match=r"checkpoint\.pth was trained on other images"):
+        tiny.train(tree, whole)
+    assert tiny.snapshot(whole) == before
+
+
 # ---------------------------------------------------------------------------------------------- what is written
 
 
@@ -357,20 +393,34 @@ def test_log(whole):
     assert sum("samples of step" in line for line in lines) == 3
 
 
-def test_the_pace_is_that_since_the_last_pause(monkeypatch):
+def test_the_pace_is_of_the_steps_alone(monkeypatch):
     clock, batches = [100.0], types.SimpleNamespace(waited=7.0)
     monkeypatch.setattr(training_log.time, "perf_counter", lambda: clock[0])
     pace = training_log.Pace(batches, 128)
-    for steps, seconds, waited, expected in (
-        (50, 2.0, 0.5, "3,200.0 images/s, 25 %"),
-        (1, 64.0, 0.0, "2.0 images/s, 0 %"),
+    for steps, seconds, waited, expected, told in (
+        (50, 2.0, 0.5, "3,200.0 images/s, 25 %", False),
+        (14, 2.0, 0.5, "2,048.0 images/s, 25 %", True),  # with those before
+        (1, 64.0, 0.0, "2.0 images/s, 0 %", True),
     ):
         pace.steps += steps
         clock[0] += seconds
         batches.waited += waited
+        pace.pause()
         assert str(pace) == f"{expected} of the time waiting for data"
-        clock[0] += 1000  # a pause
-        pace.restart()
+        clock[0] += 1000
+        batches.waited += 100
+        if told:
+            pace.restart()
+        pace.go_on()
+
+
+def test_a_line_that_a_full_disk_cut_off_ends_before_the_next(tmp_path):
+    (tmp_path / "stdout.txt").write_text("2026-01-01 00:00:00 step: 1, training_l")
+    log = training_log.Log(tmp_path, 0)
+    log.line("starting")
+    log.close()
+    first, second = (tmp_path / "stdout.txt").read_text().splitlines()
+    assert (first[-10:], second[-8:]) == ("training_l", "starting")
 
 
 def test_tensorboard(whole):
@@ -667,7 +717,8 @@ def test_a_log_on_a_full_disk(tree, tmp_path, monkeypatch, capsys):
         guard(lambda _: tiny.train(tree, tmp_path), None)
     assert exit_.value.code == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert errors == ["error: No space left on device: while writing; free some space, then run the same command again"]
+    told = f"No space left on device: {tmp_path / 'stdout.txt'}; free some space, then run the same command again"
+    assert errors == [f"error: {told}"]
 
 
 @pytest.mark.parametrize("name", ["stdout.txt", files.MARK])
