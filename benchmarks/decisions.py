@@ -31,8 +31,9 @@ import models
 from basics import noise
 from basics.console import guard
 from basics.machine import choose_device, keep_freed_memory
+from benchmarks import machine
 from benchmarks.detect_memory import measure
-from benchmarks.machine import load_config
+from command_line import read_config
 from configs.base import to_dict
 from lmd import calibration, methods, predicting
 from lmd.deciding import Rule
@@ -52,11 +53,11 @@ def main():
     parser.add_argument("--parts", default="guarantee,patches,speed,methods,memory", help=", ".join(PARTS))
     parser.add_argument("--data_root", default="data", help="where Fashion-MNIST lies")
     parser.add_argument("--method", default="combined")
-    parser.add_argument("--calibration", type=int, default=1000, help="images that give p-values, and as many to fit")
-    parser.add_argument("--others", type=int, default=5000, help="guarantee: other in-domain images")
-    parser.add_argument("--patched", type=int, default=200, help="patches: images of each kind")
-    parser.add_argument("--images", type=int, default=2000, help="speed, methods: images")
-    parser.add_argument("--turns", type=int, default=3, help="speed: how often each is timed")
+    parser.add_argument("--calibration", type=machine.count, default=1000, help="images for p-values, as many to fit")
+    parser.add_argument("--others", type=machine.count, default=5000, help="guarantee: other in-domain images")
+    parser.add_argument("--patched", type=machine.count, default=200, help="patches: images of each kind")
+    parser.add_argument("--images", type=machine.count, default=2000, help="speed, methods: images")
+    parser.add_argument("--turns", type=machine.count, default=3, help="speed: how often each is timed")
     parser.add_argument("--sizes", default="1000,20000", help="memory: images of each folder")
     options = parser.parse_args()
     if choose_device("auto").type == "cpu":
@@ -187,7 +188,7 @@ def cheap_methods(options):
 
 def memory(options):
     """Prints the peak memory of predict.py for each number of images, with a network of next to no cost."""
-    config = load_config(CONFIG)
+    config = read_config(CONFIG)
     config.model.update({"nf": 32, "ch_mult": (1,), "num_res_blocks": 1, "attn_resolutions": ()})
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:

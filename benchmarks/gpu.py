@@ -31,6 +31,7 @@ import torch
 from basics import files
 from basics.console import UserError, guard
 from benchmarks import levers, machine, plain, speed
+from command_line import read_config
 from models import create_model, inference, layers
 
 ROWS = "rows.jsonl"
@@ -125,7 +126,7 @@ def evaluation(precision, prepare, config_name, size, bench, trial):
         config_name, size: the field of `bench` that says the config, and the one that says how many images.
         bench, trial: as for all.
     """
-    config, device = machine.load_config(getattr(bench, config_name)), bench.clock.device
+    config, device = read_config(getattr(bench, config_name)), bench.clock.device
     x = speed.images(config, getattr(bench, size)).to(device)
     labels, net = torch.full((1,), 400.0, device=device), _network(config)
     exact = inference.prepare(copy.deepcopy(net), device, "fp32")
@@ -183,7 +184,7 @@ def _tuned(net, config, device):
 
 def fast(bench, trial):
     """The whole of --sampler fast for a batch; images are evaluations here."""
-    config = machine.load_config(bench.small)
+    config = read_config(bench.small)
     x = speed.images(config, bench.evaluations).to(bench.clock.device)
     model = speed.score_model(config, bench.clock.device, trial.version)
     evaluations = speed.amounts("fast", None, config)[1]
@@ -194,7 +195,7 @@ def fast(bench, trial):
 def training(precision, build, bench, trial):
     """A step; `build(config, x)` gives the function that is timed."""
     inference.resolve(precision, bench.clock.device)  # refuses what the device does not have
-    config = machine.load_config(bench.large)
+    config = read_config(bench.large)
     x = speed.images(config, bench.training).to(bench.clock.device)
     with inference.arithmetic(precision):
         return bench.row(build(config, x), len(x), speed.operations(config, True), precision)

@@ -1,12 +1,11 @@
 """The machine's clock and matrix rate, counted operations, alternatives timed in turns, and tables of what came out."""
 
+import argparse
 import hashlib
-import importlib.util
 import multiprocessing
 import platform
 import resource
 import time
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -185,12 +184,15 @@ def _width(column):
     return max(len(column), {"part": 14, "version": 18, "spread": 13, "method": 12}.get(column, 7))
 
 
-def load_config(path):
-    """The config tree of a config file."""
-    spec = importlib.util.spec_from_file_location("config", Path(path))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
+def count(text):
+    """A whole number from 1 on, as the type of an argument.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number from 1 on")
+    return int(text)
 
 
 def digest(tensor):

@@ -18,6 +18,7 @@ from basics.console import guard
 from basics.machine import choose_device, keep_freed_memory
 from benchmarks import machine
 from benchmarks.quality_vs_cost import BATCH, MASK, SETTINGS, Setting, auc, measure_batch
+from command_line import read_config
 from lmd import reconstruction, trained_model
 from lmd.process import PRESETS, preset
 from models import inference
@@ -30,7 +31,7 @@ def main():
     parser.add_argument("--ckpt_path", default="pretrained/fashion_mnist_small.safetensors")
     parser.add_argument("--in_domain", default="demo/fashion_mnist.npz")
     parser.add_argument("--out_of_domain", default="demo/mnist.npz")
-    parser.add_argument("--images", type=int, default=256, help="of either side")
+    parser.add_argument("--images", type=machine.count, default=256, help="of either side")
     parser.add_argument("--setting", default="fast", choices=[*PRESETS, *SETTINGS])
     parser.add_argument("--metric", default="MSE,SSIM")
     parser.add_argument("--compile", action="store_true")
@@ -58,7 +59,7 @@ def main():
 
 def scores_of(options, names, device, precision):
     """{metric: {side: (N,)}}, the medians over the repetitions."""
-    config = machine.load_config(options.config)
+    config = read_config(options.config)
     if options.setting in PRESETS:
         values, reps = preset(options.setting, config)
         setting = Setting(reps, values)

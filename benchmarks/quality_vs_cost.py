@@ -41,7 +41,7 @@ from basics.console import UserError, choose, guard, say
 from basics.machine import choose_device, keep_freed_memory
 from basics.pixels import to_model_range
 from benchmarks import machine
-from benchmarks.machine import load_config
+from command_line import read_config
 from lmd import reconstruction, trained_model
 from lmd.distances import distances_of
 from lmd.process import create_process
@@ -120,7 +120,7 @@ def main():
     parser.add_argument("--in_domain")
     parser.add_argument("--out_of_domain")
     parser.add_argument("--data_root", default="./data")
-    parser.add_argument("--images", type=int, default=128, help="of either side")
+    parser.add_argument("--images", type=machine.count, default=128, help="of either side")
     parser.add_argument("--settings", default=",".join(SETTINGS))
     parser.add_argument("--metric", default="MSE,SSIM")
     parser.add_argument("--seed", type=int, default=42)
@@ -148,7 +148,7 @@ def measure(options):
     device = choose_device(options.device)
     if device.type == "cpu":
         keep_freed_memory()
-    config = load_config(options.config)
+    config = read_config(options.config)
     options.precision = resolve(options.precision, device)  # what was computed is kept with it
     model, _ = trained_model.load_model(config, options.ckpt_path, device, options.precision, options.compile)
     sources = {"pos": (options.in_domain, True), "neg": (options.out_of_domain, True)}
@@ -310,7 +310,7 @@ def keep(folder, pair, metric_names):
 
 def evaluations(name):
     """Evaluations of the network for one repetition of an image."""
-    config = with_values(load_config("configs/subvp/fashion_mnist_small.py"), SETTINGS[name])
+    config = with_values(read_config("configs/subvp/fashion_mnist_small.py"), SETTINGS[name])
     return create_process(config, sde_lib.create_sde(config)).evaluations
 
 

@@ -24,6 +24,7 @@ import numpy as np
 
 from basics.console import UserError, guard
 from benchmarks import machine
+from command_line import read_config
 
 LITTLE = 4  # times less work in the run that the start is taken from
 
@@ -33,10 +34,10 @@ def main(arguments=None):
     parser.add_argument("--processes", default="1,2,4", help="numbers of them, separated by commas")
     parser.add_argument("--config", default="configs/subvp/fashion_mnist_small.py")
     parser.add_argument("--ckpt_path", default="pretrained/fashion_mnist_small.safetensors")
-    parser.add_argument("--training_batch", type=int, default=16, help="images a step and process")
-    parser.add_argument("--steps", type=int, default=80, help="of training")
-    parser.add_argument("--images", type=int, default=128, help="that a process reconstructs")
-    parser.add_argument("--batch_size", type=int, default=16, help="images a file of recon.py")
+    parser.add_argument("--training_batch", type=machine.count, default=16, help="images a step and process")
+    parser.add_argument("--steps", type=machine.count, default=80, help="of training")
+    parser.add_argument("--images", type=machine.count, default=128, help="that a process reconstructs")
+    parser.add_argument("--batch_size", type=machine.count, default=16, help="images a file of recon.py")
     options = parser.parse_args(arguments)
     print(f"{options.config}; {machine.clock().describe()}, {os.cpu_count()} cores")
     with tempfile.TemporaryDirectory() as folder:
@@ -119,7 +120,7 @@ def recon(options, images, processes, folder):
 
 def _images(options, count, folder, name="images"):
     """A file of so many random images, which no other folder has."""
-    data = machine.load_config(options.config).data
+    data = read_config(options.config).data
     shape = (count, data.image_size, data.image_size, data.num_channels)
     generator = np.random.default_rng(list(f"{folder}{name}".encode()))
     path = folder / f"{name}.npy"

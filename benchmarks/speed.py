@@ -40,6 +40,7 @@ from basics.machine import keep_freed_memory
 from basics.pixels import dequantize, to_model_range
 from benchmarks import machine, plain
 from benchmarks.machine import median
+from command_line import read_config
 from lmd import likelihood
 from lmd.process import create_process, preset
 from lmd.reconstructor import MaskOptions, Reconstructor
@@ -64,11 +65,11 @@ VERSIONS = {  # -> precision, whether compiled
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/subvp/fashion_mnist_small.py")
-    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--batch_size", type=machine.count, default=32)
     parser.add_argument("--parts", default="evaluation,training,reconstruction,fast,noise", help=", ".join(PARTS))
     parser.add_argument("--versions", default="plain,ours", help=", ".join(VERSIONS))
-    parser.add_argument("--steps", type=int, default=2, help="of the published loop, timed together")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=machine.count, default=2, help="of the published loop, timed together")
+    parser.add_argument("--rounds", type=machine.count, default=5)
     parser.add_argument("--ckpt_path", default="pretrained/fashion_mnist_small.safetensors", help="of the likelihood")
     parser.add_argument("--images", default="demo/fashion_mnist.npz", help="of the likelihood")
     options = parser.parse_args(arguments)
@@ -80,7 +81,7 @@ def main(arguments=None):
         keep_freed_memory()
     print(f"{options.config}, batch {options.batch_size}; {clock.describe()}")
     if any(name in OURS for name in names):
-        print(f"an evaluation of an image: {operations(machine.load_config(options.config), False) / 1e9:.3f} GFLOP")
+        print(f"an evaluation of an image: {operations(read_config(options.config), False) / 1e9:.3f} GFLOP")
         for precision in sorted({VERSIONS[version][0] for version in versions}):
             print(f"{precision} matrix product: {matrix_rate(clock, precision) / 1e9:.0f} GFLOP/s", flush=True)
     machine.show(row for part in parts for row in part(options, clock))
@@ -91,7 +92,7 @@ def main(arguments=None):
 
 def compare(part, options, clock):
     """Rows of a part that every version has in its own way: an evaluation, a step or a reconstruction."""
-    config = machine.load_config(options.config)
+    config = read_config(options.config)
     steps, evaluations, per_image = amounts(part, options, config)
     versions = [name for name in options.versions.split(",") if _has(name, part, config)]
     results = machine.in_turns(call_of, versions, (part, options), options.rounds)
@@ -146,7 +147,7 @@ def images(config, batch_size):
 
 def call_of(version, part, options):
     """What is timed of a version, in its own process."""
-    config, device = machine.load_config(options.config), machine.clock().device
+    config, device = read_config(options.config), machine.clock().device
     x = images(config, options.batch_size).to(device)
     if version == "plain":
         call = PLAIN[part](config, x, options.steps)
@@ -260,7 +261,7 @@ def reconstruct_fast(config, model, x, reps=None, **changes):
 
 def keyed_noise(options, clock):
     """Rows of the two keyed draws of a reconstruction step and the global generator's, beside the network's time."""
-    config = machine.load_config(options.config)
+    config = read_config(options.config)
     x = images(config, options.batch_size).to(clock.device)
     source = keyed(x)
     calls = {
@@ -276,7 +277,7 @@ def keyed_noise(options, clock):
 
 def likelihoods(options, clock):
     """Rows of the likelihoods of a batch by two solvers, which must agree; bits and evaluations are means."""
-    config = machine.load_config(options.config)
+    config = read_config(options.config)
     model, _ = load_model(config, options.ckpt_path, clock.device, "fp32")
     size = {"image_size": config.data.image_size, "num_channels": config.data.num_channels}
     pixels = datasets.load(options.images, split="test", **size).read(0, options.batch_size)
@@ -336,7 +337,7 @@ def resampling(options, clock):
 
 def growth(options, clock):
     """Rows of the cost of --sampler fast with one number changed at a time, and its share of proportion."""
-    config = machine.load_config(options.config)
+    config = read_config(options.config)
     model, batch = score_model(config, clock.device, "fp32"), options.batch_size
     x = images(config, 4 * batch).to(clock.device)
     steps, size = fast(config)[0].sampling.steps, config.data.image_size

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import datasets
 from basics.console import UserError, guard
+from benchmarks import machine
 from benchmarks.held_out import write
 
 FASHION, MNIST, CIFAR = ("FashionMNIST", 28, 1), ("MNIST", 28, 1), ("CIFAR10", 32, 3)  # name, pixels an edge, channels
@@ -24,11 +25,9 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_root", default="./data")
     parser.add_argument("--cifar10", default=CIFAR[0])
-    parser.add_argument("--images", type=int, default=500, help="of each set that is scored")
+    parser.add_argument("--images", type=machine.count, default=500, help="of each set that is scored")
     parser.add_argument("--folder", type=Path, default=Path("results/table"))
     options = parser.parse_args(arguments)
-    if options.images < 1:
-        raise UserError(f"--images is {options.images}; it must be 1 at least")
     cifar = (options.cifar10, *CIFAR[1:])
     files = {
         "fashion_fit": (FASHION, 0, FASHION_FIT),

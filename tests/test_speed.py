@@ -55,6 +55,20 @@ def options(path, tmp_path, monkeypatch):
     return argparse.Namespace(config=path, versions="plain,ours,ours-bf16", **files, **sizes)
 
 
+@pytest.mark.parametrize("name", ["batch_size", "steps", "rounds"])
+@pytest.mark.parametrize("value", ["0", "-1", "2.5", "many"])
+def test_numbers_that_measure_nothing_are_refused(name, value, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        speed.main([f"--{name}={value}"])
+    assert exit_.value.code == 2
+    assert f"argument --{name}: '{value}' is no whole number from 1 on" in capsys.readouterr().err
+
+
+def test_a_config_that_is_not_there(options):
+    with pytest.raises(UserError, match="no config can be read"):
+        speed.main(["--config", "nowhere.py", "--parts", "evaluation"])
+
+
 def test_every_part_is_tested():
     assert TABLES.keys() == speed.PARTS.keys()
 

@@ -109,7 +109,7 @@ def test_a_rehearsal_is_small():
     bench = gpu.rehearsal(machine.CpuClock())
     assert bench.large == bench.small == gpu.SMALL
     assert max(bench.evaluations, bench.training, bench.many) < 4
-    assert load_config("subvp/cifar10_ddpm_continuous.py").model.nf == machine.load_config(gpu.LARGE).model.nf
+    assert load_config("subvp/cifar10_ddpm_continuous.py").model.nf == gpu.read_config(gpu.LARGE).model.nf
 
 
 @pytest.mark.parametrize("shifted", [0, 1, 3])
