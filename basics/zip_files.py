@@ -27,6 +27,6 @@ def check_zip(path, checksums=True):
                 raise WrongFile(f"claims to hold {claimed:,} bytes in a file of {size:,}; torch makes no such files")
             if checksums and (part := archive.testzip()):
                 raise WrongFile(f"is damaged: the checksum of its part {part} differs")
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError, UnicodeError) as error:
+    except (zipfile.BadZipFile, ValueError, RuntimeError, EOFError) as error:
         raise error if isinstance(error, WrongFile) else WrongFile("is damaged or truncated") from error
     return True

@@ -343,7 +343,7 @@ def check_start(path, config, seed):
         dict: what that was trained on, see `write_checkpoint`; None where it does not say.
 
     Raises:
-        UserError: as `read_checkpoint`, or it is of another network, config or seed.
+        UserError: as `read_checkpoint`, or it is of another network, config, seed or settings.
     """
     checkpoint = read_checkpoint(path, lazily=True)
     _check_run(path, checkpoint, config, seed)

@@ -53,6 +53,13 @@ def test_too_few_images_leave_nothing_behind(images, message, sets, tmp_path):
     assert not (tmp_path / "table").exists()
 
 
+def test_no_images_are_refused(sets, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        write_tables(tmp_path, 0)
+    assert "argument --images: '0' is no whole number from 1 on" in capsys.readouterr().err
+    assert not (tmp_path / "table").exists()
+
+
 def test_footwear_is_held_out_of_both_splits(tmp_path):
     made = write_mnist(tmp_path / "data", "FashionMNIST", classes=10)
     held_out.main(["--data_root", str(tmp_path / "data"), "--folder", str(tmp_path / "made")])
