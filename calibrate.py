@@ -14,7 +14,7 @@ from absl import flags
 from basics import distributed, machine
 from basics.console import shell
 from command_line import MODEL, define_model, define_path, run
-from configs.base import check
+from configs.base import check, typed
 
 FLAGS = flags.FLAGS
 _JOB_FLAGS = (  # fields of a `calibrating.CalibrationJob` as they are
@@ -44,8 +44,11 @@ def define_flags():
 
 def main(argv):
     from lmd import calibrating
+    from lmd.methods.selection import check_overrides
 
     check(FLAGS.config)
+    chosen = calibrating.chosen_method(FLAGS.method)
+    check_overrides([] if chosen == calibrating.AUTO else [chosen], FLAGS.config, typed(FLAGS["config"]))
     command = shell("python", "calibrate.py", *sys.argv[1:])
     job = calibrating.CalibrationJob(FLAGS.config, command=command, **{name: FLAGS[name].value for name in _JOB_FLAGS})
     with distributed.start(FLAGS.device) as (ranks, device):

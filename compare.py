@@ -15,7 +15,7 @@ from absl import flags
 from basics import distributed, machine
 from basics.console import shell
 from command_line import MODEL, define_model, define_path, run
-from configs.base import check
+from configs.base import check, typed
 
 FLAGS = flags.FLAGS
 _JOB_FLAGS = (  # fields of a `comparison.ComparisonJob` as they are
@@ -50,8 +50,10 @@ def define_flags():
 
 def main(argv):
     from lmd import comparison
+    from lmd.methods.selection import check_overrides, select
 
     check(FLAGS.config)
+    check_overrides(select(FLAGS.methods).values(), FLAGS.config, typed(FLAGS["config"]))
     command = shell("python", "compare.py", *sys.argv[1:])
     job = comparison.ComparisonJob(FLAGS.config, command=command, **{name: FLAGS[name].value for name in _JOB_FLAGS})
     with distributed.start(FLAGS.device) as (ranks, device):

@@ -202,7 +202,9 @@ def _load_source(source, split, data_root, category, preparation):
         return load_files(_stem(source), preparation, [source], [Path(source)])
     kinds = "folder of images, image file, .txt list of image paths, or .npz or .npy file of images"
     names = f"choose one of: {', '.join(DATASETS)}"
-    if os.path.lexists(source) and not (is_file or is_folder):
+    if is_file:
+        raise UserError(f"{source} is no image by its ending; give a {kinds}")
+    if os.path.lexists(source) and not is_folder:
         raise UserError(f"{source} is neither a file nor a folder, or leads to none; give a {kinds}")
     if "/" in source and not (is_file or is_folder):
         raise UserError(f"there is no file or folder '{source}'; give a {kinds}, or the name of a data set: {names}")
@@ -215,7 +217,7 @@ def _warn_of(images):
         warn(f"'{images.name}': {label} is left out: {why}")
     if len(images.skipped) > NAMED_FAILURES:
         more = len(images.skipped) - NAMED_FAILURES
-        warn(f"'{images.name}': {counted(more, 'more image')} {are(more)} left out; used: {len(images)}")
+        warn(f"'{images.name}': {counted(more, 'more image')} {are(more)} left out; used: {len(images):,}")
     if isinstance(images.store, InMemory) and images.store.pixels.max() == 1:
         warn(f"'{images.name}': no pixel is above 1 of 255, so all images are nearly black; multiply the values by 255")
 

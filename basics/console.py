@@ -266,7 +266,7 @@ _REMEDIES = {
     errno.EPERM: "choose a folder you may write to",
     errno.EROFS: "choose a folder you may write to",
     errno.ENOTDIR: "a file stands where a folder is needed; choose another path",
-    errno.EEXIST: "a file stands where a folder is needed; choose another path",
+    errno.EEXIST: "a file, or a link that leads nowhere, stands where a folder is needed; choose another path",
     errno.EISDIR: "a folder stands where a file is needed; choose another path",
     errno.ENAMETOOLONG: "choose a shorter path",
     errno.ELOOP: "its links go round in a circle; choose another path",

@@ -151,15 +151,15 @@ def owned(folder):
         try:
             yield
         except BaseException:
-            _remove_empty(made)
+            remove_empty(*made)
             raise
 
 
-def _remove_empty(folders):
-    """Removes folders of which the first holds a mark alone, and each of the others the one before."""
+def remove_empty(*folders):
+    """Removes folders of which the first holds nothing, or a mark alone, and each of the others the one before."""
     with contextlib.suppress(OSError):
-        if folders and [path.name for path in folders[0].iterdir()] == [MARK]:
-            (folders[0] / MARK).unlink()
+        if folders and {path.name for path in folders[0].iterdir()} <= {MARK}:
+            (folders[0] / MARK).unlink(missing_ok=True)
             for folder in folders:
                 folder.rmdir()
 

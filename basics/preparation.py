@@ -61,7 +61,7 @@ class Preparation:
         """The rows, of 0..count-1, of the images that are used; says so where those are not all."""
         rows = spread(count, self.max_images)
         if len(rows) < count:
-            say_once(f"'{name}': {len(rows)} of {count} images {are(len(rows))} used, evenly spread (--max_images)")
+            say_once(f"'{name}': {len(rows):,} of {count:,} images {are(len(rows))} used, evenly spread (--max_images)")
         return rows
 
     def fits_in_memory(self, count):

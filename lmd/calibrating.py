@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from basics import distributed
+from basics import distributed, files
 from basics.console import UserError, choose, counted, percent, progress, say, warn
 from lmd import calibration, shifts
 from lmd.card import bands, familiarity, histogram, rarest_first
@@ -18,6 +18,8 @@ from lmd.methods import METHODS
 from lmd.methods.selection import select
 from lmd.trained_model import identity, open_model
 from storage import detector_folder
+
+_STATISTICS, _BLIND_SPOTS = "statistics", "blind_spots"  # folders of what is measured, kept until the detector is there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +74,7 @@ def calibrate(job, device, ranks=distributed.ALONE):
     detector_folder.check_place(job.detector)
     calibration.check_rate(job.false_alarm_rate)
     Detector.check_share(job.fit_share)
-    method = _method(job.method)
+    method = chosen_method(job.method)
     model = open_model(job.ckpt_path, job.config, device, job.precision, job.memory_gb)
     source, precision = model.source, model.score.net.precision
     detector = Detector(model, method, seed=job.seed, center_crop=job.center_crop)
@@ -89,17 +91,24 @@ def calibrate(job, device, ranks=distributed.ALONE):
     origin = {"method": method.name, "settings": method.settings, **identity(job.config, source, job.seed, precision)}
     unfinished = Path(f"{job.detector.rstrip('/')}.unfinished")
     with ranks.owned(unfinished):
-        detector.fit(images, job.fit_share, unfinished / "statistics", origin, ranks)
+        detector.fit(images, job.fit_share, unfinished / _STATISTICS, origin, ranks)
         _tell(detector)
         detector.rate = job.false_alarm_rate
-        spots = blind_spots(detector, images, job, unfinished / "blind_spots", origin, ranks)
+        spots = blind_spots(detector, images, job, unfinished / _BLIND_SPOTS, origin, ranks)
         facts = _facts(job, detector, source, spots)
         ranks.on_main(lambda: detector.save(job.detector, **facts))
-    ranks.on_main(lambda: shutil.rmtree(unfinished, ignore_errors=True))
+    ranks.on_main(lambda: _clear(unfinished))
     say(f"detector: {job.detector}")
 
 
-def _method(text):
+def _clear(unfinished):
+    """Removes what calibrating has kept in a folder, and the folder unless it holds something else."""
+    for name in (_STATISTICS, _BLIND_SPOTS):
+        shutil.rmtree(unfinished / name, ignore_errors=True)
+    files.remove_empty(unfinished)
+
+
+def chosen_method(text):
     """The one method that --method names; 'auto' as it is."""
     choose(text.split(":")[0], {AUTO: None, **METHODS}, "method (--method)")
     if text == AUTO:

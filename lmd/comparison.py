@@ -9,15 +9,16 @@ import functools
 from pathlib import Path
 
 import datasets
-from basics import distributed, files, noise
+from basics import distributed, files
 from basics.console import UserError, are, counted, say, warn
 from lmd import shifts
 from lmd.candidates import Bench, Set, Sets
 from lmd.comparison_report import report
-from lmd.held_out import content_keys_of, held_out, shared_with
+from lmd.held_out import content_keys_of, held_out, shared_with, to_learn_from
 from lmd.methods.selection import select
 from lmd.ranking import tabulate
 from lmd.trained_model import identity, open_model
+from storage.comparisons import REPORT
 
 MADE_UP = "shifts"  # stands for all kinds of made-up foreign images; `shifts:blur` is one of them
 FEWEST = 50  # in-domain images to score; of fewer even the first digit of a ROC-AUC is luck
@@ -94,10 +95,13 @@ def _check_place(folder):
     """Refuses a folder of other files, which would no longer be taken for images once this program has written there.
 
     Raises:
-        UserError: it is one.
+        UserError: it is one, or holds other results of this program.
     """
-    ours = (folder / files.MARK).exists()
-    if folder.is_dir() and not ours and any(not path.name.startswith(".") for path in folder.iterdir()):
+    if not folder.is_dir():
+        return
+    names = {path.name for path in folder.iterdir()}
+    ours = files.MARK in names and not names.isdisjoint((_KEPT, REPORT))
+    if not ours and any(not name.startswith(".") for name in names):
         raise UserError(f"{folder} holds other files; choose an --output that is empty or not there yet")
 
 
@@ -203,16 +207,15 @@ def _foreign(load, sources, known, learned):
 
 
 def _halves(images):
-    """Two parts of an `ImageSet`, chosen by the images' content, not by their place.
+    """Two parts of an `ImageSet`: to learn from, and to score.
 
     Raises:
-        UserError: there is one image alone.
+        UserError: there is one image alone, or as `to_learn_from`.
     """
     if len(images) < 2:
         raise UserError(f"--in_domain has {len(images)} image, of which no half can be learned from; give --fit, too")
-    order = noise.seed_keys("fit", content_keys_of(images)).argsort(stable=True)
-    half = len(images) // 2
-    return images.part(order[:half].sort().values), images.part(order[half:].sort().values)
+    learning = to_learn_from(images, len(images) // 2)
+    return images.part(learning.nonzero().flatten()), images.part((~learning).nonzero().flatten())
 
 
 def _check_apart(job, known, learned):

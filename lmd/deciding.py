@@ -1,7 +1,7 @@
 """The decisions of predict.py: tables, summary and report from what was measured, at any rate, without torch."""
 
 import dataclasses
-import shutil
+import re
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from storage.predictions import (
 )
 from storage.tables import write_csv
 
+_WHOLE = 0.01  # p-values of a folder as a whole up to which it differs from the domain
 _NAMED = 3  # flagged images that are named on the screen
 
 
@@ -99,9 +100,8 @@ def decide(rule):
     write_predictions(output / PREDICTIONS, description["files"], columns)
     write_csv(output / SKIPPED, ["file", "reason"], description["skipped"])
     write_summary(output, _summary(rule, rate, flagged, description, sentences))
-    if (output / "maps").exists() and not rule.maps:
+    if _remove_maps(output / "maps") and not rule.maps:
         say(f"{output / 'maps'}: removed, since it may be of another decision; --maps makes those of this one")
-    shutil.rmtree(output / "maps", ignore_errors=True)
     if rule.maps:
         _write_maps(output / "maps", arrays, flagged, description["files"])
     reports.write(output / REPORT, _report(rule, rate, description, arrays, sentences))
@@ -137,7 +137,7 @@ def _sentences(rule, rate, flagged, whole):
         first = f"{images} at a false-alarm rate of {percent(rate)} ({text} would be by chance)"
     if count == 1:
         return [f"{first}."]
-    verdict = "differs from the domain" if whole <= 0.01 else "cannot be told from the domain"
+    verdict = "differs from the domain" if whole <= _WHOLE else "cannot be told from the domain"
     return [f"{first}.", f"The folder as a whole {verdict} (one-sided rank test, p = {whole:.2g})."]
 
 
@@ -178,18 +178,23 @@ def _picture(values, place):
 
 
 def _write_maps(folder, arrays, flagged, names):
-    """Writes a picture of each flagged image of which there is one, its unusual pixels in red; others' are removed."""
+    """Writes a picture of each flagged image of which there is one, its unusual pixels in red."""
     files.mark(folder)
-    written = set()
-    for place, row in enumerate(arrays["picture_rows"].tolist()):
-        if flagged[row]:
-            original, heat = _picture(arrays["picture_originals"], place), arrays["picture_heats"][place]
-            stem = "".join(c if c.isalnum() else "_" for c in Path(names[row]).stem)[:40]
-            written.add(folder / f"{row:06d}_{stem}.png")
-            files.write_png(folder / f"{row:06d}_{stem}.png", Image.fromarray(overlay(original, heat)))
-    for path in set(folder.glob(f"{6 * '[0-9]'}*_*.png")) - written:
+    shown = [(place, row) for place, row in enumerate(arrays["picture_rows"].tolist()) if flagged[row]]
+    for place, row in shown:
+        original, heat = _picture(arrays["picture_originals"], place), arrays["picture_heats"][place]
+        stem = "".join(c if c.isalnum() else "_" for c in Path(names[row]).stem)[:40]
+        files.write_png(folder / f"{row:06d}_{stem}.png", Image.fromarray(overlay(original, heat)))
+    say(f"maps: {folder} ({len(shown):,} of {counted(int(flagged.sum()), 'flagged image')})")
+
+
+def _remove_maps(folder):
+    """Removes the pictures that `_write_maps` wrote, and the folder if it holds no others; whether there were any."""
+    found = [path for path in folder.glob("*.png") if re.fullmatch(r"[0-9]{6,}_\w*\.png", path.name)]
+    for path in found:
         path.unlink()
-    say(f"maps: {folder} ({len(written):,} of {counted(int(flagged.sum()), 'flagged image')})")
+    files.remove_empty(folder)
+    return bool(found)
 
 
 def overlay(picture, heat):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import datasets
-from basics import distributed, noise
+from basics import distributed
 from basics.console import UserError, are, choose, counted, percent, printable, warn
 from basics.image_sets import ImageSet
 from basics.machine import choose_device
@@ -22,7 +22,7 @@ from configs.base import to_dict
 from lmd import calibration, heat, methods
 from lmd.card import card
 from lmd.combination import combined
-from lmd.held_out import content_keys_of, held_out
+from lmd.held_out import held_out, to_learn_from
 from lmd.measurement import Measurement, chunk_on, statistics_of
 from lmd.methods.base import Method
 from lmd.trained_model import TrainedModel, open_model
@@ -132,10 +132,9 @@ class Detector:
         self.check_share(fit_share)
         images = self._held_out(held_back)
         self.choose_method(len(images), fit_share)
-        self.calibration_images(len(images), fit_share)
+        learning = self._learning(images, fit_share)
         chunks = self.measurement(images, folder, origin, keep=_of_the_domain).run("calibrating", ranks)
         statistics = statistics_of(chunks)
-        learning = self._learning(images, fit_share)
         self.method.fit_statistics(statistics[learning])
         scores = self.method.score_statistics(statistics)  # (N, K)
         parts = scores[~learning]
@@ -201,21 +200,25 @@ class Detector:
         if learning < fewest:
             raise UserError(
                 f"the method {self.method.name} needs at least {fewest} images to learn from, and --fit_share "
-                f"{fit_share:g} of {count} images leaves {learning}; give more images, or choose another method"
+                f"{fit_share:g} of {count:,} images leaves {learning:,}; give more images, or choose another method"
             )
         if min(learning, count - learning) < _FEWEST_EACH:
             raise UserError(
-                f"--fit_share {fit_share:g} of {count} images leaves {learning} to learn from and {count - learning} "
-                f"for the p-values; both need at least {_FEWEST_EACH}"
+                f"--fit_share {fit_share:g} of {count:,} images leaves {learning:,} to learn from and "
+                f"{count - learning:,} for the p-values; both need at least {_FEWEST_EACH}"
             )
         return count - learning
 
     def _learning(self, images, share):
-        """Which of the images the method learns from (N,) bool: chosen by their content, not by their place."""
+        """Which of the images the method learns from (N,) bool.
+
+        Raises:
+            UserError: as `calibration_images`, or copies leave too few different ones.
+        """
         count = len(images) - self.calibration_images(len(images), share)
-        keys = noise.seed_keys("fit", content_keys_of(images)).numpy()
-        learning = np.zeros(len(images), bool)
-        learning[np.argsort(keys, kind="stable")[:count]] = True
+        learning = to_learn_from(images, count).numpy()
+        if learning.sum() < min(count, max(_FEWEST_EACH, self.method.fewest_images)):
+            raise UserError(f"the images of '{images.name}' are too often copies of one; give more different ones")
         return learning
 
     def infer_threshold(self, false_alarm_rate):

@@ -173,7 +173,7 @@ def _missing_of(folder, side, entry):
         more = f"; and {len(again) - 3} more" if len(again) > 3 else ""
         warn(f"{name}, made again: {'; '.join(again[:3])}{more}")
     if not missing:
-        those = "the image" if (count := entry["images"]) == 1 else f"all {count} images"
+        those = "the image" if (count := entry["images"]) == 1 else f"all {count:,} images"
         say(f"{name}: {those} of {entry['dataset']} {are(count)} there already")
     return missing
 

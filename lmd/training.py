@@ -131,7 +131,7 @@ class Trainer:
         self._divided = True
         if held:
             say(
-                f"'{name}': {held} of the {count} images are held back from training for the test loss; "
+                f"'{name}': {held:,} of the {count:,} images are held back from training for the test loss; "
                 "config.data.test_dataset names other test images"
             )
         else:

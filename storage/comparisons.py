@@ -9,6 +9,7 @@ import torch
 from basics.files import write_bytes, write_json, write_text
 from storage.tables import write_csv
 
+REPORT = "compare.json"
 COLUMNS = (
     "method", "out_of_domain", "roc_auc", "roc_auc_low", "roc_auc_high", "aupr_out", "aupr_in", "fpr95",
     "evaluations", "seconds", "p_holm",
@@ -30,7 +31,7 @@ def write_comparison(folder, facts, table, markdown, picture):
     rows = ([_cell(row[name]) for name in COLUMNS] for row in table["rows"])
     write_csv(folder / "compare.csv", COLUMNS, rows)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    write_json(folder / "compare.json", {**facts, "versions": versions, **table})
+    write_json(folder / REPORT, {**facts, "versions": versions, **table})
     write_text(folder / "compare.md", markdown)
     if picture is None:
         (folder / "compare.png").unlink(missing_ok=True)

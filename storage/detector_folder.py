@@ -7,6 +7,7 @@ lists the hash of every other file, so that a changed or missing one is named.
 
 import hashlib
 import json
+import os
 import secrets
 import shutil
 from pathlib import Path
@@ -47,7 +48,7 @@ def write(path, description, write_weights, arrays, card):
     """Writes the folder under a temporary name beside it, which then takes its place as a whole.
 
     Args:
-        path: the folder; a detector that is there already is replaced.
+        path: the folder; a detector that is there already, and nothing else, is replaced.
         description: the fields of `detector.json` but `format` and `files`.
         write_weights: called with the path at which to write the weights.
         arrays: what `calibration.npz` holds, by name.
@@ -75,15 +76,23 @@ def write(path, description, write_weights, arrays, card):
 
 
 def check_place(path):
-    """Refuses to write a detector where something else stands; an empty folder will do.
+    """Refuses to write a detector where something else stands; a detector, or an empty folder, will do.
 
     Raises:
         UserError: it does.
     """
     path = Path(path)
-    if path.is_dir() and ((path / DESCRIPTION).is_file() or not any(path.iterdir())):
-        return
-    if path.exists() or path.is_symlink():
+    if path.is_dir():
+        names = {each.name for each in path.iterdir()}
+        others = sorted(names - {DESCRIPTION, WEIGHTS, CALIBRATION, CARD})
+        if DESCRIPTION in names and others:
+            raise UserError(
+                f"{path} holds a detector and beside it {others[0]}, which would be lost when it is replaced; move "
+                "that away, or choose another --detector"
+            )
+        if DESCRIPTION in names or not names:
+            return
+    if os.path.lexists(path):
         raise UserError(f"{path} is there already and holds no detector; choose another --detector")
 
 

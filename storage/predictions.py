@@ -5,6 +5,7 @@ the calibration's scores and the pictures of the most unusual images; `outcome.j
 """
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +31,9 @@ _FIELDS = {
     "folder_p_value": SHARE,
     "calibration_images": POSITIVE,
     "detector": TEXT,
+    "places": list_of(TEXT, 2),
 }
-_REQUIRED = _FIELDS.keys() - {"meanings"}  # which came later
+_REQUIRED = _FIELDS.keys() - {"meanings", "places"}  # which came later
 
 
 def write_predictions(path, names, columns):
@@ -51,10 +53,11 @@ def write_outcome(folder, description, arrays):
 
     Args:
         folder: Path.
-        description: the fields of `_FIELDS`, JSON types.
+        description: the fields of `_FIELDS` but `places`, JSON types.
         arrays: by name.
     """
-    files.write_json(folder / _NAMES, description)
+    places = [str(Path(source).absolute()) for source in _sources(description)]
+    files.write_json(folder / _NAMES, {**description, "places": places})
     write_arrays(folder / _ARRAYS, {"of": files.file_hash(folder / _NAMES)}, **arrays)
 
 
@@ -71,7 +74,8 @@ def check_outcome(folder):
 def check_place(folder, images, detector):
     """Refuses a folder in which other things than predictions of these images by this detector would be overwritten.
 
-    Told apart by the names of folders and files, so that either may be moved, and the images added to.
+    Told apart by where they are, so that images may be added, and the detector made anew; where that is no longer
+    there it may have been moved, and is told by its name.
 
     Args:
         folder: where predictions are to go; it need not be there.
@@ -91,12 +95,20 @@ def check_place(folder, images, detector):
         description = _read_description(folder)
     except UserError:  # what a killed run or a disk left: it is written anew
         return
-    for what, then, now in (
-        ("of other images", description["facts"]["images"]["source"], images),
-        ("by another detector", description["detector"], detector),
-    ):
-        if Path(then).name != Path(now).name:
+    places = description.get("places", _sources(description))
+    for what, then, now in zip(("of other images", "by another detector"), places, (images, detector), strict=True):
+        if not _same(Path(then), Path(now)):
             raise UserError(f"{folder} holds predictions {what} ({then}); choose another --output, or delete it")
+
+
+def _sources(description):
+    """The images and the detector of an outcome, as they were typed."""
+    return description["facts"]["images"]["source"], description["detector"]
+
+
+def _same(then, now):
+    there = os.path.exists(then) and os.path.exists(now)  # noqa: PTH110 (they never raise)
+    return then.samefile(now) if there else then.name == now.name
 
 
 def read_outcome(folder):

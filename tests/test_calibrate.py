@@ -411,6 +411,31 @@ def test_killed_and_continued(made, data, tmp_path, monkeypatch):
         assert not (folder / "mine.unfinished").exists()
 
 
+def test_what_lies_beside_unfinished_parts_is_not_lost(data, tmp_path):
+    (tmp_path / "mine.unfinished").mkdir()
+    (tmp_path / "mine.unfinished" / "notes.txt").write_text("mine")
+    calibrate(job(data, tmp_path / "mine", card_images=0))
+    assert {path.name for path in (tmp_path / "mine.unfinished").iterdir()} == {".lift-map-detect", "notes.txt"}
+
+
+@pytest.mark.parametrize("different", [1, 2, 3])
+def test_copies_are_not_both_learned_from_and_decided_by(different, data, tmp_path, capsys):
+    """So many different images 60 in all: of 3 those at the cut are not learned from, and of one there is no other."""
+    np.savez(tmp_path / "held.npz", images=np.resize(tiny.pictures(different), (60, 8, 8)))
+    wanted = job(data, tmp_path / "mine", in_domain=str(tmp_path / "held.npz"), card_images=0)
+    if different == 1:
+        with pytest.raises(UserError, match=r"^the images of 'held' are too often copies of one; give more different"):
+            calibrate(wanted)
+        assert not (tmp_path / "mine").exists()
+        return
+    calibrate(wanted)
+    told = f"{60 - different} of 60 images are copies of others, and tell less than as many different ones"
+    assert told in capsys.readouterr().err
+    known = Detector.load(tmp_path / "mine", device="cpu").calibration
+    assert (len(known.reference), len(known.parts)) == ((30, 30) if different == 2 else (20, 40))
+    assert not {tuple(row) for row in known.reference} & {tuple(row) for row in known.parts}
+
+
 def test_other_settings_than_the_run_that_was_stopped(made, data, tmp_path, capsys, monkeypatch):
     """It is told, and what no longer fits is measured anew."""
     monkeypatch.setattr(calibrating, "blind_spots", tiny.failing(5))

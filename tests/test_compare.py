@@ -15,14 +15,14 @@ from PIL import Image
 from scipy import stats
 from test_commands import HELP
 
-from basics import noise
+from basics import files, noise
 from basics.console import UserError
 from lmd import comparison, methods, separation, shifts
 from lmd.candidates import Bench
 from lmd.combination import combined
 from lmd.comparison_report import aligned, every_set, notes
 from lmd.methods.base import Method
-from lmd.methods.selection import ablations, select
+from lmd.methods.selection import ablations, check_overrides, select
 from lmd.ranking import Candidate, tabulate
 from lmd.trained_model import TrainedModel, load_model
 from storage.comparisons import COLUMNS
@@ -252,6 +252,20 @@ def test_settings_arrive():
 def test_methods_that_cannot_be(text, message):
     with pytest.raises(UserError, match=message):
         select(text)
+
+
+def test_what_is_set_in_the_config_and_not_seen_is_refused():
+    chosen = lambda text: select(text).values()
+    check_overrides(chosen("lmd,complexity"), tiny.config(), {"model.nf", "data.dataset"})
+    check_overrides(chosen("lmd:sampler=published,msma"), tiny.config(), {"sampling.steps"})
+    for text, field, message in (
+        ("lmd,complexity", "sampling.steps", r"^--config\.sampling\.steps has no effect: .*; write lmd:sampler=p"),
+        ("lmd:sampler=published", "sampling.eta", r"^config\.sampling: eta: eta goes with the sampler ddim$"),
+        ("all", "seed", r"^--config\.seed has no effect here; write --seed$"),
+        ("all", "device", r"^--config\.device has no effect here; write --device$"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_overrides(chosen(text), tiny.config(), {field})
 
 
 NUMBERS = [
@@ -582,6 +596,21 @@ def test_other_files_are_not_mixed_with(data, tmp_path):
     with pytest.raises(UserError, match="holds other files; choose an --output that is empty or not there yet"):
         compared(data, tmp_path, "brightness")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+    with files.owned(tmp_path):  # the results of another command
+        pass
+    with pytest.raises(UserError, match="holds other files; choose an --output that is empty or not there yet"):
+        compared(data, tmp_path, "brightness")
+
+
+def test_copies_are_not_learned_from_and_scored(data, tmp_path, brightness, capsys):
+    """Where --fit is left out."""
+    for different, name in ((1, "one.npz"), (3, "three.npz")):
+        np.savez(tmp_path / name, images=np.resize(tiny.pictures(different), (60, 8, 8)))
+    with pytest.raises(UserError, match=r"^the images of 'one' are too often copies of one; give more different ones$"):
+        compared(data, tmp_path / "out", "brightness", fit=None, in_domain=str(tmp_path / "one.npz"))
+    compared(data, tmp_path / "out", "brightness", fit=None, in_domain=str(tmp_path / "three.npz"))
+    assert sorted(brightness[:2]) == [20, 40]
+    assert "warning: 57 of 60 images are copies of others, and tell less" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------- commands

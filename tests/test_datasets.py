@@ -82,7 +82,7 @@ def test_one_picture_is_a_set(folder):
         ("here", {}, "holds no images"),
         ("empty.txt", {}, "names no images"),
         ("binary.txt", {}, "cannot be read as text .*; save it as UTF-8"),
-        ("table.csv", {}, "unknown data set"),
+        ("table.csv", {}, "^table.csv is no image by its ending; give a folder of images, image file, .txt list"),
         ("gone_images.txt", {}, "was read as a list of .*, and none of these files is there; the first is 'gone.png'"),
         ("x" * 5000, {}, "unknown data set"),
         ("null\0byte", {}, "unknown data set"),

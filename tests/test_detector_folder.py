@@ -216,6 +216,15 @@ def test_what_stands_there(detector, copy, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "link", "mine", "photos"]
 
 
+def test_what_lies_beside_a_detector_is_not_lost(detector, copy):
+    (copy / "incoming").mkdir()
+    (copy / "incoming" / "cat.png").write_text("mine")
+    before = tiny.snapshot(copy.parent)
+    with pytest.raises(UserError, match=r"/mine holds a detector and beside it incoming, which would be lost when it "):
+        detector.save(copy)
+    assert tiny.snapshot(copy.parent) == before
+
+
 @pytest.mark.parametrize("write", range(1, 5))
 def test_full_disk(write, detector, copy, monkeypatch):
     before, written, flush = tiny.snapshot(copy.parent), [], os.fsync

@@ -158,7 +158,8 @@ def test_blocks_fit_any_size():
     _, masks, _ = method._prepare(TrainedModel(tree, None, tiny.CPU, 1))
     assert masks.shape == (4, 1, 28, 28)
     assert masks[0, 0, :8, :8].tolist() == [[(i < 4) == (j < 4) for j in range(8)] for i in range(8)]
-    with pytest.raises(UserError, match="lmd: num_blocks is 16, which does not divide images of 28 pixels"):
+    message = "lmd: num_blocks is 16, which does not divide images of 28 pixels; choose one of: 1, 2, 4, 7, 14, 28"
+    with pytest.raises(UserError, match=message):
         methods.create("lmd", num_blocks=16).evaluations(TrainedModel(tree, None, tiny.CPU, 1))
 
 

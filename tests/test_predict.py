@@ -80,6 +80,13 @@ def copy(made, tmp_path):
     return shutil.copytree(made[0], tmp_path / "results")
 
 
+def as_if_of(output, images, detector):
+    """Has the predictions in a folder be of images, and by a detector, in another place."""
+    description, arrays = predictions.read_outcome(output)
+    description["facts"]["images"]["source"], description["detector"] = str(images), str(detector)
+    predictions.write_outcome(output, description, arrays)
+
+
 # ----------------------------------------------------------------------------------------------- what it writes
 
 
@@ -250,6 +257,7 @@ def test_free_of_the_size_of_chunks(made, data, tmp_path, monkeypatch):
 def test_a_folder_that_grew(made, data, copy, tmp_path, capsys, monkeypatch):
     """More images under later names: their own chunks alone are measured; the others' rows stay."""
     write_images(tmp_path / "incoming", [*NEW, *tiny.pictures(6, seed=9)])
+    as_if_of(copy, tmp_path / "incoming", data / "detector")
     plain, seen = LMD.examine, []
     monkeypatch.setattr(LMD, "examine", lambda self, *arguments: seen.append(1) or plain(self, *arguments))
     predict(data, copy, tmp_path / "incoming")
@@ -270,6 +278,7 @@ def test_another_detector(made, data, copy, detector_folder, tmp_path, capsys):
     other = Detector.load(detector_folder, device="cpu")
     other.infer_threshold(0.5)
     other.save(tmp_path / "detector")
+    as_if_of(copy, data / "incoming", tmp_path / "detector")
     predict(tmp_path, copy, data / "incoming")
     assert "/chunks: 5 of 5 parts were measured from other images, or otherwise" in capsys.readouterr().out
     assert summary_of(copy)["false_alarm_rate"] == 0.5
@@ -280,10 +289,14 @@ def test_other_things_are_not_overwritten(data, copy, detector_folder, tmp_path)
     shutil.copytree(detector_folder, tmp_path / "other")
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "predictions.csv").write_text("mine")
+    write_images(tmp_path / "incoming", NEW[:3])
+    shutil.copytree(detector_folder, tmp_path / "detector")
     before = tiny.snapshot(tmp_path)
     for output, images, detector, message in (
         (copy, tmp_path / "few.npz", data / "detector", "holds predictions of other images"),
         (copy, data / "incoming", tmp_path / "other", "holds predictions by another detector"),
+        (copy, tmp_path / "incoming", data / "detector", "holds predictions of other images"),
+        (copy, data / "incoming", tmp_path / "detector", "holds predictions by another detector"),
         (tmp_path / "own", data / "incoming", data / "detector", "own holds other files; choose an --output that is"),
         (tmp_path / "other", data / "incoming", data / "detector", "other holds other files; choose an --output"),
     ):
@@ -291,6 +304,23 @@ def test_other_things_are_not_overwritten(data, copy, detector_folder, tmp_path)
         with pytest.raises(UserError, match=message):
             predicting.predict(job, tiny.CPU)
     assert tiny.snapshot(tmp_path) == before
+
+
+def test_images_and_detector_may_be_moved(data, detector_folder, tmp_path):
+    """And reached by another path; but another folder that has come in the place of the name is not taken for them."""
+    (tmp_path / "a").mkdir()
+    write_images(tmp_path / "a" / "incoming", NEW[:3])
+    shutil.copytree(detector_folder, tmp_path / "a" / "detector")
+    output = tmp_path / "out"
+    predict(tmp_path / "a", output)
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    predict(tmp_path / "link", output)
+    (tmp_path / "link").unlink()
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    predict(tmp_path / "b", output)
+    shutil.copytree(tmp_path / "b", tmp_path / "c")
+    with pytest.raises(UserError, match=rf"holds predictions of other images \({tmp_path}/b/incoming\); choose"):
+        predict(tmp_path / "c", output)
 
 
 def test_a_damaged_part_is_measured_anew(made, data, copy, capsys):
@@ -398,10 +428,11 @@ def test_false_discovery_rate(copy, capsys):
 
 def test_maps_are_of_what_is_flagged_now(copy):
     """Also where more was flagged before; what else is in the folder stays."""
+    (copy / "maps").mkdir()
+    (copy / "maps" / "mine.png").write_text("mine")
     for rate in (0.2, 0.05):
         decide_again(Rule(str(copy), false_alarm_rate=rate, maps=True))
         flagged = [number for number, row in enumerate(rows_of(copy)) if row["is_outlier"] == "True"]
-        (copy / "maps" / "mine.png").write_text("mine")
         names = {path.name for path in (copy / "maps").glob("*.png")}
         assert names == {"mine.png", *(f"{number:06d}_{number:02}.png" for number in flagged)}
     with Image.open(copy / "maps" / f"{flagged[0]:06d}_{flagged[0]:02}.png") as picture:
@@ -414,6 +445,10 @@ def test_maps_of_another_decision_are_removed(copy, capsys):
     decide_again(Rule(str(copy), false_alarm_rate=0.1))
     assert f"{copy / 'maps'}: removed, since it may be of another decision; --maps makes" in capsys.readouterr().out
     assert not (copy / "maps").exists()
+    decide_again(Rule(str(copy), false_alarm_rate=0.2, maps=True))
+    (copy / "maps" / "notes.txt").write_text("mine")
+    decide_again(Rule(str(copy), false_alarm_rate=0.1))
+    assert {path.name for path in (copy / "maps").iterdir()} == {".lift-map-detect", "notes.txt"}
 
 
 def test_a_detector_without_maps_says_so_before_it_measures(data, tmp_path, monkeypatch):
@@ -428,6 +463,7 @@ def test_maps_are_no_input(copy, data, tmp_path):
     """Results below the folder of images: what was written there is not taken for images."""
     images = shutil.copytree(data / "incoming", tmp_path / "incoming")
     shutil.copytree(copy, images / "results")
+    as_if_of(images / "results", images, data / "detector")
     decide_again(Rule(str(images / "results"), false_alarm_rate=0.5, maps=True))
     predict(data, images / "results", images)
     assert len(rows_of(images / "results")) == 40

@@ -152,7 +152,10 @@ class LMD(Method):
         if blocks == _BLOCKS:
             blocks = next(n for n in range(_BLOCKS, 0, -1) if size % n == 0)
         elif size % blocks:
-            raise UserError(f"lmd: num_blocks is {blocks}, which does not divide images of {size} pixels")
+            fitting = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
+            raise UserError(
+                f"lmd: num_blocks is {blocks}, which does not divide images of {size} pixels; choose one of: {fitting}"
+            )
         kind = "none" if self.settings["lift"] == "noise" else self.settings["mask_type"]
         masks = MaskOptions(kind, num_blocks=blocks).stack(size, self.settings["reps"] or reps, "lmd", "mask")
         compared = [metrics.create(name, model.device) for name in self.settings["metrics"]]

@@ -14,6 +14,7 @@ import torch
 from basics.console import UserError, choose
 from lmd.methods import METHODS, create, method_class
 from lmd.methods.settings import checked, text_of
+from lmd.process import PUBLISHED, check_typed
 from metrics import perceptual, shift_tolerant, simclr
 
 ALL, ABLATIONS = "all", "ablations"
@@ -41,6 +42,30 @@ def select(text, flag="--methods"):
     if not chosen:
         raise UserError(f"{flag} names no method; choose some of: {ALL}, {ABLATIONS}, {', '.join(METHODS)}")
     return chosen
+
+
+def check_overrides(chosen, config, typed):
+    """Refuses what a command line sets in the config and none of the methods sees.
+
+    Args:
+        chosen: the methods.
+        config: the config tree.
+        typed: paths of the fields that were set on the command line, see `configs.base.typed`.
+
+    Raises:
+        UserError: names the fields.
+    """
+    for name in ("seed", "device"):
+        if name in typed:
+            raise UserError(f"--config.{name} has no effect here; write --{name}")
+    sampling = sorted(path for path in typed if path.startswith("sampling."))
+    if any(method.settings.get("sampler") == PUBLISHED for method in chosen):
+        check_typed(config, typed)
+    elif sampling:
+        raise UserError(
+            f"--config.{sampling[0]} has no effect: of the methods that sample, none does so as the config says but "
+            f"with sampler={PUBLISHED}; write lmd:sampler={PUBLISHED}, or leave it out"
+        )
 
 
 def ablations():
