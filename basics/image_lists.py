@@ -184,7 +184,7 @@ _OF_TRAINING = {  # the folders in a work folder: what training writes there
 }
 
 _EVALUATION = re.compile(r"(ckpt_\d+_loss|report_\d+|(train|test)_ckpt_\d+_bpd_\d+)\.npz")
-_COMPARISON = {"compare.csv", "compare.json", "compare.md", "compare.png"}
+_COMPARISON = {"compare.csv", "compare.json", "compare.npz", "compare.md", "compare.png"}
 _PIECE = re.compile(r"(chunk|samples|statistics)_\d+\.npz")  # of what is measured, of an evaluation's samples
 
 _WHOLE = (  # what lies together in each folder that calibrate.py or predict.py wrote; they write into no other

@@ -8,6 +8,8 @@ import dataclasses
 import functools
 from pathlib import Path
 
+import numpy as np
+
 import datasets
 from basics import distributed, files
 from basics.console import UserError, are, counted, say, warn
@@ -85,9 +87,10 @@ def compare(job, device, ranks=distributed.ALONE):
     with ranks.owned(job.output):
         sets = ranks.in_turn(lambda: _load(job, sources, source.path))
         bench = Bench(model, sets, origin, Path(job.output) / _KEPT, ranks, job.parts, job.compile)
-        table = tabulate(bench.candidates(chosen), list(sets.foreign))
+        candidates = bench.candidates(chosen)
+        table = tabulate(candidates, list(sets.foreign))
         facts = _facts(job, sets, dataclasses.asdict(source), precision)
-        ranks.on_main(lambda: report(job.output, table, facts))
+        ranks.on_main(lambda: report(job.output, table, facts, _scores(candidates, sets)))
     return table
 
 
@@ -117,6 +120,21 @@ def _facts(job, sets, checkpoint, precision):
         "seed": job.seed,
         "command": job.command,
     }
+
+
+def _scores(candidates, sets):
+    """What `storage.comparisons.write_comparison` writes of single images: arrays by name."""
+    found = {}
+    for name, one in {
+        "in_domain": sets.in_domain,
+        **{f"out_of_domain/{n}": s for n, s in sets.foreign.items()},
+    }.items():
+        if one.images.labels is not None:
+            found[f"files/{name}"] = np.array(one.images.labels)
+    for one in candidates:
+        scores = {"in_domain": one.in_domain, **{f"out_of_domain/{n}": s for n, s in one.out_of_domain.items()}}
+        found |= {f"scores/{one.label}/{name}": values for name, values in scores.items() if values is not None}
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------- images

@@ -9,16 +9,16 @@ from lmd.pictures import new_figure, shown_text, to_png
 from storage.comparisons import write_comparison
 
 _DARK = 0.42  # from .5, a ROC-AUC whose colour in the map is dark
-_FILES = "compare.csv, compare.json, compare.md, compare.png"
+_FILES = "compare.csv, compare.json, compare.npz, compare.md, compare.png"
 
 
-def report(folder, table, facts):
+def report(folder, table, facts, scores):
     """Prints the tables and writes the files.
 
     Args:
         folder: where to.
         table: a `ranking.Table`.
-        facts: as of `storage.comparisons.write_comparison`.
+        facts, scores: as of `storage.comparisons.write_comparison`.
     """
     tables = {"Methods": summary(table), "Every set": every_set(table)}
     picture = None
@@ -26,7 +26,7 @@ def report(folder, table, facts):
         picture = to_png(draw(table))
     except Exception as error:  # whatever matplotlib raises: the numbers do not hang on it
         warn(f"compare.png is left out, the tables are there: {error or type(error).__name__}")
-    write_comparison(folder, facts, dataclasses.asdict(table), markdown(table, facts, tables), picture)
+    write_comparison(folder, facts, dataclasses.asdict(table), scores, markdown(table, facts, tables), picture)
     for lines in tables.values():
         for line in aligned(lines):
             say(line)

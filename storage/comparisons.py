@@ -1,5 +1,9 @@
-"""What compare.py writes: compare.csv, a row for each method and set; compare.json, the same and what it is from."""
+"""What compare.py writes: compare.csv, a row for each method and set; compare.json, the same and what it is from.
 
+compare.npz holds the scores of single images.
+"""
+
+import io
 import platform
 from pathlib import Path
 
@@ -16,7 +20,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def write_comparison(folder, facts, table, markdown, picture):
+def write_comparison(folder, facts, table, scores, markdown, picture):
     """Writes a comparison's files.
 
     Args:
@@ -24,6 +28,7 @@ def write_comparison(folder, facts, table, markdown, picture):
         facts: what the table was made from, JSON types.
         table: a dict of `rows`, dicts with `COLUMNS` and `note`, None where a number is missing; and of further JSON
             types.
+        scores: arrays by name, for compare.npz.
         markdown: the tables as text.
         picture: PNG bytes, or None for no picture; an earlier one goes.
     """
@@ -32,6 +37,9 @@ def write_comparison(folder, facts, table, markdown, picture):
     write_csv(folder / "compare.csv", COLUMNS, rows)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     write_json(folder / REPORT, {**facts, "versions": versions, **table})
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **scores)
+    write_bytes(folder / "compare.npz", buffer.getbuffer())
     write_text(folder / "compare.md", markdown)
     if picture is None:
         (folder / "compare.png").unlink(missing_ok=True)

@@ -499,7 +499,25 @@ def test_files(data, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.startswith(f"whether {data / 'checkpoint.pth'} was trained on the in-domain images could not be ch")
     assert " ".join(printed.splitlines()[1].split()) == "method evaluations s/image mean ROC-AUC minimum mean rank"
-    assert printed.splitlines()[-1].endswith("compare.csv, compare.json, compare.md, compare.png")
+    assert printed.splitlines()[-1].endswith("compare.csv, compare.json, compare.npz, compare.md, compare.png")
+
+
+def test_scores_of_single_images_are_written(data, tmp_path):
+    """From which anyone can compute the table."""
+    table = compared(data, tmp_path, "brightness,lmd:reps=1,brightness:broken=cost", "noise.npz,one.png,shifts:flat")
+    with np.load(tmp_path / "compare.npz", allow_pickle=False) as file:
+        found = dict(file)
+    scored = [row for row in table.rows if row["roc_auc"] is not None]
+    assert len(scored) == 6
+    for row in scored:
+        known = found[f"scores/{row['method']}/in_domain"]
+        other = found[f"scores/{row['method']}/out_of_domain/{row['out_of_domain']}"]
+        truth = np.repeat([0, 1], [len(known), len(other)])
+        assert sklearn.metrics.roc_auc_score(truth, np.append(known, other)) == pytest.approx(row["roc_auc"])
+    assert len([name for name in found if name.startswith("scores/")]) == 2 + len(scored)
+    one = str(data / "one.png")
+    files_of = {name: list(found[name]) for name in found if name.startswith("files/")}
+    assert files_of == {f"files/out_of_domain/{one}": [one]}
 
 
 # ---------------------------------------------------------------------------------------------------- bad input

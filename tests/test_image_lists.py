@@ -117,7 +117,9 @@ PREDICTIONS = (
     "predictions.csv", "skipped.csv", "summary.json", "report.html", "outcome.json", "outcome.npz",
     "chunks/chunk_0.npz", "maps/000003_a.png",
 )  # fmt: skip
-COMPARISON = "compare.csv", "compare.json", "compare.md", "compare.png", "measured/lmd_0123/chunk_0.npz"
+COMPARISON = (
+    "compare.csv", "compare.json", "compare.md", "compare.npz", "compare.png", "measured/lmd_0123/chunk_0.npz",
+)  # fmt: skip
 
 WRITTEN = {  # what is left out, how which folder is marked, and what lies there
     "marked": ("run", (files.mark, "run"), ["run/plot.png"]),
@@ -140,7 +142,7 @@ WRITTEN = {  # what is left out, how which folder is marked, and what lies there
     "comparison": ("run", (leave_mark, "run"), [f"run/{name}" for name in COMPARISON]),
     "comparison, stopped": ("run", (leave_mark, "run"), ["run/measured/lmd_0123/chunk_0.npz"]),
     "comparison among pictures": (
-        "sub/compare.csv, sub/compare.json, sub/compare.md, sub/compare.png, sub/measured/lmd_0123",
+        "sub/compare.csv, sub/compare.json, sub/compare.md, sub/compare.npz, sub/compare.png, sub/measured/lmd_0123",
         (leave_mark, "sub"), [f"sub/{name}" for name in COMPARISON]),
 }  # fmt: skip
 
