@@ -124,15 +124,14 @@ def _facts(job, sets, checkpoint, precision):
 
 def _scores(candidates, sets):
     """What `storage.comparisons.write_comparison` writes of single images: arrays by name."""
-    found = {}
-    for name, one in {
-        "in_domain": sets.in_domain,
-        **{f"out_of_domain/{n}": s for n, s in sets.foreign.items()},
-    }.items():
-        if one.images.labels is not None:
-            found[f"files/{name}"] = np.array(one.images.labels)
+    sides = lambda known, foreign: {"in_domain": known, **{f"out_of_domain/{n}": one for n, one in foreign.items()}}
+    found = {
+        f"files/{name}": np.array(one.images.labels)
+        for name, one in sides(sets.in_domain, sets.foreign).items()
+        if one.images.labels is not None
+    }
     for one in candidates:
-        scores = {"in_domain": one.in_domain, **{f"out_of_domain/{n}": s for n, s in one.out_of_domain.items()}}
+        scores = sides(one.in_domain, one.out_of_domain)
         found |= {f"scores/{one.label}/{name}": values for name, values in scores.items() if values is not None}
     return found
 
