@@ -44,13 +44,11 @@ def define_flags():
 
 def main(argv):
     from lmd import calibrating
-    from lmd.methods.selection import check_overrides
 
     check(FLAGS.config)
-    chosen = calibrating.chosen_method(FLAGS.method)
-    check_overrides([] if chosen == calibrating.AUTO else [chosen], FLAGS.config, typed(FLAGS["config"]))
-    command = shell("python", "calibrate.py", *sys.argv[1:])
-    job = calibrating.CalibrationJob(FLAGS.config, command=command, **{name: FLAGS[name].value for name in _JOB_FLAGS})
+    options = {name: FLAGS[name].value for name in _JOB_FLAGS}
+    options |= {"overridden": typed(FLAGS["config"]), "command": shell("python", "calibrate.py", *sys.argv[1:])}
+    job = calibrating.CalibrationJob(FLAGS.config, **options)
     with distributed.start(FLAGS.device) as (ranks, device):
         if device.type == "cpu":
             machine.keep_freed_memory()

@@ -50,12 +50,11 @@ def define_flags():
 
 def main(argv):
     from lmd import comparison
-    from lmd.methods.selection import check_overrides, select
 
     check(FLAGS.config)
-    check_overrides(select(FLAGS.methods).values(), FLAGS.config, typed(FLAGS["config"]))
-    command = shell("python", "compare.py", *sys.argv[1:])
-    job = comparison.ComparisonJob(FLAGS.config, command=command, **{name: FLAGS[name].value for name in _JOB_FLAGS})
+    options = {name: FLAGS[name].value for name in _JOB_FLAGS}
+    options |= {"overridden": typed(FLAGS["config"]), "command": shell("python", "compare.py", *sys.argv[1:])}
+    job = comparison.ComparisonJob(FLAGS.config, **options)
     with distributed.start(FLAGS.device) as (ranks, device):
         if device.type == "cpu":
             machine.keep_freed_memory()

@@ -204,9 +204,9 @@ def _load_source(source, split, data_root, category, preparation):
     names = f"choose one of: {', '.join(DATASETS)}"
     if is_file:
         raise UserError(f"{source} is no image by its ending; give a {kinds}")
-    if os.path.lexists(source) and not is_folder:
+    if os.path.lexists(source):
         raise UserError(f"{source} is neither a file nor a folder, or leads to none; give a {kinds}")
-    if "/" in source and not (is_file or is_folder):
+    if "/" in source:
         raise UserError(f"there is no file or folder '{source}'; give a {kinds}, or the name of a data set: {names}")
     raise UserError(f"unknown data set '{source}'; {names}; or give the path of an existing {kinds}")
 

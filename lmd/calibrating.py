@@ -15,7 +15,7 @@ from lmd.detector import AUTO, Detector
 from lmd.held_out import content_keys_of, held_out
 from lmd.measurement import measure_together, statistics_of
 from lmd.methods import METHODS
-from lmd.methods.selection import select
+from lmd.methods.selection import check_overrides, select
 from lmd.trained_model import identity, open_model
 from storage import detector_folder
 
@@ -38,6 +38,7 @@ class CalibrationJob:
         fit_share: see `Detector.fit`.
         card_images: calibration images of which each kind of made-up foreign image is made; 0 for none.
         center_crop: as --id_center_crop of recon.py.
+        overridden: paths of the fields of the config that a command line set, see `configs.base.typed`.
         command: the command line, which is kept.
     """
 
@@ -57,6 +58,7 @@ class CalibrationJob:
     memory_gb: float | None = None
     precision: str = "auto"
     compile: str = "auto"
+    overridden: frozenset = frozenset()
     command: str = ""
 
 
@@ -74,7 +76,8 @@ def calibrate(job, device, ranks=distributed.ALONE):
     detector_folder.check_place(job.detector)
     calibration.check_rate(job.false_alarm_rate)
     Detector.check_share(job.fit_share)
-    method = chosen_method(job.method)
+    method = _method(job.method)
+    check_overrides([] if method == AUTO else [method], job.config, job.overridden)
     model = open_model(job.ckpt_path, job.config, device, job.precision, job.memory_gb)
     source, precision = model.source, model.score.net.precision
     detector = Detector(model, method, seed=job.seed, center_crop=job.center_crop)
@@ -108,7 +111,7 @@ def _clear(unfinished):
     files.remove_empty(unfinished)
 
 
-def chosen_method(text):
+def _method(text):
     """The one method that --method names; 'auto' as it is."""
     choose(text.split(":")[0], {AUTO: None, **METHODS}, "method (--method)")
     if text == AUTO:

@@ -17,7 +17,7 @@ from lmd import shifts
 from lmd.candidates import Bench, Set, Sets
 from lmd.comparison_report import report
 from lmd.held_out import content_keys_of, held_out, shared_with, to_learn_from
-from lmd.methods.selection import select
+from lmd.methods.selection import check_overrides, select
 from lmd.ranking import tabulate
 from lmd.trained_model import identity, open_model
 from storage.comparisons import REPORT
@@ -43,6 +43,7 @@ class ComparisonJob:
         center_crop: as --id_center_crop of recon.py.
         max_images: of each source, evenly spread.
         compile: whether to compile the network first, see `models.inference.worth_compiling`.
+        overridden: paths of the fields of the config that a command line set, see `configs.base.typed`.
         command: the command line, which is kept.
     """
 
@@ -62,6 +63,7 @@ class ComparisonJob:
     memory_gb: float | None = None
     precision: str = "auto"
     compile: str = "auto"
+    overridden: frozenset = frozenset()
     command: str = ""
 
 
@@ -80,6 +82,7 @@ def compare(job, device, ranks=distributed.ALONE):
         UserError: for bad input, or where no method could be scored at all.
     """
     chosen, sources = select(job.methods), foreign_sources(job.out_of_domain)
+    check_overrides(chosen.values(), job.config, job.overridden)
     _check_place(Path(job.output))
     model = open_model(job.ckpt_path, job.config, device, job.precision, job.memory_gb)
     source, precision = model.source, model.score.net.precision

@@ -216,10 +216,7 @@ class Detector:
             UserError: as `calibration_images`, or copies leave too few different ones.
         """
         count = len(images) - self.calibration_images(len(images), share)
-        learning = to_learn_from(images, count).numpy()
-        if learning.sum() < min(count, max(_FEWEST_EACH, self.method.fewest_images)):
-            raise UserError(f"the images of '{images.name}' are too often copies of one; give more different ones")
-        return learning
+        return to_learn_from(images, count, max(_FEWEST_EACH, self.method.fewest_images)).numpy()
 
     def infer_threshold(self, false_alarm_rate):
         """Sets the false-alarm rate at which images are outliers; returns the score from which on they are.

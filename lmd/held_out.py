@@ -139,25 +139,26 @@ def _unseen(images, trained, source, flag, most=None):
     return images.part(torch.tensor(rows))
 
 
-def to_learn_from(images, count):
+def to_learn_from(images, count, fewest=1):
     """Which `count` images of an `ImageSet` a method learns from (N,) bool: chosen by content, not by their place.
 
     Copies of an image stay together: where some would be learned from and others not, none is, and there are fewer than
     `count`.  Warns of copies, as they tell less than as many different images.
 
     Raises:
-        UserError: nothing would be left to learn from, though `count` is above 0.
+        UserError: fewer than `fewest` would be left to learn from, where `count` is above 0.
     """
     keys = content_keys_of(images)
     if copies := len(keys) - len(keys.unique()):
-        warn(f"{some_are(copies, len(keys), 'image')} copies of others, and tell less than as many different ones")
+        which = f"'{images.name}': {some_are(copies, len(keys), 'image')}"
+        warn(f"{which} copies of others, and tell less than as many different ones")
     order = noise.seed_keys("fit", keys).argsort(stable=True)
     learning = torch.zeros(len(keys), dtype=torch.bool)
     learning[order[:count]] = True
     if 0 < count < len(keys):
         learning &= keys != keys[order[count]]
-        if not learning.any():
-            raise UserError(f"the images of '{images.name}' are too often copies of one; give more different ones")
+    if count and learning.sum() < fewest:
+        raise UserError(f"the images of '{images.name}' are too often copies of one; give more different ones")
     return learning
 
 

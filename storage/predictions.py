@@ -107,6 +107,7 @@ def _sources(description):
 
 
 def _same(then, now):
+    """Whether two paths lead to the same; where one does no longer, whether the names are the same."""
     there = os.path.exists(then) and os.path.exists(now)  # noqa: PTH110 (they never raise)
     return then.samefile(now) if there else then.name == now.name
 

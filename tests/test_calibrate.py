@@ -418,22 +418,31 @@ def test_what_lies_beside_unfinished_parts_is_not_lost(data, tmp_path):
     assert {path.name for path in (tmp_path / "mine.unfinished").iterdir()} == {".lift-map-detect", "notes.txt"}
 
 
-@pytest.mark.parametrize("different", [1, 2, 3])
+def write_copies(path, different):
+    """60 images, of which so many are different."""
+    np.savez(path, images=np.resize(tiny.pictures(different), (60, 8, 8)))
+
+
+@pytest.mark.parametrize("different", [2, 3])
 def test_copies_are_not_both_learned_from_and_decided_by(different, data, tmp_path, capsys):
-    """So many different images 60 in all: of 3 those at the cut are not learned from, and of one there is no other."""
-    np.savez(tmp_path / "held.npz", images=np.resize(tiny.pictures(different), (60, 8, 8)))
-    wanted = job(data, tmp_path / "mine", in_domain=str(tmp_path / "held.npz"), card_images=0)
-    if different == 1:
-        with pytest.raises(UserError, match=r"^the images of 'held' are too often copies of one; give more different"):
-            calibrate(wanted)
-        assert not (tmp_path / "mine").exists()
-        return
-    calibrate(wanted)
+    """Of three images, those of which the cut would part the copies are not learned from."""
+    write_copies(tmp_path / "held.npz", different)
+    calibrate(job(data, tmp_path / "mine", in_domain=str(tmp_path / "held.npz"), card_images=0))
     told = f"{60 - different} of 60 images are copies of others, and tell less than as many different ones"
     assert told in capsys.readouterr().err
     known = Detector.load(tmp_path / "mine", device="cpu").calibration
     assert (len(known.reference), len(known.parts)) == ((30, 30) if different == 2 else (20, 40))
     assert not {tuple(row) for row in known.reference} & {tuple(row) for row in known.parts}
+
+
+def test_copies_of_one_image_are_refused_before_work(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(LMD, "examine", None)
+    write_copies(tmp_path / "held.npz", 1)
+    with pytest.raises(
+        UserError, match=r"^the images of 'held' are too often copies of one; give more different ones$"
+    ):
+        calibrate(job(data, tmp_path / "mine", in_domain=str(tmp_path / "held.npz"), card_images=0))
+    assert [path.name for path in tmp_path.iterdir()] == ["held.npz"]
 
 
 def test_other_settings_than_the_run_that_was_stopped(made, data, tmp_path, capsys, monkeypatch):

@@ -268,6 +268,21 @@ def test_what_is_set_in_the_config_and_not_seen_is_refused():
             check_overrides(chosen(text), tiny.config(), {field})
 
 
+def test_commands_refuse_what_their_methods_do_not_see(data, tmp_path):
+    for command, flags in (
+        ("calibrate.py", ["--method=complexity", f"--detector={tmp_path / 'out'}"]),
+        (
+            "compare.py",
+            ["--methods=complexity", f"--output={tmp_path / 'out'}", f"--out_of_domain={data / 'noise.npz'}"],
+        ),
+    ):
+        held = [f"--ckpt_path={data / 'checkpoint.pth'}", f"--in_domain={data / 'many.npz'}"]
+        code, _, err = tiny.command(command, *held, *flags, "--config.sampling.steps=3")
+        assert (code, err.count("\n")) == (2, 1)
+        assert err.startswith("error: --config.sampling.steps has no effect: ")
+    assert list(tmp_path.iterdir()) == []
+
+
 NUMBERS = [
     (name, key, field.default)
     for name in methods.METHODS
@@ -628,7 +643,7 @@ def test_copies_are_not_learned_from_and_scored(data, tmp_path, brightness, caps
         compared(data, tmp_path / "out", "brightness", fit=None, in_domain=str(tmp_path / "one.npz"))
     compared(data, tmp_path / "out", "brightness", fit=None, in_domain=str(tmp_path / "three.npz"))
     assert sorted(brightness[:2]) == [20, 40]
-    assert "warning: 57 of 60 images are copies of others, and tell less" in capsys.readouterr().err
+    assert "warning: 'three': 57 of 60 images are copies of others, and tell less" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------- commands
